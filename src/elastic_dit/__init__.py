@@ -1,0 +1,1 @@
+"""Let a pretrained Diffusion Transformer change how much work it does at every denoising step."""

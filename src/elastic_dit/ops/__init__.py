@@ -1,0 +1,1 @@
+"""Pure tensor maths. Nothing here imports diffusers or anything else of this package."""

@@ -1,0 +1,154 @@
+"""Train a class-conditional `DiTTransformer2DModel` from scratch by flow matching (see `elastic_dit.ops.flow`).
+
+Coarse to fine: a model with a larger patch sees the same picture with fewer tokens. Train that first, then let
+``init_from`` grow it: all weights are kept, the embedding and output are resized, and positions agree because the coarse
+model was given the centres of its patches in units of the final grid (``position_scale``).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.embeddings import LabelEmbedding
+from torch import Tensor, nn
+
+from elastic_dit.ops.flow import network_input_and_target, stratified_levels
+from elastic_dit.ops.patching import resize_embedding, resize_output
+from elastic_dit.ops.positions import group_centres, sincos_2d
+from elastic_dit.training.config import Recipe, from_table, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseSettings:
+    """Table ``[base]``: the network and its objective.
+
+    Args:
+        position_scale: patches of the final model that one patch of this one covers per axis.
+        level_mean, level_std: noise levels are drawn as ``sigmoid(mean + std * normal)``.
+    """
+
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    patch_size: int
+    num_classes: int
+    label_dropout: float = 0.1
+    level_mean: float = 0.0
+    level_std: float = 1.0
+    position_scale: int = 1
+    init_from: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "num_classes"):
+            require(getattr(self, name) >= 1, f"base.{name}", getattr(self, name), ">= 1")
+        require(0 <= self.label_dropout < 1, "base.label_dropout", self.label_dropout, "[0, 1)")
+        require(self.level_std > 0, "base.level_std", self.level_std, "> 0")
+        require(self.position_scale >= 1, "base.position_scale", self.position_scale, ">= 1")
+
+
+class BaseTask:
+    """Flow-matching training of a base model."""
+
+    find_unused_parameters = False
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.settings = settings = from_table(BaseSettings, recipe.settings, "base")
+        size, channels = recipe.data.image_size, recipe.data.channels
+        legal = f"a divisor of data.image_size = {size}"
+        require(size % settings.patch_size == 0, "base.patch_size", settings.patch_size, legal)
+        torch.manual_seed(recipe.seed)
+        self.module = DiTTransformer2DModel(
+            num_attention_heads=settings.num_attention_heads,
+            attention_head_dim=settings.attention_head_dim,
+            in_channels=channels,
+            num_layers=settings.num_layers,
+            sample_size=size,
+            patch_size=settings.patch_size,
+            num_embeds_ada_norm=settings.num_classes,
+        )
+        zero_modulation(self.module)
+        if settings.init_from:
+            grow(self.module, DiTTransformer2DModel.from_pretrained(settings.init_from))
+        if settings.position_scale > 1:
+            place_at_centres(self.module, settings.position_scale)
+        set_train_mode(self.module)
+
+    def to(self, device: torch.device) -> None:
+        """Nothing but the module."""
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """Mean squared error against the unit-variance flow target."""
+        settings = self.settings
+        count = len(images)
+        level = stratified_levels(count, generator, mean=settings.level_mean, std=settings.level_std)
+        noise = torch.randn(images.shape, generator=generator).to(images)
+        dropped = (torch.rand(count, generator=generator) < settings.label_dropout).to(labels.device)
+        labels = torch.where(dropped, settings.num_classes, labels)
+        level = level.to(images)
+        network_input, target = network_input_and_target(images, noise, level[:, None, None, None])
+        prediction = model(network_input, timestep=level * 1000, class_labels=labels).sample
+        return (prediction.float() - target).square().mean()
+
+    def export(self, folder: Path, facts: dict[str, object]) -> None:
+        """Save the stock model, with the data's statistics beside it."""
+        self.module.eval().save_pretrained(folder)
+        data = self.recipe.data
+        card = {"data_mean": data.mean, "data_std": data.std, "recipe": json.loads(self.recipe.to_json()), **facts}
+        (folder / "training.json").write_text(json.dumps(card, indent=2))
+
+
+def zero_modulation(model: DiTTransformer2DModel) -> None:
+    """DiT's own initialisation: every block starts as the identity, the output as zero (2212.09748, section 3.2)."""
+    for block in model.transformer_blocks:
+        nn.init.zeros_(block.norm1.linear.weight)
+        nn.init.zeros_(block.norm1.linear.bias)
+    for layer in (model.proj_out_1, model.proj_out_2):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """Train mode without diffusers' label dropout.
+
+    Every block of the stock model holds a label table of its own and drops labels independently of the other blocks, so
+    a sample would be half conditional. The loss drops labels once per sample instead.
+    """
+    model.train()
+    for module in model.modules():
+        if isinstance(module, LabelEmbedding):
+            module.eval()
+
+
+@torch.no_grad()
+def place_at_centres(model: DiTTransformer2DModel, scale: int) -> None:
+    """Give each patch of a coarse model its centre in units of a grid ``scale`` times as fine."""
+    side = model.config.sample_size // model.config.patch_size
+    centres = group_centres(side * scale, scale)
+    model.pos_embed.pos_embed.copy_(sincos_2d(centres, centres, model.inner_dim)[None])
+
+
+@torch.no_grad()
+def grow(model: DiTTransformer2DModel, coarse: DiTTransformer2DModel) -> None:
+    """Start ``model`` from ``coarse``, the same network with a larger patch.
+
+    Raises:
+        ValueError: the two differ in more than the patch size.
+    """
+    ours, theirs = dict(model.config), dict(coarse.config)
+    differing = {k for k in ours if not k.startswith("_") and k != "patch_size" and ours[k] != theirs.get(k)}
+    if differing:
+        raise ValueError(f"base.init_from differs in {sorted(differing)}; legal: only patch_size may differ")
+    patch, coarse_patch = model.config.patch_size, coarse.config.patch_size
+    state = coarse.state_dict()
+    kernel = state["pos_embed.proj.weight"]
+    state["pos_embed.proj.weight"] = resize_embedding(kernel, patch)
+    for name in ("proj_out_2.weight", "proj_out_2.bias"):
+        value = state[name]
+        grid = value.reshape(coarse_patch, coarse_patch, model.out_channels, *value.shape[1:])
+        state[name] = resize_output(grid, patch).reshape(-1, *value.shape[1:])
+    model.load_state_dict(state)

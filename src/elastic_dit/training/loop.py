@@ -1,0 +1,183 @@
+"""The one training loop: accelerate, EMA, JSON lines, TensorBoard, atomic checkpoints, exact resume.
+
+Nothing random lives across steps. The noise of step ``n`` on process ``r`` comes from a generator seeded by
+``(seed, n, r)`` and the samples from ``(seed, position)``, so a resumed run repeats the unbroken one bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from elastic_dit.training.config import Recipe
+from elastic_dit.training.data import ImageData
+from elastic_dit.training.ema import WeightAverage
+from elastic_dit.training.optim import build_optimizers, learning_rate
+from elastic_dit.training.state import list_states, load_state, save_state
+
+logger = logging.getLogger(__name__)
+
+
+class Task(Protocol):
+    """What a training run is about: a module, its loss, and what to write at the end."""
+
+    module: nn.Module
+    find_unused_parameters: bool
+
+    def to(self, device: torch.device) -> None:
+        """Move whatever the task owns beside ``module``."""
+        ...
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+        """Scalar loss of one batch; ``model`` is ``module``, perhaps wrapped for distribution."""
+        ...
+
+    def export(self, folder: Path, facts: dict[str, object]) -> None:
+        """Write the finished artefact from the weights now in ``module``."""
+        ...
+
+
+def train(recipe: Recipe, task: Task, data: ImageData, *, resume: bool = False) -> Path:
+    """Run a recipe to its end and export the averaged weights to ``<output>/export``.
+
+    Args:
+        resume: go on from the newest checkpoint in ``<output>/checkpoints`` (or start, if there is none).
+
+    Raises:
+        FileExistsError: the output folder holds a run already and ``resume`` is off.
+        ValueError: the run to resume was started with another recipe.
+        FloatingPointError: the loss stopped being finite.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    output = Path(recipe.output)
+    checkpoints = output / "checkpoints"
+    _check_output(output, recipe, resume=resume)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=task.find_unused_parameters)
+    accelerator = Accelerator(
+        mixed_precision=recipe.loop.mixed_precision,
+        log_with="tensorboard",
+        project_dir=str(output),
+        kwargs_handlers=[ddp],
+    )
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if recipe.loop.batch_size % world:
+        raise ValueError(f"loop.batch_size = {recipe.loop.batch_size} must be a multiple of {world} processes")
+    if accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / "recipe.json").write_text(recipe.to_json())
+    accelerator.wait_for_everyone()
+    accelerator.init_trackers("tensorboard")
+
+    device = accelerator.device
+    task.to(device)
+    if recipe.loop.device_data:
+        data.to(device)
+    raw = task.module
+    optimizers = build_optimizers(raw, recipe.optim)
+    average = WeightAverage(raw.to(device), recipe.optim.ema_decay)
+    step, elapsed = 0, 0.0
+    states = list_states(checkpoints)
+    if resume and states:
+        facts = load_state(states[-1], raw, optimizers, average)
+        step, elapsed = facts["step"], facts["seconds"]
+        logger.info("resumed from %s", states[-1])
+    if accelerator.is_main_process:
+        _truncate_log(output / "log.jsonl", step)
+    model, *optimizers = accelerator.prepare(raw, *optimizers)
+    if recipe.loop.compile:
+        model = torch.compile(model)
+
+    per_process = recipe.loop.batch_size // world
+    total = recipe.loop.steps
+    started = time.monotonic() - elapsed
+    bar = tqdm(total=total, initial=step, disable=not accelerator.is_main_process, desc=output.name)
+    while step < total:
+        rate = learning_rate(recipe.optim, step, total)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+        first = step * recipe.loop.batch_size + rank * per_process
+        images, labels = data.batch(first, per_process, recipe.seed, device)
+        generator = torch.Generator().manual_seed(_seed(recipe.seed, step, rank))
+        with accelerator.autocast():
+            loss = task.loss(model, images, labels, generator)
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(raw.parameters(), recipe.optim.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        average.update(raw)
+        step += 1
+        bar.update()
+        if step % recipe.loop.log_every == 0 or step == total:
+            value = accelerator.reduce(loss.detach(), reduction="mean").item()
+            if not torch.isfinite(torch.tensor(value)):
+                raise FloatingPointError(f"loss is {value} at step {step}; the last checkpoint is untouched")
+            record = {
+                "step": step,
+                "images": step * recipe.loop.batch_size,
+                "loss": value,
+                "grad_norm": float(norm) if norm is not None else None,
+                "lr": rate,
+                "seconds": round(time.monotonic() - started, 3),
+            }
+            if accelerator.is_main_process:
+                with (output / "log.jsonl").open("a") as log:
+                    log.write(json.dumps(record) + "\n")
+            accelerator.log({"loss": value, "lr": rate}, step=step)
+            bar.set_postfix(loss=f"{value:.4f}")
+        if (step % recipe.loop.checkpoint_every == 0 or step == total) and accelerator.is_main_process:
+            facts = {"seconds": time.monotonic() - started}
+            plain = [getattr(o, "optimizer", o) for o in optimizers]
+            keep = recipe.loop.keep_checkpoints
+            save_state(checkpoints, step, raw, plain, average, facts, keep=keep)
+    bar.close()
+    accelerator.wait_for_everyone()
+    export = output / "export"
+    if accelerator.is_main_process:
+        average.copy_to(raw)
+        images_seen = total * recipe.loop.batch_size
+        task.export(export, {"images_seen": images_seen, "train_seconds": round(time.monotonic() - started, 1)})
+    accelerator.end_training()
+    return export
+
+
+def _seed(seed: int, step: int, rank: int) -> int:
+    return (seed * 1_000_003 + step) * 4096 + rank
+
+
+def _check_output(output: Path, recipe: Recipe, *, resume: bool) -> None:
+    record = output / "recipe.json"
+    if not record.exists():
+        return
+    if not resume:
+        raise FileExistsError(f"{str(output)!r} holds a run already; resume it, or name another output")
+    if record.read_text() != recipe.to_json():
+        raise ValueError(f"{str(output)!r} was started with another recipe; resuming needs the same one")
+
+
+def _truncate_log(path: Path, step: int) -> None:
+    """Drop records that come after the checkpoint the run goes on from."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines()
+    kept = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            break  # the process was killed while writing this line
+        if record["step"] <= step:
+            kept.append(line)
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(line + "\n" for line in kept))
+    os.replace(partial, path)
