@@ -1,1 +1,38 @@
-"""Let a pretrained Diffusion Transformer change how much work it does at every denoising step."""
+"""Let a pretrained Diffusion Transformer change how much work it does at every denoising step.
+
+>>> from elastic_dit import elastify
+>>> handle = elastify(pipe, "path/or/hub-id")
+>>> handle.set_budget(0.6)
+>>> images = pipe(...).images
+>>> print(handle.report())
+>>> handle.remove()
+"""
+
+from elastic_dit.backbones import BACKBONES
+from elastic_dit.checkpoint import Adapter, load_adapter
+from elastic_dit.elastify import Handle, elastify, handle_of
+from elastic_dit.methods import METHODS, FlexiDiT
+from elastic_dit.mode import FULL, Mode
+from elastic_dit.pipelines import PixelDiTPipeline
+from elastic_dit.report import Report
+from elastic_dit.schedule import Plan, Schedule, Segment
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "BACKBONES",
+    "FULL",
+    "METHODS",
+    "Adapter",
+    "FlexiDiT",
+    "Handle",
+    "Mode",
+    "PixelDiTPipeline",
+    "Plan",
+    "Report",
+    "Schedule",
+    "Segment",
+    "elastify",
+    "handle_of",
+    "load_adapter",
+]

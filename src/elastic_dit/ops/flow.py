@@ -1,13 +1,15 @@
 """Rectified-flow path and its variance-preserving preconditioning, for data of unit variance.
 
-The path is ``x = (1 - s) x0 + s e`` with noise level ``s`` in [0, 1] and velocity ``v = e - x0``. The network does not
-predict ``v`` directly. With ``n = sqrt((1-s)^2 + s^2)`` its input is ``x / n`` and its target
+The path is ``x = (1 - s) x0 + s e`` with noise level ``s`` in [0, 1] and velocity ``v = e - x0``.
+The network does not predict ``v`` directly. With ``n = sqrt((1-s)^2 + s^2)`` its input is ``x / n``
+and its target
 
     f = ((1 - s) e - s x0) / n
 
-which has unit variance at every noise level and is uncorrelated with the input (the ``v``-prediction of Salimans and Ho,
-2202.00512, written on the rectified-flow path). Then ``v = ((2s - 1) x / n + f) / n``. A variance-preserving scheduler with
-``prediction_type="v_prediction"`` uses the network as it is.
+which has unit variance at every noise level and is uncorrelated with the input (the
+``v``-prediction of Salimans and Ho, 2202.00512, written on the rectified-flow path). Then ``v =
+((2s - 1) x / n + f) / n``. A variance-preserving scheduler with ``prediction_type="v_prediction"``
+uses the network as it is.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def velocity(network_input: Tensor, prediction: Tensor, level: Tensor) -> Tensor
 
 
 def stratified_levels(count: int, generator: torch.Generator, *, mean: float, std: float) -> Tensor:
-    """Noise levels ``(count,)``: ``sigmoid(mean + std z)``, one draw from each of ``count`` equally likely strata."""
+    """Noise levels ``(count,)``: ``sigmoid(mean + std z)``, one draw from each of ``count`` equally
+    likely strata."""
     uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     normal = torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6))
     level = torch.sigmoid(mean + std * normal).float()

@@ -1,10 +1,12 @@
 """Coarse tokens are groups of base tokens (FlexiDiT section 3; PPFlow section 3).
 
-One coarse token covers ``k x k`` base patches. Its embedding is one linear map of the ``k*k`` base patch vectors, its
-de-embedding one linear map back, so the base model's own patchify and un-patchify never change.
+One coarse token covers ``k x k`` base patches. Its embedding is one linear map of the ``k*k`` base
+patch vectors, its de-embedding one linear map back, so the base model's own patchify and
+un-patchify never change.
 
-Shape legend: B batch, H W base grid, h w coarse grid, N tokens, k patches per axis, p pixels per base patch and axis,
-q pixels of another patch size, C channels, c = the length of one base patch vector, D model width.
+Shape legend: B batch, H W base grid, h w coarse grid, N tokens, k patches per axis, p pixels per
+base patch and axis, q pixels of another patch size, C channels, c = the length of one base patch
+vector, D model width.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ def coarse_grid(height: int, width: int, k: int) -> tuple[int, int]:
 
 
 def group(x_BHWc: Tensor, k: int) -> Tensor:
-    """Join each ``k x k`` neighbourhood of base tokens into one long vector, row-major inside the group.
+    """Join each ``k x k`` neighbourhood of base tokens into one long vector, row-major inside the
+    group.
 
     A border that ``k`` does not divide is filled by repeating the last row and column.
 
@@ -54,7 +57,8 @@ def ungroup(x_BNkc: Tensor, height: int, width: int, k: int) -> Tensor:
 
 
 def interpolation_matrix(p: int, q: int, kind: str) -> Tensor:
-    """Matrix ``(q, p)`` in float64 that resizes a signal of ``p`` samples to ``q >= p``; every row sums to one.
+    """Matrix ``(q, p)`` in float64 that resizes a signal of ``p`` samples to ``q >= p``; every row
+    sums to one.
 
     Args:
         kind: ``nearest`` or ``bilinear`` (half-pixel centres, edges clamped).
@@ -73,14 +77,16 @@ def interpolation_matrix(p: int, q: int, kind: str) -> Tensor:
 
 
 def embed_resize(p: int, q: int, kind: str = "pinv") -> Tensor:
-    """Matrix ``(q, p)`` that turns the embedding kernel of patch ``p`` into one of patch ``q``, per axis.
+    """Matrix ``(q, p)`` that turns the embedding kernel of patch ``p`` into one of patch ``q``, per
+    axis.
 
-    Columns sum to one, so a constant image gives the same token at every size (a bilinear resize of the kernel itself
-    would be ``(q/p)**2`` too large).
+    Columns sum to one, so a constant image gives the same token at every size (a bilinear resize of
+    the kernel itself would be ``(q/p)**2`` too large).
 
     Args:
-        kind: ``box`` (each tap repeated and divided: the coarse patch is averaged down; PPFlow's release) or ``pinv``
-            (FlexiViT's pseudo-inverse resize: exact on patches that are upsampled base patches).
+        kind: ``box`` (each tap repeated and divided: the coarse patch is averaged down; PPFlow's
+            release) or ``pinv`` (FlexiViT's pseudo-inverse resize: exact on patches that are
+            upsampled base patches).
 
     Raises:
         ValueError: unknown kind, or sizes of which neither divides the other.
@@ -94,10 +100,12 @@ def embed_resize(p: int, q: int, kind: str = "pinv") -> Tensor:
 
 
 def output_resize(p: int, q: int, kind: str = "pinv") -> Tensor:
-    """Matrix ``(q, p)`` that turns an output patch of ``p`` into one of ``q``, per axis; rows sum to one.
+    """Matrix ``(q, p)`` that turns an output patch of ``p`` into one of ``q``, per axis; rows sum
+    to one.
 
     Args:
-        kind: ``box`` copies samples (nearest), ``pinv`` interpolates bilinearly. Going down, both average.
+        kind: ``box`` copies samples (nearest), ``pinv`` interpolates bilinearly. Going down, both
+            average.
     """
     _check_sizes(p, q, kind)
     if q <= p:
@@ -109,35 +117,45 @@ def _check_sizes(p: int, q: int, kind: str) -> None:
     if kind not in RESIZES:
         raise ValueError(f"resize kind {kind!r} is unknown; legal kinds: {', '.join(RESIZES)}")
     if min(p, q) < 1 or max(p, q) % min(p, q):
-        raise ValueError(f"patch sizes {p} and {q}: the larger must be a whole multiple of the smaller")
+        raise ValueError(
+            f"patch sizes {p} and {q}: the larger must be a whole multiple of the smaller"
+        )
 
 
 def resize_embedding(weight_DCpp: Tensor, q: int, kind: str = "pinv") -> Tensor:
-    """Patch-embedding kernel ``(D, C, p, p)`` for patch size ``q``: ``(D, C, q, q)``, computed in float64."""
+    """Patch-embedding kernel ``(D, C, p, p)`` for patch size ``q``: ``(D, C, q, q)``, computed in
+    float64."""
     matrix = embed_resize(weight_DCpp.shape[-1], q, kind).to(weight_DCpp.device)
     resized = torch.einsum("yp,xq,dcpq->dcyx", matrix, matrix, weight_DCpp.double())
     return resized.to(weight_DCpp.dtype)
 
 
 def resize_output(weight_ppX: Tensor, q: int, kind: str = "pinv") -> Tensor:
-    """Output rows ``(p, p, ...)`` (weight or bias, pixel axes first) for patch size ``q``: ``(q, q, ...)``."""
+    """Output rows ``(p, p, ...)`` (weight or bias, pixel axes first) for patch size ``q``: ``(q, q,
+    ...)``."""
     matrix = output_resize(weight_ppX.shape[0], q, kind).to(weight_ppX.device)
     resized = torch.einsum("yp,xq,pq...->yx...", matrix, matrix, weight_ppX.double())
     return resized.to(weight_ppX.dtype)
 
 
 def kernel_to_group(weight_DCqq: Tensor, k: int) -> Tensor:
-    """Kernel over a coarse patch of ``q = k*p`` pixels -> matrix ``(D, k*k*c)`` over grouped base patch vectors.
+    """Kernel over a coarse patch of ``q = k*p`` pixels -> matrix ``(D, k*k*c)`` over grouped base
+    patch vectors.
 
     The base patch vector is laid out ``(C, p, p)``, as a flattened convolution kernel is.
     """
     D, C, q, _ = weight_DCqq.shape
     p = q // k
-    return weight_DCqq.reshape(D, C, k, p, k, p).permute(0, 2, 4, 1, 3, 5).reshape(D, k * k * C * p * p)
+    return (
+        weight_DCqq.reshape(D, C, k, p, k, p)
+        .permute(0, 2, 4, 1, 3, 5)
+        .reshape(D, k * k * C * p * p)
+    )
 
 
 def output_to_group(weight_qqX: Tensor, k: int) -> Tensor:
-    """Output rows over a coarse patch ``(q, q, C, ...)`` -> ``(k*k*c, ...)`` with base vectors laid out ``(p, p, C)``."""
+    """Output rows over a coarse patch ``(q, q, C, ...)`` -> ``(k*k*c, ...)`` with base vectors laid
+    out ``(p, p, C)``."""
     q, _, C, *rest = weight_qqX.shape
     p = q // k
     split = weight_qqX.reshape(k, p, k, p, C, *rest)

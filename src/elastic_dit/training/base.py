@@ -1,8 +1,10 @@
-"""Train a class-conditional `DiTTransformer2DModel` from scratch by flow matching (see `elastic_dit.ops.flow`).
+"""Train a class-conditional `DiTTransformer2DModel` from scratch by flow matching (see
+`elastic_dit.ops.flow`).
 
-Coarse to fine: a model with a larger patch sees the same picture with fewer tokens. Train that first, then let
-``init_from`` grow it: all weights are kept, the embedding and output are resized, and positions agree because the coarse
-model was given the centres of its patches in units of the final grid (``position_scale``).
+Coarse to fine: a model with a larger patch sees the same picture with fewer tokens. Train that
+first, then let ``init_from`` grow it: all weights are kept, the embedding and output are resized,
+and positions agree because the coarse model was given the centres of its patches in units of the
+final grid (``position_scale``).
 """
 
 from __future__ import annotations
@@ -43,7 +45,13 @@ class BaseSettings:
     init_from: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_attention_heads", "attention_head_dim", "patch_size", "num_classes"):
+        for name in (
+            "num_layers",
+            "num_attention_heads",
+            "attention_head_dim",
+            "patch_size",
+            "num_classes",
+        ):
             require(getattr(self, name) >= 1, f"base.{name}", getattr(self, name), ">= 1")
         require(0 <= self.label_dropout < 1, "base.label_dropout", self.label_dropout, "[0, 1)")
         require(self.level_std > 0, "base.level_std", self.level_std, "> 0")
@@ -81,13 +89,19 @@ class BaseTask:
     def to(self, device: torch.device) -> None:
         """Nothing but the module."""
 
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Tensor:
         """Mean squared error against the unit-variance flow target."""
         settings = self.settings
         count = len(images)
-        level = stratified_levels(count, generator, mean=settings.level_mean, std=settings.level_std)
+        level = stratified_levels(
+            count, generator, mean=settings.level_mean, std=settings.level_std
+        )
         noise = torch.randn(images.shape, generator=generator).to(images)
-        dropped = (torch.rand(count, generator=generator) < settings.label_dropout).to(labels.device)
+        dropped = (torch.rand(count, generator=generator) < settings.label_dropout).to(
+            labels.device
+        )
         labels = torch.where(dropped, settings.num_classes, labels)
         level = level.to(images)
         network_input, target = network_input_and_target(images, noise, level[:, None, None, None])
@@ -98,12 +112,18 @@ class BaseTask:
         """Save the stock model, with the data's statistics beside it."""
         self.module.eval().save_pretrained(folder)
         data = self.recipe.data
-        card = {"data_mean": data.mean, "data_std": data.std, "recipe": json.loads(self.recipe.to_json()), **facts}
+        card = {
+            "data_mean": data.mean,
+            "data_std": data.std,
+            "recipe": json.loads(self.recipe.to_json()),
+            **facts,
+        }
         (folder / "training.json").write_text(json.dumps(card, indent=2))
 
 
 def zero_modulation(model: DiTTransformer2DModel) -> None:
-    """DiT's own initialisation: every block starts as the identity, the output as zero (2212.09748, section 3.2)."""
+    """DiT's own initialisation: every block starts as the identity, the output as zero (2212.09748,
+    section 3.2)."""
     for block in model.transformer_blocks:
         nn.init.zeros_(block.norm1.linear.weight)
         nn.init.zeros_(block.norm1.linear.bias)
@@ -115,8 +135,9 @@ def zero_modulation(model: DiTTransformer2DModel) -> None:
 def set_train_mode(model: nn.Module) -> None:
     """Train mode without diffusers' label dropout.
 
-    Every block of the stock model holds a label table of its own and drops labels independently of the other blocks, so
-    a sample would be half conditional. The loss drops labels once per sample instead.
+    Every block of the stock model holds a label table of its own and drops labels independently of
+    the other blocks, so a sample would be half conditional. The loss drops labels once per sample
+    instead.
     """
     model.train()
     for module in model.modules():
@@ -140,9 +161,13 @@ def grow(model: DiTTransformer2DModel, coarse: DiTTransformer2DModel) -> None:
         ValueError: the two differ in more than the patch size.
     """
     ours, theirs = dict(model.config), dict(coarse.config)
-    differing = {k for k in ours if not k.startswith("_") and k != "patch_size" and ours[k] != theirs.get(k)}
+    differing = {
+        k for k in ours if not k.startswith("_") and k != "patch_size" and ours[k] != theirs.get(k)
+    }
     if differing:
-        raise ValueError(f"base.init_from differs in {sorted(differing)}; legal: only patch_size may differ")
+        raise ValueError(
+            f"base.init_from differs in {sorted(differing)}; legal: only patch_size may differ"
+        )
     patch, coarse_patch = model.config.patch_size, coarse.config.patch_size
     state = coarse.state_dict()
     kernel = state["pos_embed.proj.weight"]

@@ -1,7 +1,7 @@
 """Recipes: frozen dataclasses that check themselves, read from TOML.
 
-A recipe is one TOML file with the tables ``[data]``, ``[optim]``, ``[loop]`` and one table of its task. Unknown keys are
-errors that list the legal ones.
+A recipe is one TOML file with the tables ``[data]``, ``[optim]``, ``[loop]`` and one table of its
+task. Unknown keys are errors that list the legal ones.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ class DataConfig:
     """Where images and labels come from.
 
     Args:
-        path: a folder of parquet files, an image folder, or a hub id; whatever `datasets.load_dataset` reads.
-        image_size: side in pixels; smaller images are padded symmetrically with ``pad_value``, larger ones refused.
+        path: a folder of parquet files, an image folder, or a hub id; whatever
+            `datasets.load_dataset` reads.
+        image_size: side in pixels; smaller images are padded symmetrically with ``pad_value``,
+            larger ones refused.
         mean, std: pixel statistics in [0, 1] that make the data zero-mean with unit variance.
     """
 
@@ -76,7 +78,12 @@ class OptimConfig:
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
         require(0 < self.beta2 < 1, "optim.beta2", self.beta2, "(0, 1)")
         require(self.warmup_steps >= 0, "optim.warmup_steps", self.warmup_steps, ">= 0")
-        require(self.schedule in ("constant", "cosine"), "optim.schedule", self.schedule, "'constant' or 'cosine'")
+        require(
+            self.schedule in ("constant", "cosine"),
+            "optim.schedule",
+            self.schedule,
+            "'constant' or 'cosine'",
+        )
         require(self.grad_clip > 0, "optim.grad_clip", self.grad_clip, "> 0")
         require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "[0, 1)")
 
@@ -105,7 +112,12 @@ class LoopConfig:
         require(self.images >= 1, "loop.images", self.images, ">= 1")
         require(self.batch_size >= 1, "loop.batch_size", self.batch_size, ">= 1")
         legal = ("no", "bf16", "fp16")
-        require(self.mixed_precision in legal, "loop.mixed_precision", self.mixed_precision, " | ".join(legal))
+        require(
+            self.mixed_precision in legal,
+            "loop.mixed_precision",
+            self.mixed_precision,
+            " | ".join(legal),
+        )
         for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
             require(getattr(self, name) >= 1, f"loop.{name}", getattr(self, name), ">= 1")
 
@@ -136,18 +148,23 @@ def from_table(cls: type[T], table: dict[str, Any], name: str) -> T:
     """Build a config dataclass from a TOML table.
 
     Raises:
-        ValueError: unknown key (the legal ones are named), missing key, or a value of the wrong type or range.
+        ValueError: unknown key (the legal ones are named), missing key, or a value of the wrong
+            type or range.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}  # pyrefly: ignore[bad-argument-type]
     types = typing.get_type_hints(cls)
     for key, value in table.items():
         if key not in fields:
-            raise ValueError(f"[{name}] has no key {key!r}; legal keys: {', '.join(sorted(fields))}")
+            raise ValueError(
+                f"[{name}] has no key {key!r}; legal keys: {', '.join(sorted(fields))}"
+            )
         wanted = types[key]
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             table = {**table, key: float(value)}
         elif wanted in (int, float, str, bool) and type(value) is not wanted:
-            raise ValueError(f"[{name}] {key} = {value!r} is a {type(value).__name__}; legal: {wanted.__name__}")
+            raise ValueError(
+                f"[{name}] {key} = {value!r} is a {type(value).__name__}; legal: {wanted.__name__}"
+            )
     missing = [f.name for f in fields.values() if f.name not in table and _has_no_default(f)]
     if missing:
         raise ValueError(f"[{name}] lacks {', '.join(missing)}")
@@ -159,7 +176,8 @@ def _has_no_default(item: dataclasses.Field) -> bool:
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe and apply ``table.key=value`` overrides (values in TOML syntax; bare words are text).
+    """Read a recipe and apply ``table.key=value`` overrides (values in TOML syntax; bare words are
+    text).
 
     Raises:
         FileNotFoundError: no such recipe.
@@ -176,11 +194,15 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         _apply_override(raw, override)
     task = raw.pop("task", None)
     if not isinstance(task, str):
-        raise ValueError(f"recipe {str(path)!r}: task = {task!r}; legal: the name of a task, as in recipes/")
+        raise ValueError(
+            f"recipe {str(path)!r}: task = {task!r}; legal: the name of a task, as in recipes/"
+        )
     known = {"output", "seed", "data", "optim", "loop", task}
     unknown = sorted(set(raw) - known)
     if unknown:
-        raise ValueError(f"recipe {str(path)!r} has unknown entries {unknown}; legal: {sorted(known)}")
+        raise ValueError(
+            f"recipe {str(path)!r} has unknown entries {unknown}; legal: {sorted(known)}"
+        )
     return Recipe(
         task=task,
         output=raw.get("output", f"runs/{path.stem}"),

@@ -1,7 +1,7 @@
 """Images and labels through `datasets`, decoded once, served by position.
 
-Which image is drawn at which position of a run is a pure function of (seed, position), so a run can stop and go on
-anywhere, on any number of processes.
+Which image is drawn at which position of a run is a pure function of (seed, position), so a run can
+stop and go on anywhere, on any number of processes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ class ImageData:
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: missing column, empty split, broken image (with its row), or an image larger than ``image_size``.
+        ValueError: missing column, empty split, broken image (with its row), or an image larger
+            than ``image_size``.
     """
 
     def __init__(self, config: DataConfig, *, limit: int | None = None) -> None:
@@ -46,23 +47,32 @@ class ImageData:
         self.images, self.labels = self.images.to(device), self.labels.to(device)
         return self
 
-    def batch(self, start: int, size: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Images ``(size, C, S, S)`` as normalised floats and labels for positions ``start..start+size`` of a run."""
+    def batch(
+        self, start: int, size: int, seed: int, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """Images ``(size, C, S, S)`` as normalised floats and labels for positions
+        ``start..start+size`` of a run."""
         indices = sample_order(len(self), start, size, seed)
         images = self.images[indices.to(self.images.device)].to(device)
         images = (images.float() / 255 - self.config.mean) / self.config.std
         if self.config.horizontal_flip:
-            flip = torch.rand(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + start)) < 0.5
+            flip = (
+                torch.rand(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + start))
+                < 0.5
+            )
             images = torch.where(flip.to(device)[:, None, None, None], images.flip(-1), images)
         return images, self.labels[indices.to(self.labels.device)].to(device)
 
 
 def sample_order(count: int, start: int, size: int, seed: int) -> Tensor:
-    """Indices of the samples at positions ``start .. start+size`` of an endless shuffled stream over ``count`` items."""
+    """Indices of the samples at positions ``start .. start+size`` of an endless shuffled stream
+    over ``count`` items."""
     parts = []
     while size > 0:
         epoch, offset = divmod(start, count)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
+        order = torch.randperm(
+            count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+        )
         part = order[offset : offset + size]
         parts.append(part)
         start, size = start + len(part), size - len(part)
@@ -73,18 +83,25 @@ def _open(config: DataConfig) -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError("reading training data needs: pip install 'elastic-dit[train]'") from error
+        raise ImportError(
+            "reading training data needs: pip install 'elastic-dit[train]'"
+        ) from error
     folder = Path(config.path).expanduser()
     looks_local = folder.is_absolute() or config.path.startswith((".", "~"))
     if looks_local and not folder.is_dir():
         raise FileNotFoundError(f"data.path = {config.path!r} is not a folder")
-    split = datasets.load_dataset(str(folder) if folder.is_dir() else config.path, split=config.split)
+    split = datasets.load_dataset(
+        str(folder) if folder.is_dir() else config.path, split=config.split
+    )
     for name in (config.image_column, config.label_column):
         if name not in split.column_names:
-            raise ValueError(f"data set {config.path!r} has no column {name!r}; it has {split.column_names}")
+            raise ValueError(
+                f"data set {config.path!r} has no column {name!r}; it has {split.column_names}"
+            )
     if len(split) == 0:
         raise ValueError(f"data set {config.path!r}, split {config.split!r}, is empty")
-    # Bytes rather than decoded images, so that a broken one is reported with its row by us, before any work.
+    # Bytes rather than decoded images, so that a broken one is reported with its row by us, before
+    # any work.
     return split.cast_column(config.image_column, datasets.Image(decode=False))
 
 
@@ -95,7 +112,9 @@ def _paste(canvas: np.ndarray, item: dict[str, Any], row: int, config: DataConfi
         with Image.open(source) as image:
             pixels = np.asarray(image.convert("L" if config.channels == 1 else "RGB"))
     except (UnidentifiedImageError, OSError, SyntaxError) as error:
-        raise ValueError(f"data set {config.path!r}: image {name!r} (row {row}) cannot be read: {error}") from error
+        raise ValueError(
+            f"data set {config.path!r}: image {name!r} (row {row}) cannot be read: {error}"
+        ) from error
     height, width = pixels.shape[:2]
     side = config.image_size
     if height > side or width > side:

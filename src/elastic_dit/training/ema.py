@@ -7,13 +7,16 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """Average of the parameters of a module that require gradients, in float32, keyed by parameter name."""
+    """Average of the parameters of a module that require gradients, in float32, keyed by parameter
+    name."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
         self.average = {
-            name: p.detach().float().clone() for name, p in module.named_parameters() if p.requires_grad
+            name: p.detach().float().clone()
+            for name, p in module.named_parameters()
+            if p.requires_grad
         }
 
     @torch.no_grad()
@@ -23,7 +26,9 @@ class WeightAverage:
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         parameters = dict(module.named_parameters())
         torch._foreach_lerp_(
-            list(self.average.values()), [parameters[name].detach().float() for name in self.average], 1 - decay
+            list(self.average.values()),
+            [parameters[name].detach().float() for name in self.average],
+            1 - decay,
         )
 
     @torch.no_grad()

@@ -1,7 +1,9 @@
-"""The one training loop: accelerate, EMA, JSON lines, TensorBoard, atomic checkpoints, exact resume.
+"""The one training loop: accelerate, EMA, JSON lines, TensorBoard, atomic checkpoints, exact
+resume.
 
-Nothing random lives across steps. The noise of step ``n`` on process ``r`` comes from a generator seeded by
-``(seed, n, r)`` and the samples from ``(seed, position)``, so a resumed run repeats the unbroken one bit for bit.
+Nothing random lives across steps. The noise of step ``n`` on process ``r`` comes from a generator
+seeded by ``(seed, n, r)`` and the samples from ``(seed, position)``, so a resumed run repeats the
+unbroken one bit for bit.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class Task(Protocol):
         """Move whatever the task owns beside ``module``."""
         ...
 
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator) -> Tensor:
+    def loss(
+        self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Tensor:
         """Scalar loss of one batch; ``model`` is ``module``, perhaps wrapped for distribution."""
         ...
 
@@ -49,7 +53,8 @@ def train(recipe: Recipe, task: Task, data: ImageData, *, resume: bool = False) 
     """Run a recipe to its end and export the averaged weights to ``<output>/export``.
 
     Args:
-        resume: go on from the newest checkpoint in ``<output>/checkpoints`` (or start, if there is none).
+        resume: go on from the newest checkpoint in ``<output>/checkpoints`` (or start, if there is
+            none).
 
     Raises:
         FileExistsError: the output folder holds a run already and ``resume`` is off.
@@ -70,7 +75,9 @@ def train(recipe: Recipe, task: Task, data: ImageData, *, resume: bool = False) 
     )
     rank, world = accelerator.process_index, accelerator.num_processes
     if recipe.loop.batch_size % world:
-        raise ValueError(f"loop.batch_size = {recipe.loop.batch_size} must be a multiple of {world} processes")
+        raise ValueError(
+            f"loop.batch_size = {recipe.loop.batch_size} must be a multiple of {world} processes"
+        )
     if accelerator.is_main_process:
         output.mkdir(parents=True, exist_ok=True)
         (output / "recipe.json").write_text(recipe.to_json())
@@ -121,7 +128,9 @@ def train(recipe: Recipe, task: Task, data: ImageData, *, resume: bool = False) 
         if step % recipe.loop.log_every == 0 or step == total:
             value = accelerator.reduce(loss.detach(), reduction="mean").item()
             if not torch.isfinite(torch.tensor(value)):
-                raise FloatingPointError(f"loss is {value} at step {step}; the last checkpoint is untouched")
+                raise FloatingPointError(
+                    f"loss is {value} at step {step}; the last checkpoint is untouched"
+                )
             record = {
                 "step": step,
                 "images": step * recipe.loop.batch_size,
@@ -135,7 +144,9 @@ def train(recipe: Recipe, task: Task, data: ImageData, *, resume: bool = False) 
                     log.write(json.dumps(record) + "\n")
             accelerator.log({"loss": value, "lr": rate}, step=step)
             bar.set_postfix(loss=f"{value:.4f}")
-        if (step % recipe.loop.checkpoint_every == 0 or step == total) and accelerator.is_main_process:
+        if (
+            step % recipe.loop.checkpoint_every == 0 or step == total
+        ) and accelerator.is_main_process:
             facts = {"seconds": time.monotonic() - started}
             plain = [getattr(o, "optimizer", o) for o in optimizers]
             keep = recipe.loop.keep_checkpoints
@@ -146,7 +157,10 @@ def train(recipe: Recipe, task: Task, data: ImageData, *, resume: bool = False) 
     if accelerator.is_main_process:
         average.copy_to(raw)
         images_seen = total * recipe.loop.batch_size
-        task.export(export, {"images_seen": images_seen, "train_seconds": round(time.monotonic() - started, 1)})
+        task.export(
+            export,
+            {"images_seen": images_seen, "train_seconds": round(time.monotonic() - started, 1)},
+        )
     accelerator.end_training()
     return export
 
@@ -160,9 +174,13 @@ def _check_output(output: Path, recipe: Recipe, *, resume: bool) -> None:
     if not record.exists():
         return
     if not resume:
-        raise FileExistsError(f"{str(output)!r} holds a run already; resume it, or name another output")
+        raise FileExistsError(
+            f"{str(output)!r} holds a run already; resume it, or name another output"
+        )
     if record.read_text() != recipe.to_json():
-        raise ValueError(f"{str(output)!r} was started with another recipe; resuming needs the same one")
+        raise ValueError(
+            f"{str(output)!r} was started with another recipe; resuming needs the same one"
+        )
 
 
 def _truncate_log(path: Path, step: int) -> None:

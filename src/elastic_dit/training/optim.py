@@ -9,9 +9,18 @@ from torch import nn
 
 from elastic_dit.training.config import OptimConfig
 
-# Muon's orthogonalised update suits weights that map features to features. Embedding tables, the first and last
-# projection and everything one-dimensional stay with AdamW (K. Jordan's Muon notes).
-NOT_MUON = ("embedding_table", "proj_out_2", "pos_embed", "patch_embeds", "proj_outs", "size_embeds", "coarse_", "flex_")
+# Muon's orthogonalised update suits weights that map features to features. Embedding tables, the
+# first and last projection and everything one-dimensional stay with AdamW (K. Jordan's Muon notes).
+NOT_MUON = (
+    "embedding_table",
+    "proj_out_2",
+    "pos_embed",
+    "patch_embeds",
+    "proj_outs",
+    "size_embeds",
+    "coarse_",
+    "flex_",
+)
 
 
 def build_optimizers(module: nn.Module, config: OptimConfig) -> list[torch.optim.Optimizer]:
@@ -21,19 +30,26 @@ def build_optimizers(module: nn.Module, config: OptimConfig) -> list[torch.optim
         raise ValueError("nothing to train: no parameter requires a gradient")
     matrices: list[nn.Parameter] = []
     if config.name == "muon":
-        matrices = [p for name, p in named if p.ndim == 2 and not any(word in name for word in NOT_MUON)]
+        matrices = [
+            p for name, p in named if p.ndim == 2 and not any(word in name for word in NOT_MUON)
+        ]
     taken = {id(p) for p in matrices}
     rest = [p for _, p in named if id(p) not in taken]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
         optimizers.append(
             torch.optim.Muon(
-                matrices, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+                matrices,
+                lr=config.lr,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
             )
         )
     if rest:
         optimizers.append(
-            torch.optim.AdamW(rest, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
+            torch.optim.AdamW(
+                rest, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay
+            )
         )
     return optimizers
 

@@ -1,6 +1,7 @@
 """Training checkpoints: one folder of safetensors and JSON, complete or absent, never pickled.
 
-A checkpoint is written into a hidden folder, flushed to disk, and renamed into place; a reader sees whole ones only.
+A checkpoint is written into a hidden folder, flushed to disk, and renamed into place; a reader sees
+whole ones only.
 """
 
 from __future__ import annotations
@@ -28,18 +29,25 @@ def save_state(
     *,
     keep: int,
 ) -> Path:
-    """Write ``folder/step-XXXXXXXX`` atomically and delete all but the newest ``keep`` checkpoints."""
+    """Write ``folder/step-XXXXXXXX`` atomically and delete all but the newest ``keep``
+    checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{step:08d}"
     partial = folder / f".partial-step-{step:08d}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    trained = {name: p.detach().contiguous() for name, p in module.named_parameters() if p.requires_grad}
+    trained = {
+        name: p.detach().contiguous() for name, p in module.named_parameters() if p.requires_grad
+    }
     save_file(trained, partial / "model.safetensors")
     save_file(average.average, partial / "average.safetensors")
     for index, optimizer in enumerate(optimizers):
-        save_file(_flatten(optimizer.state_dict()["state"]), partial / f"optimizer-{index}.safetensors")
-    (partial / "state.json").write_text(json.dumps({"step": step, "average_updates": average.updates, **facts}))
+        save_file(
+            _flatten(optimizer.state_dict()["state"]), partial / f"optimizer-{index}.safetensors"
+        )
+    (partial / "state.json").write_text(
+        json.dumps({"step": step, "average_updates": average.updates, **facts})
+    )
     for file in partial.iterdir():
         _flush(file)
     _flush(partial)

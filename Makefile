@@ -1,0 +1,58 @@
+# Every target works on a machine that has Python 3.11 or newer with pip and venv, and nothing else.
+# The first one that is run creates .venv; later ones use it until pyproject.toml or
+# constraints.txt changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+INSTALLED_DOCS := $(VENV)/.installed-docs
+PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
+# Extra arguments of `demo`, `test` and `bench`, as in: make test ARGS="-m slow"
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types docs bench clean
+
+help:  ## list the targets
+	@echo "Usage: make TARGET [PYTHON=python3.12] [ARGS=...]"
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-7s %s\n", $$1, $$2 }' Makefile
+
+demo: $(INSTALLED)  ## run the reference model at several budgets; writes out/demo
+	$(BIN)/elastic-dit demo --output out/demo $(ARGS)
+
+test: $(INSTALLED)  ## run the tests that need neither a GPU, the network nor minutes
+	$(BIN)/pytest $(ARGS)
+
+lint: $(INSTALLED)  ## check style and format with ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)  ## check types under src/ with pyrefly
+	$(BIN)/pyrefly check
+
+docs: $(INSTALLED_DOCS)  ## build the documentation into docs/_build/html; warnings are errors
+	$(BIN)/sphinx-build -W -b html docs docs/_build/html
+
+bench: $(INSTALLED)  ## measure seconds and memory on this machine; writes JSON
+	$(BIN)/python benchmarks/run.py $(ARGS)
+
+clean:  ## remove caches and built files; keeps .venv, out/ and runs/
+	rm -rf build dist docs/_build .pytest_cache .ruff_cache
+	find . \( -path ./$(VENV) -o -path ./out -o -path ./runs \) -prune -o \
+	  -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# The extra `eval` is left out: its torchvision must match the build of torch.
+$(INSTALLED): pyproject.toml constraints.txt
+	@test -x $(BIN)/pip \
+	  || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "elastic-dit needs Python 3.11 or newer, and '$(PYTHON)' is" \
+	    "$$($(PYTHON) --version 2>/dev/null || echo 'not there')." \
+	    "Name another one: make PYTHON=python3.12 TARGET" >&2; exit 1; }
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP_INSTALL) -e '.[train,metrics,plot,dev]'
+	@touch $@
+
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(PIP_INSTALL) -e '.[docs]'
+	@touch $@

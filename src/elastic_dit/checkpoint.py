@@ -1,0 +1,186 @@
+"""Adapter folders: ``config.json`` and ``adapter.safetensors``; never pickle.
+
+Everything about a file is checked before a model is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from elastic_dit.methods import Method, method_from_config
+from elastic_dit.schedule import Schedule
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "adapter.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The trained weights of a method for one base.
+
+    Args:
+        base: the identity of the base it was trained for.
+        tensors: new tensors by their name in the converted model; retrained base weights under
+            ``base.``.
+        schedule: the default schedule.
+        notes: anything else worth keeping (training facts, recommended guidance scales).
+    """
+
+    method: Method
+    base: dict[str, Any]
+    tensors: dict[str, Tensor]
+    schedule: Schedule | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+        """Write the folder in one rename; an existing adapter there is replaced only once the new
+        one is complete.
+
+        Raises:
+            FileExistsError: the folder exists and holds something that is no adapter.
+        """
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+            raise FileExistsError(
+                f"{str(folder)!r} exists and holds no adapter; choose another folder"
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        tensors = {
+            k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in self.tensors.items()
+        }
+        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        config = {
+            "format": FORMAT,
+            "method": self.method.name,
+            "settings": self.method.to_config(),
+            "base": self.base,
+            "schedule": json.loads(self.schedule.to_json()) if self.schedule else None,
+            "notes": self.notes,
+        }
+        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        os.chmod(partial, 0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+        return folder
+
+
+def load_adapter(source: str | Path) -> Adapter:
+    """Read an adapter from a folder or a hub id.
+
+    Raises:
+        FileNotFoundError: no such folder, and not a hub id; or a file is missing.
+        ValueError: pickled, truncated or foreign weights, NaN, or a config that is not understood.
+    """
+    folder = _find(source)
+    config = _read_config(folder)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        pickled = [f.name for f in folder.iterdir() if f.suffix in PICKLES]
+        if pickled:
+            raise ValueError(
+                f"{str(folder)!r} holds pickled weights {pickled}; legal: {WEIGHTS} (pickle can run code)"
+            )
+        raise FileNotFoundError(f"{str(folder)!r} has no {WEIGHTS}")
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{str(weights)!r} is truncated or no safetensors file: {error}"
+        ) from error
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{str(weights)!r}: tensor {name!r} holds NaN or infinite values; legal: finite numbers"
+            )
+    schedule = config.get("schedule")
+    return Adapter(
+        method=method_from_config(config.get("method"), config.get("settings", {})),
+        base=config.get("base", {}),
+        tensors=tensors,
+        schedule=Schedule.from_json(json.dumps(schedule)) if schedule else None,
+        notes=config.get("notes", {}),
+    )
+
+
+def check_base(adapter: Adapter, identity: dict[str, Any]) -> None:
+    """Refuse an adapter of another base.
+
+    Raises:
+        ValueError: naming each fact that differs.
+    """
+    differing = [
+        f"{key}: adapter {adapter.base.get(key)!r}, this model {value!r}"
+        for key, value in identity.items()
+        if adapter.base.get(key) != value
+    ]
+    if differing:
+        raise ValueError("the adapter was made for another base; " + "; ".join(differing))
+
+
+def check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Refuse tensors that are missing, unknown or of another shape.
+
+    Raises:
+        ValueError: naming the first few of each.
+    """
+    missing = sorted(set(expected) - set(tensors))
+    unknown = sorted(set(tensors) - set(expected))
+    wrong = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    problems = [
+        f"{kind}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for kind, names in (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            "adapter weights do not fit its own config and this model; " + "; ".join(problems)
+        )
+
+
+def _find(source: str | Path) -> Path:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        kind = "pickled weights" if folder.suffix in PICKLES else "a file"
+        raise ValueError(
+            f"{str(source)!r} is {kind}; legal: a folder with {CONFIG} and {WEIGHTS}, or a hub id"
+        )
+    text = str(source)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"adapter {text!r} is neither a folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS]))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} has no {CONFIG}; it is no adapter folder")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else config
+        raise ValueError(f"{str(path)!r}: format = {found!r}; legal: {FORMAT}")
+    return config

@@ -1,0 +1,490 @@
+"""The only surgery on a live model: `elastify` goes in, `Handle.remove` comes out, exactly.
+
+The model keeps its object, weights and keys; its class and that of a few submodules become
+generated subclasses, and the new tensors are added beside the old ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import inspect
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic_dit.backbones import Backbone, backbone_for
+from elastic_dit.backbones.base import Call
+from elastic_dit.budget import weak_first_for_budget
+from elastic_dit.checkpoint import Adapter, check_base, check_tensors, load_adapter
+from elastic_dit.cost import TransformerShape
+from elastic_dit.guidance import run_segment
+from elastic_dit.methods import Method
+from elastic_dit.mode import FULL, Mode
+from elastic_dit.report import CallRecord, Report, Stopwatch
+from elastic_dit.routing import (
+    AttentionSeam,
+    EmbedSeam,
+    LowRankSeam,
+    ModulationSeam,
+    OutputSeam,
+    Router,
+    rebind_hooks,
+    restore_class,
+    swap_class,
+)
+from elastic_dit.schedule import Plan, Schedule
+
+ENGINE = "_elastic_engine"
+SIZES = "elastic"
+
+
+def elastify(
+    target: Any,
+    adapter: str | Path | Adapter | Method,
+    *,
+    schedule: Schedule | None = None,
+    merge: bool = False,
+) -> Handle:
+    """Make a diffusers pipeline or transformer elastic, in place.
+
+    Args:
+        target: a pipeline with a ``transformer``, or the transformer itself.
+        adapter: a trained adapter (folder, hub id or object), or a method to start one from the
+            base's weights.
+        schedule: replaces the adapter's default; a method starts with full mode throughout.
+        merge: keep one more copy of the adapted weights per mode, so that coarse modes pay nothing
+            for low-rank updates.
+
+    Returns:
+        The handle that owns every change. An elastic model that is made elastic again is first
+        restored.
+
+    Raises:
+        ValueError: unsupported class, adapter of another base, damaged adapter, mode that does not
+            fit. Nothing has been changed then.
+        FileNotFoundError: no such adapter.
+    """
+    model, pipe = _resolve(target)
+    stock = stock_class(model)
+    backbone = backbone_for(model)
+    loaded = adapter if isinstance(adapter, Adapter | Method) else load_adapter(adapter)
+    method = loaded if isinstance(loaded, Method) else loaded.method
+    backbone.check(model, set(method.modes))
+    if isinstance(loaded, Adapter):
+        check_base(loaded, backbone.identity(model))
+        schedule = schedule or loaded.schedule
+    schedule = schedule or Schedule.constant(FULL)
+    _check_schedule(schedule, method)
+    previous: Engine | None = model.__dict__.get(ENGINE)
+    if previous:
+        previous.uninstall(model)
+    try:
+        engine = Engine.build(
+            model, backbone, method, loaded if isinstance(loaded, Adapter) else None
+        )
+    except Exception:
+        if previous:
+            previous.install(model)
+        raise
+    engine.schedule, engine.router.merged = schedule, merge
+    engine.install(model)
+    if pipe is not None:
+        engine.pipe = weakref.ref(pipe)
+    return Handle(model, engine)
+
+
+LowRankPair = tuple[nn.Linear, nn.ParameterDict, nn.ParameterDict]
+
+
+@dataclass(eq=False)
+class Engine:
+    """Lives on the elastic model: picks the mode of each call, runs it, keeps the record.
+
+    Attributes:
+        pairs: adapted linear layers with their low-rank factors by mode.
+        other_weights: while installed the base's own weights, else the adapter's; swapped by
+            `install` and `uninstall`.
+    """
+
+    router: Router
+    method: Method
+    stock: type
+    pairs: list[LowRankPair]
+    other_weights: dict[str, Tensor] = field(default_factory=dict)
+    schedule: Schedule = field(default_factory=Schedule.constant)
+    packed: bool = False
+    forced: Mode | None = None
+    pipe: Any = None
+    calls: list[CallRecord] = field(default_factory=list)
+    swapped: list[nn.Module] = field(default_factory=list)
+    seen_timesteps: Any = None
+    warned: bool = False
+
+    @classmethod
+    def build(
+        cls, model: nn.Module, backbone: Backbone, method: Method, adapter: Adapter | None
+    ) -> Engine:
+        """New parameters for a stock model, from an adapter if there is one. The model is only
+        read.
+
+        Raises:
+            ValueError: the adapter's tensors do not fit, or the model already uses our attribute
+                name.
+        """
+        if hasattr(model, SIZES):
+            raise ValueError(
+                f"the model already has an attribute {SIZES!r}, which is where new tensors go"
+            )
+        sizes = method.build(model, backbone)
+        named = _low_rank_pairs(model, backbone, method)
+        router = Router(backbone, sizes, backbone.modules(model)[0])
+        engine = cls(router, method, type(model), list(named.values()))
+        if adapter is None:
+            return engine
+        expected = {f"{SIZES}.{k}": v for k, v in sizes.state_dict().items()}
+        for name, (_, A, B) in named.items():
+            expected |= {f"{name}.coarse_A.{m}": p for m, p in A.items()}
+            expected |= {f"{name}.coarse_B.{m}": p for m, p in B.items()}
+        base = {f"base.{k}": v for k, v in model.state_dict().items()} if method.trains_base else {}
+        check_tensors(expected | base, adapter.tensors)
+        with torch.no_grad():
+            for name, value in expected.items():
+                value.copy_(adapter.tensors[name])
+        engine.other_weights = {
+            name.removeprefix("base."): adapter.tensors[name].to(value)
+            for name, value in base.items()
+        }
+        return engine
+
+    def run(self, model: nn.Module, call: Call) -> Any:
+        """One call of the elastic model."""
+        forward = functools.partial(self.stock.forward, model)
+        sample = call[self.router.backbone.sample_argument]
+        count = sample.shape[0]
+        watch = Stopwatch(sample.device)
+        if self.forced is not None:
+            self.router.mode = self.forced
+            output = forward(**call)
+            self._record(model, None, self.forced, None, count, watch)
+            return output
+        level = self.router.backbone.level(call)
+        segment = self.schedule.at(level)
+        branches = self.router.backbone.branches(model, call)
+        if branches is None and segment.weak_guidance and not self.warned:
+            warnings.warn(
+                "the schedule asks for weak guidance, but the batch has no guidance rows",
+                stacklevel=4,
+            )
+            self.warned = True
+        output = run_segment(self.router, forward, call, segment, branches, packed=self.packed)
+        guide = None if branches is None or segment.gain == 0 else segment.guide_mode
+        self._record(model, level, segment.mode, guide, count, watch, guided=branches is not None)
+        return output
+
+    def _record(
+        self,
+        model: nn.Module,
+        level: float | None,
+        mode: Mode,
+        guide: Mode | None,
+        count: int,
+        watch: Stopwatch,
+        *,
+        guided: bool = False,
+    ) -> None:
+        if self._starts_run(level):
+            self.calls.clear()
+        macs = self.macs_of(model, self.router.grid)
+        pictures = count // 2 if guided else count
+        spent = pictures * (macs(mode) + (macs(guide) if guide is not None else 0.0))
+        self.calls.append(
+            CallRecord(
+                level=level,
+                mode=mode,
+                guide=guide,
+                rows=count,
+                macs=spent,
+                full_macs=count * macs(FULL),
+                watch=watch.stop(),
+            )
+        )
+
+    def _starts_run(self, level: float | None) -> bool:
+        """A run starts when the scheduler has new timesteps, or the noise level goes up again."""
+        pipe = self.pipe() if self.pipe is not None else None
+        timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+        if timesteps is not None and timesteps is not self.seen_timesteps:
+            self.seen_timesteps = timesteps
+            return True
+        last = self.calls[-1].level if self.calls else None
+        return level is not None and last is not None and level > last
+
+    def macs_of(self, model: nn.Module, grid: tuple[int, int] | None = None) -> Any:
+        """Multiply-adds of one picture as a function of the mode."""
+        return self.shape_of(model, grid).macs
+
+    def shape_of(self, model: nn.Module, grid: tuple[int, int] | None = None) -> TransformerShape:
+        """What the cost of the elastic model depends on."""
+        shape = self.router.backbone.shape(model)
+        rank = 0 if self.router.merged else self.method.low_rank
+        return replace(shape, low_rank=rank, grid=grid or shape.grid)
+
+    def install(self, model: nn.Module) -> None:
+        """Attach the new parameters and swap classes; the inverse of `uninstall`."""
+        backbone = self.router.backbone
+        self._exchange_weights(model)
+        model.add_module(SIZES, self.router.sizes)
+        embed, output = backbone.modules(model)
+        self._swap(embed, EmbedSeam)
+        self._swap(output, OutputSeam)
+        for module in backbone.modulation_layers(model):
+            self._swap(module, ModulationSeam)
+        for module in backbone.attention_layers(model):
+            self._swap(module, AttentionSeam)
+        for layer, A, B in self.pairs:
+            layer.coarse_A, layer.coarse_B = A, B
+            self._swap(layer, LowRankSeam)
+        model.__class__ = _elastic_class(self.stock)
+        model.__dict__[ENGINE] = self
+        rebind_hooks(model)
+
+    def _swap(self, module: nn.Module, mixin: type) -> None:
+        swap_class(module, mixin, self.router)
+        self.swapped.append(module)
+
+    def uninstall(self, model: nn.Module) -> None:
+        """Undo `install` exactly."""
+        for module in reversed(self.swapped):
+            restore_class(module)
+        self.swapped.clear()
+        for layer, _, _ in self.pairs:
+            del layer.coarse_A, layer.coarse_B
+        del model._modules[SIZES]
+        model.__class__ = self.stock
+        del model.__dict__[ENGINE]
+        self._exchange_weights(model)
+        rebind_hooks(model)
+
+    def _exchange_weights(self, model: nn.Module) -> None:
+        if not self.other_weights:
+            return
+        present = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        for name, other in self.other_weights.items():
+            tensor = present[name]
+            tensor.data, self.other_weights[name] = other.to(tensor), tensor.data
+
+
+class Handle:
+    """Owns what `elastify` changed. Use it as a context manager to undo at the end of a block."""
+
+    def __init__(self, model: nn.Module, engine: Engine) -> None:
+        self.model = model
+        self._engine = engine
+
+    def _live(self) -> Engine:
+        if self.model.__dict__.get(ENGINE) is not self._engine:
+            raise RuntimeError("this handle was removed or replaced; elastify again")
+        return self._engine
+
+    @property
+    def method(self) -> Method:
+        """The method in use."""
+        return self._engine.method
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """Full mode and the method's coarse modes."""
+        return (FULL, *self._engine.method.modes)
+
+    @property
+    def sizes(self) -> nn.Module:
+        """The parameters that belong to no stock module."""
+        return self._engine.router.sizes
+
+    @property
+    def schedule(self) -> Schedule:
+        """Noise level -> mode of the next runs."""
+        return self._engine.schedule
+
+    @schedule.setter
+    def schedule(self, schedule: Schedule) -> None:
+        _check_schedule(schedule, self._live().method)
+        self._engine.schedule = schedule
+
+    def set_budget(self, budget: float) -> Schedule:
+        """Choose the weak-first schedule that costs ``budget`` times the full run, and return it.
+
+        Raises:
+            ValueError: outside (0, 1], or below the cheapest mode's cost.
+        """
+        macs = self._live().macs_of(self.model)
+        self._engine.schedule = weak_first_for_budget(budget, macs, self._engine.method.modes)
+        return self._engine.schedule
+
+    @property
+    def packed(self) -> bool:
+        """Run guidance branches of different modes in one packed call (one launch) instead of
+        two."""
+        return self._engine.packed
+
+    @packed.setter
+    def packed(self, packed: bool) -> None:
+        self._live().packed = packed
+
+    @property
+    def shape(self) -> TransformerShape:
+        """What the cost depends on."""
+        return self._live().shape_of(self.model)
+
+    def plan(
+        self, num_inference_steps: int, *, guidance: bool = True, scheduler: Any = None
+    ) -> Plan:
+        """The modes and the cost of a run, before it is made.
+
+        Args:
+            guidance: whether the run uses a guidance branch (a guidance scale above 1).
+            scheduler: a diffusers scheduler; the pipeline's own by default. It is not changed.
+
+        Raises:
+            ValueError: no scheduler, or fewer than one step.
+        """
+        engine = self._live()
+        pipe = engine.pipe() if engine.pipe is not None else None
+        scheduler = scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
+        if scheduler is None:
+            raise ValueError("scheduler = None; a bare model has none of its own, so pass one")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps = {num_inference_steps}; legal: >= 1")
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.set_timesteps(num_inference_steps)
+        levels = [engine.router.backbone.level_of(t) for t in scheduler.timesteps.tolist()]
+        return self.plan_levels(levels, guidance=guidance)
+
+    def plan_levels(self, levels: Sequence[float], *, guidance: bool = True) -> Plan:
+        """`plan` for given noise levels, one per model call."""
+        engine = self._live()
+        return Plan.bind(engine.schedule, levels, engine.macs_of(self.model), guidance=guidance)
+
+    def report(self) -> Report:
+        """What the last run really did."""
+        return Report(tuple(self._live().calls))
+
+    @contextlib.contextmanager
+    def using(self, mode: Mode) -> Iterator[None]:
+        """Run every call in one mode, whatever the timesteps (for training and tests).
+
+        Raises:
+            ValueError: a mode the adapter lacks.
+        """
+        engine = self._live()
+        if mode not in self.modes:
+            raise ValueError(f"mode {mode.name!r}; legal: {', '.join(m.name for m in self.modes)}")
+        previous, engine.forced = engine.forced, mode
+        try:
+            yield
+        finally:
+            engine.forced = previous
+
+    def adapter(self, **notes: Any) -> Adapter:
+        """The present weights as an adapter."""
+        engine = self._live()
+        tensors = {k: v for k, v in self.model.state_dict().items() if _is_new(k)}
+        if engine.method.trains_base:
+            tensors |= {
+                f"base.{k}": v for k, v in self.model.state_dict().items() if not _is_new(k)
+            }
+        identity = engine.router.backbone.identity(self.model)
+        return Adapter(
+            method=engine.method,
+            base=identity,
+            tensors=tensors,
+            schedule=engine.schedule,
+            notes=notes,
+        )
+
+    def remove(self) -> None:
+        """Restore the stock model, bit for bit. Safe to call twice."""
+        if self.model.__dict__.get(ENGINE) is self._engine:
+            self._engine.uninstall(self.model)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.remove()
+
+
+def handle_of(target: Any) -> Handle | None:
+    """The handle of an elastic pipeline or model (a copy of one included), or None."""
+    model, _ = _resolve(target)
+    engine = model.__dict__.get(ENGINE)
+    return None if engine is None else Handle(model, engine)
+
+
+def stock_class(model: nn.Module) -> type:
+    """The diffusers class of a model, elastic or not."""
+    engine = model.__dict__.get(ENGINE)
+    return type(model) if engine is None else engine.stock
+
+
+@functools.cache
+def _elastic_class(stock: type) -> type:
+    signature = inspect.signature(stock.forward)
+
+    @functools.wraps(stock.forward)  # caches and modular pipelines read the signature
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        call = dict(signature.bind(self, *args, **kwargs).arguments)
+        call.pop("self")
+        return self.__dict__[ENGINE].run(self, call)
+
+    return type(f"Elastic{stock.__name__}", (stock,), {"forward": forward, "__module__": __name__})
+
+
+def _resolve(target: Any) -> tuple[nn.Module, Any]:
+    if isinstance(target, nn.Module):
+        return getattr(target, "_orig_mod", target), None
+    model = getattr(target, "transformer", None)
+    if not isinstance(model, nn.Module):
+        raise ValueError(
+            f"{type(target).__name__} has no transformer; legal: a diffusers DiT pipeline or its model"
+        )
+    return getattr(model, "_orig_mod", model), target
+
+
+def _check_schedule(schedule: Schedule, method: Method) -> None:
+    legal = {FULL, *method.modes}
+    unknown = sorted(mode.name for mode in schedule.modes - legal)
+    if unknown:
+        names = ", ".join(["full", *(m.name for m in method.modes)])
+        raise ValueError(f"schedule asks for {', '.join(unknown)}; legal for this adapter: {names}")
+
+
+def _is_new(key: str) -> bool:
+    return key.startswith(f"{SIZES}.") or ".coarse_A." in key or ".coarse_B." in key
+
+
+def _low_rank_pairs(model: nn.Module, backbone: Backbone, method: Method) -> dict[str, LowRankPair]:
+    """New low-rank pairs by layer name; the second factor is zero, so a fresh method changes
+    nothing."""
+    pairs: dict[str, LowRankPair] = {}
+    if method.low_rank:
+        for name, layer in backbone.low_rank_layers(model):
+            A, B = nn.ParameterDict(), nn.ParameterDict()
+            for mode in method.modes:
+                A[mode.name] = nn.Parameter(
+                    torch.randn(method.low_rank, layer.in_features).to(layer.weight)
+                    / layer.in_features**0.5
+                )
+                B[mode.name] = nn.Parameter(
+                    torch.zeros(layer.out_features, method.low_rank).to(layer.weight)
+                )
+            pairs[name] = (layer, A, B)
+    return pairs

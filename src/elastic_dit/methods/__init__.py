@@ -1,0 +1,28 @@
+"""Published systems; one file each with the same parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from elastic_dit.methods.base import Method
+from elastic_dit.methods.flexidit import FlexiDiT
+
+METHODS: dict[str, type[Method]] = {"flexidit": FlexiDiT}
+"""Methods by name."""
+
+
+def method_from_config(name: object, config: dict[str, Any]) -> Method:
+    """Build a method from an adapter's config.
+
+    Raises:
+        ValueError: unknown method or configuration.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; legal: {', '.join(METHODS)}")
+    try:
+        return METHODS[str(name)](**config)
+    except TypeError as error:
+        raise ValueError(f"configuration of method {name!r} is not understood: {error}") from error
+
+
+__all__ = ["METHODS", "FlexiDiT", "Method", "method_from_config"]

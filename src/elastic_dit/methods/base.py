@@ -1,0 +1,67 @@
+"""What every method has: a config, the modules it adds, how they start, and its default
+schedule."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+from elastic_dit.backbones.base import Backbone
+from elastic_dit.mode import Mode
+
+
+class Sizes(nn.Module, ABC):
+    """The parameters of a patch-size method that belong to no module of the base.
+
+    It is attached to the model as ``elastic`` so that its tensors travel with the model's state
+    dict.
+    """
+
+    @abstractmethod
+    def routes(self, mode: Mode) -> bool:
+        """Whether this mode's tokens are made here rather than by the stock modules."""
+
+    @abstractmethod
+    def embed(self, vectors: Tensor, mode: Mode) -> Tensor:
+        """Base patch vectors ``(B, H, W, c)`` -> tokens ``(B, n, D)`` without positions."""
+
+    @abstractmethod
+    def project(self, hidden: Tensor, mode: Mode, grid: tuple[int, int]) -> Tensor:
+        """Final hidden states ``(B, n, D)`` -> base patch vectors ``(B, H*W, c_out)``."""
+
+
+class Method(ABC):
+    """One published system: its configuration and what it adds to a base.
+
+    Attributes:
+        name: key in `elastic_dit.methods.METHODS` and in adapter files.
+        paper: where it comes from.
+    """
+
+    name: str
+    paper: str
+
+    @property
+    @abstractmethod
+    def modes(self) -> tuple[Mode, ...]:
+        """The coarse modes it adds."""
+
+    @property
+    @abstractmethod
+    def low_rank(self) -> int:
+        """Rank of the low-rank updates of self-attention and feed-forward; 0 for none."""
+
+    @property
+    @abstractmethod
+    def trains_base(self) -> bool:
+        """Whether the base's own weights are trained, hence part of the adapter."""
+
+    @abstractmethod
+    def build(self, model: nn.Module, backbone: Backbone) -> Sizes:
+        """New parameters for a base, initialised from it."""
+
+    @abstractmethod
+    def to_config(self) -> dict[str, Any]:
+        """Plain data; the class's constructor takes it back."""

@@ -1,0 +1,68 @@
+"""A mode is one way to run the network for one forward pass."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How much work one forward pass does. Frozen and hashable: it keys weights, cost tables and
+    graphs.
+
+    Args:
+        patch_scale: base patches per axis that one token covers; an int for height and width alike,
+            or ``(t, h, w)``. 1 is the base's own patch size.
+
+    Raises:
+        ValueError: a scale that is not a whole number of at least 1.
+    """
+
+    patch_scale: tuple[int, int, int] = (1, 1, 1)
+
+    def __init__(self, patch_scale: int | tuple[int, int, int] = 1) -> None:
+        scale = (
+            (1, patch_scale, patch_scale) if isinstance(patch_scale, int) else tuple(patch_scale)
+        )
+        if len(scale) != 3 or any(not isinstance(k, int) or k < 1 for k in scale):
+            raise ValueError(
+                f"patch_scale = {patch_scale!r}; legal: a whole number >= 1, or three of them (t, h, w)"
+            )
+        object.__setattr__(self, "patch_scale", scale)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether this is the base network, exactly as it came."""
+        return self.patch_scale == (1, 1, 1)
+
+    @property
+    def name(self) -> str:
+        """``full``, ``patch2``, or ``patch2x1x1``; the inverse of `parse`. Safe as a key of a
+        module dictionary."""
+        t, h, w = self.patch_scale
+        if self.is_full:
+            return "full"
+        return f"patch{h}" if t == 1 and h == w else f"patch{t}x{h}x{w}"
+
+    @classmethod
+    def parse(cls, name: str) -> Mode:
+        """The mode of a name.
+
+        Raises:
+            ValueError: not a mode's name.
+        """
+        if name == "full":
+            return FULL
+        if match := re.fullmatch(r"patch(\d+)", name):
+            return cls(int(match[1]))
+        if match := re.fullmatch(r"patch(\d+)x(\d+)x(\d+)", name):
+            return cls((int(match[1]), int(match[2]), int(match[3])))
+        raise ValueError(f"unknown mode {name!r}; legal: 'full', 'patchK', 'patchTxHxW'")
+
+    def __str__(self) -> str:
+        return self.name
+
+
+FULL = Mode(1)
+"""The base network, exactly as it came."""

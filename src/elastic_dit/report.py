@@ -1,0 +1,118 @@
+"""What really ran: one record per model call, and their sums."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+
+import torch
+
+from elastic_dit.mode import Mode
+
+
+class Stopwatch:
+    """Seconds of device work between `__init__` and `stop`; CUDA is timed by events, without a
+    synchronisation."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._start = self._mark()
+        self._end: float | torch.cuda.Event = self._start
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> Stopwatch:
+        """Mark the end; returns itself."""
+        self._end = self._mark()
+        return self
+
+    @property
+    def seconds(self) -> float:
+        """Elapsed seconds; waits for the device if it is still at work."""
+        if isinstance(self._start, float) and isinstance(self._end, float):
+            return self._end - self._start
+        self._end.synchronize()  # pyrefly: ignore[missing-attribute]
+        return self._start.elapsed_time(self._end) / 1000  # pyrefly: ignore[missing-attribute]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallRecord:
+    """One model call that was made.
+
+    Args:
+        guide: mode of the guidance branch, None if there was none.
+        macs, full_macs: multiply-adds of all rows, as run and as full mode would have cost.
+    """
+
+    level: float | None
+    mode: Mode
+    guide: Mode | None
+    rows: int
+    macs: float
+    full_macs: float
+    watch: Stopwatch
+
+
+@dataclass(frozen=True)
+class Report:
+    """The calls of one run."""
+
+    calls: tuple[CallRecord, ...]
+
+    @property
+    def macs(self) -> float:
+        """Multiply-adds of the run."""
+        return sum(call.macs for call in self.calls)
+
+    @property
+    def ratio(self) -> float:
+        """Cost over that of the same calls in full mode; 1 for an empty run."""
+        full = sum(call.full_macs for call in self.calls)
+        return self.macs / full if full else 1.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds inside the model."""
+        return sum(call.watch.seconds for call in self.calls)
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data: totals and one row per call."""
+        rows = [
+            {
+                "index": index,
+                "level": call.level,
+                "mode": call.mode.name,
+                "guide": call.guide.name if call.guide else None,
+                "rows": call.rows,
+                "macs": call.macs,
+                "seconds": call.watch.seconds,
+            }
+            for index, call in enumerate(self.calls)
+        ]
+        return {"macs": self.macs, "ratio": self.ratio, "seconds": self.seconds, "calls": rows}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'call':>4} {'level':>6} {'mode':>8} {'guide':>8} {'rows':>5} {'GMAC':>10} {'ms':>9}"
+        ]
+        for index, call in enumerate(self.calls):
+            level = "-" if call.level is None else f"{call.level:.3f}"
+            guide = call.guide.name if call.guide else "-"
+            lines.append(
+                f"{index:>4} {level:>6} {call.mode.name:>8} {guide:>8} {call.rows:>5} "
+                f"{call.macs / 1e9:>10.3f} {call.watch.seconds * 1e3:>9.1f}"
+            )
+        lines.append(
+            f"{self.ratio:.1%} of the full cost, {self.macs / 1e9:.3f} GMAC, {self.seconds:.3f} s in the model"
+        )
+        return "\n".join(lines)

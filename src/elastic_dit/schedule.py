@@ -1,0 +1,286 @@
+"""Schedules say which mode runs at which noise level; plans bind them to the timesteps of one run.
+
+A noise level is the network's own time, scaled to [0, 1]: 1 is pure noise, 0 is data. A schedule
+never speaks of step numbers, so it means the same for 10 steps and for 250 (FlexiDiT section 3.3:
+weak first, then powerful).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from elastic_dit.mode import FULL, Mode
+
+WEAK_GUIDANCE_GAIN = 1 / 2.5
+"""FlexiDiT's rule of thumb (1 - s1) / (1 - s2) = 2.5 between the scales of ordinary and weak-model
+guidance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """One stretch of noise levels, ``stop <= level < start`` (a start of 1 includes 1 and above).
+
+    Args:
+        mode: of the conditional branch.
+        guide: mode of the guidance branch; the same as ``mode`` unless given.
+        guidance: ``cfg`` (the guidance branch sees the null condition) or ``weak`` (where ``guide``
+            is coarser than ``mode``, it sees the true condition instead: weak-model guidance;
+            elsewhere ordinary CFG).
+        gain: factor on the guidance scale's excess over 1: the pipeline's scale ``s`` acts as ``1 +
+            gain * (s - 1)``. 0 leaves the guidance branch out altogether.
+
+    Raises:
+        ValueError: levels, guidance or gain out of range.
+    """
+
+    start: float
+    stop: float
+    mode: Mode = FULL
+    guide: Mode | None = None
+    guidance: str = "cfg"
+    gain: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.stop < self.start <= 1:
+            raise ValueError(
+                f"segment from {self.start} to {self.stop}; legal: 0 <= stop < start <= 1"
+            )
+        if self.guidance not in ("cfg", "weak"):
+            raise ValueError(f"guidance = {self.guidance!r}; legal: 'cfg', 'weak'")
+        if not 0 <= self.gain < float("inf"):
+            raise ValueError(f"gain = {self.gain}; legal: a number >= 0")
+
+    @property
+    def guide_mode(self) -> Mode:
+        """Mode of the guidance branch."""
+        return self.mode if self.guide is None else self.guide
+
+    @property
+    def weak_guidance(self) -> bool:
+        """Whether the guidance branch is the weak model on the true condition."""
+        return self.guidance == "weak" and self.guide_mode != self.mode
+
+    @property
+    def modes(self) -> set[Mode]:
+        """The modes this segment needs."""
+        return {self.mode, self.guide_mode}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Noise level -> mode, as plain data.
+
+    Args:
+        segments: from level 1 down to 0, without gap or overlap.
+
+    Raises:
+        ValueError: empty, a gap, an overlap, or ends that are not 1 and 0.
+    """
+
+    segments: tuple[Segment, ...]
+
+    def __init__(self, segments: Iterable[Segment]) -> None:
+        ordered = tuple(segments)
+        if not ordered:
+            raise ValueError("a schedule needs at least one segment")
+        if ordered[0].start != 1 or ordered[-1].stop != 0:
+            raise ValueError(
+                f"schedule covers noise levels {ordered[0].start} to {ordered[-1].stop}; legal: 1 to 0"
+            )
+        for above, below in zip(ordered, ordered[1:], strict=False):
+            if above.stop != below.start:
+                kind = "gap" if above.stop > below.start else "overlap"
+                raise ValueError(
+                    f"schedule has a {kind} between noise levels {above.stop} and {below.start}; "
+                    "each segment must start where the one before stops"
+                )
+        object.__setattr__(self, "segments", ordered)
+
+    @classmethod
+    def constant(
+        cls, mode: Mode = FULL, *, guide: Mode | None = None, guidance: str = "cfg"
+    ) -> Schedule:
+        """One mode at every noise level."""
+        return cls([Segment(start=1, stop=0, mode=mode, guide=guide, guidance=guidance)])
+
+    @classmethod
+    def weak_first(
+        cls,
+        fraction: float,
+        weak: Mode | int = 2,
+        *,
+        guide_fraction: float | None = None,
+        guidance: str = "cfg",
+        gain: float | None = None,
+    ) -> Schedule:
+        """FlexiDiT's schedule: the noisiest ``fraction`` of the run weak, the rest in full mode.
+
+        Args:
+            fraction: share of noise levels (of steps, where timesteps are spaced evenly) run weak;
+                in [0, 1].
+            weak: the weak mode, or its patch scale.
+            guide_fraction: the same share for the guidance branch; ``fraction`` for ordinary CFG, 1
+                for weak guidance.
+            guidance: ``cfg`` or ``weak``.
+            gain: guidance gain where weak guidance acts; FlexiDiT's 1/2.5 by default.
+
+        Raises:
+            ValueError: a fraction outside [0, 1].
+        """
+        weak = Mode(weak) if isinstance(weak, int) else weak
+        if guide_fraction is None:
+            guide_fraction = fraction if guidance == "cfg" else 1.0
+        for name, value in (("fraction", fraction), ("guide_fraction", guide_fraction)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name} = {value}; legal: [0, 1]")
+        edges = sorted(
+            {1.0, 0.0, round(1 - fraction, 9), round(1 - guide_fraction, 9)}, reverse=True
+        )
+        segments = []
+        for start, stop in zip(edges, edges[1:], strict=False):
+            mode = weak if start > 1 - fraction + 1e-9 else FULL
+            guide = weak if start > 1 - guide_fraction + 1e-9 else FULL
+            acts = guidance == "weak" and mode != guide
+            scale = (WEAK_GUIDANCE_GAIN if gain is None else gain) if acts else 1.0
+            segments.append(
+                Segment(
+                    start=start, stop=stop, mode=mode, guide=guide, guidance=guidance, gain=scale
+                )
+            )
+        return cls(segments)
+
+    def at(self, level: float) -> Segment:
+        """The segment of a noise level; levels beyond [0, 1] belong to the nearest end."""
+        for segment in self.segments:
+            if level >= segment.stop:
+                return segment
+        return self.segments[-1]
+
+    @property
+    def modes(self) -> set[Mode]:
+        """Every mode the schedule can ask for."""
+        return set().union(*(segment.modes for segment in self.segments))
+
+    def to_json(self) -> str:
+        """Plain JSON; the inverse of `from_json`."""
+        rows = [
+            {
+                "start": s.start,
+                "stop": s.stop,
+                "mode": s.mode.name,
+                "guide": s.guide_mode.name,
+                "guidance": s.guidance,
+                "gain": s.gain,
+            }
+            for s in self.segments
+        ]
+        return json.dumps({"segments": rows})
+
+    @classmethod
+    def from_json(cls, text: str) -> Schedule:
+        """Read a schedule.
+
+        Raises:
+            ValueError: not JSON, unknown keys or modes, gaps, values out of range.
+        """
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"schedule is not valid JSON: {error}") from error
+        if not isinstance(data, dict) or not isinstance(data.get("segments"), list):
+            raise ValueError("schedule JSON must be an object with a list 'segments'")
+        return cls([_segment_from(row) for row in data["segments"]])
+
+
+def _segment_from(row: Any) -> Segment:
+    legal = {"start", "stop", "mode", "guide", "guidance", "gain"}
+    if not isinstance(row, dict) or set(row) - legal or not {"start", "stop", "mode"} <= set(row):
+        raise ValueError(
+            f"schedule segment {row!r}; legal: start, stop, mode and optionally guide, guidance, gain"
+        )
+    for key in ("start", "stop", "gain"):
+        if key in row and (isinstance(row[key], bool) or not isinstance(row[key], int | float)):
+            raise ValueError(f"schedule segment: {key} = {row[key]!r}; legal: a number")
+    guide = row.get("guide")
+    return Segment(
+        start=row["start"],
+        stop=row["stop"],
+        mode=Mode.parse(str(row["mode"])),
+        guide=None if guide is None else Mode.parse(str(guide)),
+        guidance=row.get("guidance", "cfg"),
+        gain=row.get("gain", 1.0),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanStep:
+    """One model call of a run, before it is made.
+
+    Args:
+        level: noise level in [0, 1].
+        guide: mode of the guidance branch, None where it is left out.
+        macs: multiply-adds of the call for one picture, all branches.
+    """
+
+    index: int
+    level: float
+    mode: Mode
+    guide: Mode | None
+    macs: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A schedule bound to the timesteps of one run; its cost is known before anything runs.
+
+    Args:
+        full_macs: multiply-adds of the same run, with the same guidance, all in full mode.
+    """
+
+    steps: tuple[PlanStep, ...]
+    full_macs: float
+    schedule: Schedule = field(repr=False)
+
+    @classmethod
+    def bind(
+        cls,
+        schedule: Schedule,
+        levels: Sequence[float],
+        macs: Callable[[Mode], float],
+        *,
+        guidance: bool,
+    ) -> Plan:
+        """Bind a schedule to the noise levels of a run's model calls.
+
+        Args:
+            macs: multiply-adds of one forward pass of one picture in a mode.
+            guidance: whether the run has a guidance branch.
+
+        Raises:
+            ValueError: no timesteps.
+        """
+        if not len(levels):
+            raise ValueError("a plan needs at least one timestep")
+        steps = []
+        for index, level in enumerate(levels):
+            segment = schedule.at(level)
+            guide = segment.guide_mode if guidance and segment.gain > 0 else None
+            cost = macs(segment.mode) + (macs(guide) if guide is not None else 0.0)
+            steps.append(
+                PlanStep(index=index, level=level, mode=segment.mode, guide=guide, macs=cost)
+            )
+        full = len(levels) * macs(FULL) * (2 if guidance else 1)
+        return cls(steps=tuple(steps), full_macs=full, schedule=schedule)
+
+    @property
+    def macs(self) -> float:
+        """Multiply-adds of the whole run for one picture."""
+        return sum(step.macs for step in self.steps)
+
+    @property
+    def ratio(self) -> float:
+        """Cost over the cost of the same run in full mode."""
+        return self.macs / self.full_macs
