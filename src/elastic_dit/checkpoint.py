@@ -92,7 +92,8 @@ def load_adapter(source: str | Path) -> Adapter:
         pickled = [f.name for f in folder.iterdir() if f.suffix in PICKLES]
         if pickled:
             raise ValueError(
-                f"{str(folder)!r} holds pickled weights {pickled}; legal: {WEIGHTS} (pickle can run code)"
+                f"{str(folder)!r} holds pickled weights {pickled}; legal: {WEIGHTS} "
+                "(pickle can run code)"
             )
         raise FileNotFoundError(f"{str(folder)!r} has no {WEIGHTS}")
     try:
@@ -104,7 +105,8 @@ def load_adapter(source: str | Path) -> Adapter:
     for name, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(
-                f"{str(weights)!r}: tensor {name!r} holds NaN or infinite values; legal: finite numbers"
+                f"{str(weights)!r}: tensor {name!r} holds NaN or infinite values; "
+                "legal: finite numbers"
             )
     schedule = config.get("schedule")
     return Adapter(

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
-from elastic_dit.mode import Mode
+from elastic_dit.mode import FULL, Mode
+from elastic_dit.schedule import Plan, Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +109,55 @@ def named_shape(name: str) -> TransformerShape:
     if name not in SHAPES:
         raise ValueError(f"unknown model {name!r}; legal: {', '.join(SHAPES)}")
     return SHAPES[name]
+
+
+def weak_first_cost(
+    model: str,
+    fraction: float,
+    *,
+    guide_fraction: float | None = None,
+    scale: int = 2,
+    low_rank: int = 0,
+    steps: int = 250,
+    shape: TransformerShape | None = None,
+) -> dict[str, Any]:
+    """What a guided weak-first run of a model costs.
+
+    Args:
+        model: a name in `SHAPES`, or any name if ``shape`` is given.
+        fraction, guide_fraction: shares of the steps run weak, as in `Schedule.weak_first`.
+        scale: weak patch in base patches per axis.
+        low_rank: rank of unmerged low-rank updates in the weak mode; 0 for merged or none.
+
+    Returns:
+        ``macs_full`` and ``macs_weak`` of one forward pass of one picture, ``macs_plan`` (its mean
+        over the run), ``ratio``, and ``ratio_paper`` in the accounting of the FlexiDiT paper
+        (blocks only).
+
+    Raises:
+        ValueError: unknown model, or a number out of range.
+    """
+    shape = shape or named_shape(model)
+    if low_rank < 0:
+        raise ValueError(f"low_rank = {low_rank}; legal: >= 0")
+    if steps < 1:
+        raise ValueError(f"steps = {steps}; legal: >= 1")
+    shape = shape.with_low_rank(low_rank)
+    schedule = Schedule.weak_first(fraction, scale, guide_fraction=guide_fraction)
+    levels = [(steps - 1 - i) / steps for i in range(steps)]
+    plan = Plan.bind(schedule, levels, shape.macs, guidance=True)
+    paper = Plan.bind(schedule, levels, shape.block_macs, guidance=True)
+    full = shape.macs(FULL)
+    return {
+        "model": model,
+        "tokens_full": shape.tokens(FULL),
+        "tokens_weak": shape.tokens(Mode(scale)),
+        "macs_full": full,
+        "macs_weak": shape.macs(Mode(scale)),
+        "macs_plan": full * plan.ratio,
+        "flops_full": 2 * full,
+        "flops_plan": 2 * full * plan.ratio,
+        "ratio": plan.ratio,
+        "ratio_paper": paper.ratio,
+        "steps": steps,
+    }

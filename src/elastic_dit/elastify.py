@@ -73,7 +73,6 @@ def elastify(
         FileNotFoundError: no such adapter.
     """
     model, pipe = _resolve(target)
-    stock = stock_class(model)
     backbone = backbone_for(model)
     loaded = adapter if isinstance(adapter, Adapter | Method) else load_adapter(adapter)
     method = loaded if isinstance(loaded, Method) else loaded.method
@@ -305,6 +304,11 @@ class Handle:
         return (FULL, *self._engine.method.modes)
 
     @property
+    def backbone(self) -> Backbone:
+        """What is known of the model's class."""
+        return self._engine.router.backbone
+
+    @property
     def sizes(self) -> nn.Module:
         """The parameters that belong to no stock module."""
         return self._engine.router.sizes
@@ -396,11 +400,9 @@ class Handle:
     def adapter(self, **notes: Any) -> Adapter:
         """The present weights as an adapter."""
         engine = self._live()
-        tensors = {k: v for k, v in self.model.state_dict().items() if _is_new(k)}
+        tensors = {k: v for k, v in self.model.state_dict().items() if is_new(k)}
         if engine.method.trains_base:
-            tensors |= {
-                f"base.{k}": v for k, v in self.model.state_dict().items() if not _is_new(k)
-            }
+            tensors |= {f"base.{k}": v for k, v in self.model.state_dict().items() if not is_new(k)}
         identity = engine.router.backbone.identity(self.model)
         return Adapter(
             method=engine.method,
@@ -454,7 +456,8 @@ def _resolve(target: Any) -> tuple[nn.Module, Any]:
     model = getattr(target, "transformer", None)
     if not isinstance(model, nn.Module):
         raise ValueError(
-            f"{type(target).__name__} has no transformer; legal: a diffusers DiT pipeline or its model"
+            f"{type(target).__name__} has no transformer; "
+            "legal: a diffusers DiT pipeline or its model"
         )
     return getattr(model, "_orig_mod", model), target
 
@@ -467,7 +470,8 @@ def _check_schedule(schedule: Schedule, method: Method) -> None:
         raise ValueError(f"schedule asks for {', '.join(unknown)}; legal for this adapter: {names}")
 
 
-def _is_new(key: str) -> bool:
+def is_new(key: str) -> bool:
+    """Whether a parameter name of an elastic model is one of the added tensors."""
     return key.startswith(f"{SIZES}.") or ".coarse_A." in key or ".coarse_B." in key
 
 

@@ -27,7 +27,7 @@ class Mode:
         )
         if len(scale) != 3 or any(not isinstance(k, int) or k < 1 for k in scale):
             raise ValueError(
-                f"patch_scale = {patch_scale!r}; legal: a whole number >= 1, or three of them (t, h, w)"
+                f"patch_scale = {patch_scale!r}; legal: a whole number >= 1, or three (t, h, w)"
             )
         object.__setattr__(self, "patch_scale", scale)
 

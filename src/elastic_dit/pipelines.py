@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -102,7 +102,8 @@ class PixelDiTPipeline(DiffusionPipeline):
                 prediction = velocity(network_input, prediction, level)
             x = self.scheduler.step(prediction, t, x, **step_arguments).prev_sample
 
-        images = (x * self.config.data_std + self.config.data_mean).clamp(0, 1)
+        statistics = self.config
+        images = (x * statistics["data_std"] + statistics["data_mean"]).clamp(0, 1)
         self.maybe_free_model_hooks()
         if output_type != "pt":
             images = images.cpu().permute(0, 2, 3, 1).numpy()
@@ -140,7 +141,8 @@ class PixelDiTPipeline(DiffusionPipeline):
             kind = self.scheduler.config.get("prediction_type")
             if kind != "v_prediction":
                 raise ValueError(
-                    f"scheduler with prediction_type = {kind!r}; legal: 'v_prediction' or a flow scheduler"
+                    f"scheduler with prediction_type = {kind!r}; "
+                    "legal: 'v_prediction' or a flow scheduler"
                 )
 
 

@@ -113,6 +113,7 @@ class Report:
                 f"{call.macs / 1e9:>10.3f} {call.watch.seconds * 1e3:>9.1f}"
             )
         lines.append(
-            f"{self.ratio:.1%} of the full cost, {self.macs / 1e9:.3f} GMAC, {self.seconds:.3f} s in the model"
+            f"{self.ratio:.1%} of the full cost, {self.macs / 1e9:.3f} GMAC, "
+            f"{self.seconds:.3f} s in the model"
         )
         return "\n".join(lines)

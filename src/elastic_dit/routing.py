@@ -89,7 +89,7 @@ class Router:
         ]
 
 
-class EmbedSeam:
+class EmbedSeam(nn.Module):
     """Mixed into the module that makes tokens (and adds positions)."""
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -115,7 +115,7 @@ class EmbedSeam:
         return (tokens + positions).to(tokens.dtype)
 
 
-class OutputSeam:
+class OutputSeam(nn.Module):
     """Mixed into the last linear layer: tokens of any mode become base tokens in base order."""
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ class OutputSeam:
         return router.sizes.project(hidden, mode, router.grid)
 
 
-class ModulationSeam:
+class ModulationSeam(nn.Module):
     """Mixed into a linear layer whose output modulates all tokens of a picture: repeats it over
     packed tokens."""
 
@@ -156,7 +156,7 @@ class ModulationSeam:
         )
 
 
-class AttentionSeam:
+class AttentionSeam(nn.Module):
     """Mixed into a self-attention module: regroups packed tokens by picture under a block-diagonal
     mask."""
 
@@ -180,7 +180,7 @@ class AttentionSeam:
         return router.pack(list(out.split(lengths, dim=1)))
 
 
-class LowRankSeam:
+class LowRankSeam(nn.Module):
     """Mixed into a `torch.nn.Linear`: adds ``B A x`` of the present coarse mode; nothing in full
     mode.
 
@@ -261,7 +261,7 @@ def swap_class(module: nn.Module, mixin: type, router: Router) -> None:
 
 def restore_class(module: nn.Module) -> None:
     """Undo `swap_class` exactly."""
-    module.__class__ = type(module).__mro__[2]
+    module.__class__ = type(module).__bases__[1]
     for key in (ROUTER, "_elastic_merged"):
         module.__dict__.pop(key, None)
     rebind_hooks(module)

@@ -88,7 +88,8 @@ class Schedule:
             raise ValueError("a schedule needs at least one segment")
         if ordered[0].start != 1 or ordered[-1].stop != 0:
             raise ValueError(
-                f"schedule covers noise levels {ordered[0].start} to {ordered[-1].stop}; legal: 1 to 0"
+                f"schedule covers noise levels {ordered[0].start} to {ordered[-1].stop}; "
+                "legal: 1 to 0"
             )
         for above, below in zip(ordered, ordered[1:], strict=False):
             if above.stop != below.start:
@@ -199,7 +200,8 @@ def _segment_from(row: Any) -> Segment:
     legal = {"start", "stop", "mode", "guide", "guidance", "gain"}
     if not isinstance(row, dict) or set(row) - legal or not {"start", "stop", "mode"} <= set(row):
         raise ValueError(
-            f"schedule segment {row!r}; legal: start, stop, mode and optionally guide, guidance, gain"
+            f"schedule segment {row!r}; legal: start, stop, mode and optionally guide, guidance, "
+            "gain"
         )
     for key in ("start", "stop", "gain"):
         if key in row and (isinstance(row[key], bool) or not isinstance(row[key], int | float)):

@@ -19,6 +19,10 @@ from elastic_dit.mode import Mode
 from elastic_dit.routing import Router
 
 Call = dict[str, Any]
+"""The arguments of one model call by name."""
+
+Model = Any
+"""A live diffusers model or submodule; `nn.Module` as a type would hide its attributes."""
 
 
 @dataclass(frozen=True)
@@ -45,42 +49,42 @@ class Backbone(ABC):
     sample_argument: str = "hidden_states"
 
     @abstractmethod
-    def grid(self, embed: nn.Module, latent: Tensor) -> tuple[int, int]:
+    def grid(self, embed: Model, latent: Tensor) -> tuple[int, int]:
         """Base grid ``(height, width)`` of a latent."""
 
     @abstractmethod
-    def patch_vectors(self, embed: nn.Module, latent: Tensor) -> Tensor:
+    def patch_vectors(self, embed: Model, latent: Tensor) -> Tensor:
         """Latent -> base patch vectors ``(B, H, W, c)``."""
 
     @abstractmethod
-    def positions(self, embed: nn.Module, router: Router, mode: Mode) -> Tensor:
+    def positions(self, embed: Model, router: Router, mode: Mode) -> Tensor:
         """Position vectors ``(1, n, D)`` of a mode's tokens on the router's grid."""
 
     @abstractmethod
-    def embed_kernel(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+    def embed_kernel(self, model: Model) -> tuple[Tensor, Tensor]:
         """Weight ``(D, C, p, p)`` and bias ``(D,)`` of the base patch embedding."""
 
     @abstractmethod
-    def output_rows(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+    def output_rows(self, model: Model) -> tuple[Tensor, Tensor]:
         """Weight ``(p, p, C, D)`` and bias ``(p, p, C)`` of the base output projection."""
 
     @abstractmethod
     def load_patch(
-        self, model: nn.Module, embed: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]
+        self, model: Model, embed: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]
     ) -> None:
         """Write a base patch embedding and output projection in the forms of the two methods
         above."""
 
     @abstractmethod
-    def low_rank_layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    def low_rank_layers(self, model: Model) -> Iterator[tuple[str, nn.Linear]]:
         """Linear layers of self-attention and feed-forward, with their names."""
 
     @abstractmethod
-    def modulation_layers(self, model: nn.Module) -> Iterator[nn.Module]:
+    def modulation_layers(self, model: Model) -> Iterator[nn.Module]:
         """Linear layers whose output modulates all tokens of a picture."""
 
     @abstractmethod
-    def attention_layers(self, model: nn.Module) -> Iterator[nn.Module]:
+    def attention_layers(self, model: Model) -> Iterator[nn.Module]:
         """Self-attention modules."""
 
     @abstractmethod
@@ -96,7 +100,7 @@ class Backbone(ABC):
         """
 
     @abstractmethod
-    def branches(self, model: nn.Module, call: Call) -> Branches | None:
+    def branches(self, model: Model, call: Call) -> Branches | None:
         """The guidance layout of a batched call, None if all rows are conditional."""
 
     @abstractmethod
@@ -104,25 +108,26 @@ class Backbone(ABC):
         """``call`` with the condition of ``condition`` (for weak-model guidance)."""
 
     @abstractmethod
-    def shape(self, model: nn.Module) -> TransformerShape:
+    def shape(self, model: Model) -> TransformerShape:
         """What the model's cost depends on."""
 
     @abstractmethod
-    def identity(self, model: nn.Module) -> dict[str, Any]:
+    def identity(self, model: Model) -> dict[str, Any]:
         """The facts an adapter must share with its base: class, width, depth, patch, channels."""
 
     @abstractmethod
     def wrap_output(self, sample: Tensor) -> Any:
         """The stock output object."""
 
-    def check(self, model: nn.Module, modes: set[Mode]) -> None:
+    @abstractmethod
+    def check(self, model: Model, modes: set[Mode]) -> None:
         """Refuse modes that this model cannot run.
 
         Raises:
             ValueError: naming the mode and why.
         """
 
-    def modules(self, model: nn.Module) -> tuple[nn.Module, nn.Module]:
+    def modules(self, model: Model) -> tuple[nn.Module, nn.Module]:
         """The token-making and the token-ending submodule."""
         return model.get_submodule(self.embed), model.get_submodule(self.output)
 

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-from elastic_dit.backbones.base import Backbone, Branches, Call
+from elastic_dit.backbones.base import Backbone, Branches, Call, Model
 from elastic_dit.cost import TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.positions import group_centres, sincos_2d
@@ -25,16 +25,16 @@ class DiTBackbone(Backbone):
     embed = "pos_embed"
     output = "proj_out_2"
 
-    def grid(self, embed: nn.Module, latent: Tensor) -> tuple[int, int]:
+    def grid(self, embed: Model, latent: Tensor) -> tuple[int, int]:
         return latent.shape[-2] // embed.patch_size, latent.shape[-1] // embed.patch_size
 
-    def patch_vectors(self, embed: nn.Module, latent: Tensor) -> Tensor:
+    def patch_vectors(self, embed: Model, latent: Tensor) -> Tensor:
         p = embed.patch_size
         B, C, height, width = latent.shape
         x = latent.reshape(B, C, height // p, p, width // p, p).permute(0, 2, 4, 1, 3, 5)
         return x.reshape(B, height // p, width // p, C * p * p)
 
-    def positions(self, embed: nn.Module, router: Router, mode: Mode) -> Tensor:
+    def positions(self, embed: Model, router: Router, mode: Mode) -> Tensor:
         weight = embed.proj.weight
         key = (router.grid, mode, weight.device)
         if key not in router.tables:
@@ -48,15 +48,15 @@ class DiTBackbone(Backbone):
             router.tables[key] = table.to(weight.device)
         return router.tables[key]
 
-    def embed_kernel(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+    def embed_kernel(self, model: Model) -> tuple[Tensor, Tensor]:
         return model.pos_embed.proj.weight, model.pos_embed.proj.bias
 
-    def output_rows(self, model: nn.Module) -> tuple[Tensor, Tensor]:
+    def output_rows(self, model: Model) -> tuple[Tensor, Tensor]:
         p, layer = model.config.patch_size, model.proj_out_2
         return layer.weight.unflatten(0, (p, p, -1)), layer.bias.unflatten(0, (p, p, -1))
 
     def load_patch(
-        self, model: nn.Module, embed: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]
+        self, model: Model, embed: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]
     ) -> None:
         with torch.no_grad():
             model.pos_embed.proj.weight.copy_(embed[0])
@@ -64,7 +64,7 @@ class DiTBackbone(Backbone):
             model.proj_out_2.weight.copy_(output[0].flatten(0, 2))
             model.proj_out_2.bias.copy_(output[1].flatten())
 
-    def low_rank_layers(self, model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+    def low_rank_layers(self, model: Model) -> Iterator[tuple[str, nn.Linear]]:
         for i, block in enumerate(model.transformer_blocks):
             for name in (
                 "attn1.to_q",
@@ -76,12 +76,12 @@ class DiTBackbone(Backbone):
             ):
                 yield f"transformer_blocks.{i}.{name}", block.get_submodule(name)
 
-    def modulation_layers(self, model: nn.Module) -> Iterator[nn.Module]:
+    def modulation_layers(self, model: Model) -> Iterator[nn.Module]:
         for block in model.transformer_blocks:
             yield block.norm1.linear
         yield model.proj_out_1
 
-    def attention_layers(self, model: nn.Module) -> Iterator[nn.Module]:
+    def attention_layers(self, model: Model) -> Iterator[nn.Module]:
         for block in model.transformer_blocks:
             yield block.attn1
 
@@ -97,12 +97,12 @@ class DiTBackbone(Backbone):
         times = torch.as_tensor(timestep).detach().reshape(-1).tolist()
         if min(times) != max(times):
             raise ValueError(
-                f"timesteps of one batch range from {min(times)} to {max(times)}; legal: one timestep per batch "
+                f"timesteps of a batch range from {min(times)} to {max(times)}; legal: one per batch "
                 "(set a mode yourself with handle.using(mode) to train on mixed ones)"
             )
         return self.level_of(times[0])
 
-    def branches(self, model: nn.Module, call: Call) -> Branches | None:
+    def branches(self, model: Model, call: Call) -> Branches | None:
         labels = call.get("class_labels")
         count = call[self.sample_argument].shape[0]
         if labels is None or count % 2 or labels.numel() != count:
@@ -117,7 +117,7 @@ class DiTBackbone(Backbone):
     def give_condition(self, call: Call, condition: Call) -> Call:
         return {**call, "class_labels": condition["class_labels"]}
 
-    def shape(self, model: nn.Module) -> TransformerShape:
+    def shape(self, model: Model) -> TransformerShape:
         config = model.config
         side = config.sample_size // config.patch_size
         area = config.patch_size**2
@@ -130,7 +130,7 @@ class DiTBackbone(Backbone):
             conditioners=config.num_layers + 1,
         )
 
-    def identity(self, model: nn.Module) -> dict[str, Any]:
+    def identity(self, model: Model) -> dict[str, Any]:
         config = model.config
         names = (
             "num_layers",
@@ -150,7 +150,7 @@ class DiTBackbone(Backbone):
     def wrap_output(self, sample: Tensor) -> Any:
         return Transformer2DModelOutput(sample=sample)
 
-    def check(self, model: nn.Module, modes: set[Mode]) -> None:
+    def check(self, model: Model, modes: set[Mode]) -> None:
         side = model.config.sample_size // model.config.patch_size
         for mode in modes:
             t, kh, kw = mode.patch_scale

@@ -119,7 +119,7 @@ class ClassifierFeatures(nn.Module):
         config = Path(folder) / "config.json"
         if not config.is_file():
             raise FileNotFoundError(f"{str(folder)!r} holds no classifier: config.json is missing")
-        # diffusers would load any folder and leave what it cannot match at random values.
+        # diffusers tries any folder: another model fails with a TypeError, or warns only.
         stored = json.loads(config.read_text()).get("_class_name")
         require(
             stored == "SmallClassifier", f"model class in {config}", stored, "'SmallClassifier'"

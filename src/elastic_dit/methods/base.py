@@ -38,10 +38,12 @@ class Method(ABC):
     Attributes:
         name: key in `elastic_dit.methods.METHODS` and in adapter files.
         paper: where it comes from.
+        recipes: ways to train it.
     """
 
     name: str
     paper: str
+    recipes: tuple[str, ...]
 
     @property
     @abstractmethod

@@ -56,10 +56,11 @@ class FlexiDiT(Method):
 
     name = "flexidit"
     paper = "FlexiDiT, arXiv 2502.20126"
+    recipes = ("lora", "shared")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(self.scales))
-        if self.recipe not in ("lora", "shared"):
+        if self.recipe not in self.recipes:
             raise ValueError(f"recipe = {self.recipe!r}; legal: 'lora', 'shared'")
         if not self.scales or len(set(self.scales)) != len(self.scales) or min(self.scales) < 2:
             raise ValueError(
@@ -90,8 +91,8 @@ class FlexiDiT(Method):
         for k in (*self.scales, self.underlying):
             if max(k, self.underlying) % min(k, self.underlying):
                 raise ValueError(
-                    f"scales = {self.scales} with underlying = {self.underlying}: of each pair the larger must be a "
-                    f"multiple of the smaller (base patch {p})"
+                    f"scales = {self.scales} with underlying = {self.underlying} (base patch {p}); "
+                    "legal: of each scale and the underlying size one divides the other"
                 )
         sizes = LoraSizes if self.recipe == "lora" else SharedSizes
         return sizes(self, model, backbone)
@@ -180,9 +181,10 @@ class SharedSizes(Sizes):
         p = self.patch
         embed = resize_embedding(self.flex_embed.detach(), p, self.kind), self.flex_bias.detach()
         output = (
-            resize_output(x.detach(), p, self.kind) for x in (self.flex_out, self.flex_out_bias)
+            resize_output(self.flex_out.detach(), p, self.kind),
+            resize_output(self.flex_out_bias.detach(), p, self.kind),
         )
-        backbone.load_patch(model, embed, tuple(output))
+        backbone.load_patch(model, embed, output)
 
     def _projected(self, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
         """Grouped embedding, output weight and output bias of a mode; kept until the weights

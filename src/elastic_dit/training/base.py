@@ -12,9 +12,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
@@ -70,7 +71,7 @@ class BaseTask:
         legal = f"a divisor of data.image_size = {size}"
         require(size % settings.patch_size == 0, "base.patch_size", settings.patch_size, legal)
         torch.manual_seed(recipe.seed)
-        self.module = DiTTransformer2DModel(
+        self.module: Any = DiTTransformer2DModel(
             num_attention_heads=settings.num_attention_heads,
             attention_head_dim=settings.attention_head_dim,
             in_channels=channels,
@@ -121,7 +122,7 @@ class BaseTask:
         (folder / "training.json").write_text(json.dumps(card, indent=2))
 
 
-def zero_modulation(model: DiTTransformer2DModel) -> None:
+def zero_modulation(model: Any) -> None:
     """DiT's own initialisation: every block starts as the identity, the output as zero (2212.09748,
     section 3.2)."""
     for block in model.transformer_blocks:
@@ -146,7 +147,7 @@ def set_train_mode(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def place_at_centres(model: DiTTransformer2DModel, scale: int) -> None:
+def place_at_centres(model: Any, scale: int) -> None:
     """Give each patch of a coarse model its centre in units of a grid ``scale`` times as fine."""
     side = model.config.sample_size // model.config.patch_size
     centres = group_centres(side * scale, scale)
@@ -154,7 +155,7 @@ def place_at_centres(model: DiTTransformer2DModel, scale: int) -> None:
 
 
 @torch.no_grad()
-def grow(model: DiTTransformer2DModel, coarse: DiTTransformer2DModel) -> None:
+def grow(model: Any, coarse: Any) -> None:
     """Start ``model`` from ``coarse``, the same network with a larger patch.
 
     Raises:

@@ -119,8 +119,8 @@ def _paste(canvas: np.ndarray, item: dict[str, Any], row: int, config: DataConfi
     side = config.image_size
     if height > side or width > side:
         raise ValueError(
-            f"data set {config.path!r}: image {name!r} (row {row}) is {width}x{height}; legal: at most "
-            f"data.image_size = {side} pixels a side"
+            f"data set {config.path!r}: image {name!r} (row {row}) is {width}x{height}; "
+            f"legal: at most data.image_size = {side} pixels a side"
         )
     top, left = (side - height) // 2, (side - width) // 2
     canvas[top : top + height, left : left + width] = pixels.reshape(height, width, config.channels)

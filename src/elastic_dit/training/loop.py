@@ -31,8 +31,15 @@ logger = logging.getLogger(__name__)
 class Task(Protocol):
     """What a training run is about: a module, its loss, and what to write at the end."""
 
-    module: nn.Module
-    find_unused_parameters: bool
+    @property
+    def module(self) -> nn.Module:
+        """What is trained: its parameters that require gradients."""
+        ...
+
+    @property
+    def find_unused_parameters(self) -> bool:
+        """Whether a step may leave some of those parameters unused."""
+        ...
 
     def to(self, device: torch.device) -> None:
         """Move whatever the task owns beside ``module``."""
@@ -65,7 +72,7 @@ def train(recipe: Recipe, task: Task, data: ImageData, *, resume: bool = False) 
 
     output = Path(recipe.output)
     checkpoints = output / "checkpoints"
-    _check_output(output, recipe, resume=resume)
+    check_output(recipe, resume=resume)
     ddp = DistributedDataParallelKwargs(find_unused_parameters=task.find_unused_parameters)
     accelerator = Accelerator(
         mixed_precision=recipe.loop.mixed_precision,
@@ -169,7 +176,14 @@ def _seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step) * 4096 + rank
 
 
-def _check_output(output: Path, recipe: Recipe, *, resume: bool) -> None:
+def check_output(recipe: Recipe, *, resume: bool) -> None:
+    """Refuse an output folder that holds another run, or a run that is not to be resumed.
+
+    Raises:
+        FileExistsError: it holds a run and ``resume`` is off.
+        ValueError: it holds the run of another recipe.
+    """
+    output = Path(recipe.output)
     record = output / "recipe.json"
     if not record.exists():
         return

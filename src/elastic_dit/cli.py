@@ -1,0 +1,273 @@
+"""The command line: thin; each command reads its arguments, calls the library and prints."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Let a pretrained Diffusion Transformer change how much work it does at every step.",
+)
+console = Console()
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, ImportError, FloatingPointError)
+
+
+def main() -> None:
+    """Entry point: bad input ends with one clear line and exit code 2."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        app()
+    except USER_ERRORS as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+def _print(rows: Sequence[dict[str, Any]], columns: Sequence[str], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(list(rows), indent=2))
+        return
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*(_text(row.get(column)) for column in columns))
+    console.print(table)
+
+
+def _text(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder to write into.")] = Path("out/demo"),
+    images: Annotated[int, typer.Option(help="Pictures per budget.")] = 400,
+    as_json: AsJson = False,
+) -> None:
+    """Sample the reference model at four costs and write picture, table and JSON."""
+    from elastic_dit.demo import run_demo
+
+    results = run_demo(output, images=images)
+    columns = ("name", "gmacs", "ratio", "seconds", "time_ratio", "frechet", "accuracy", "psnr")
+    _print(results["rows"], columns, as_json=as_json)
+    if not as_json:
+        console.print(f"picture, table and numbers: {output}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A TOML recipe, as in recipes/.")],
+    output: Annotated[str, typer.Option(help="Replaces the recipe's output folder.")] = "",
+    data: Annotated[str, typer.Option(help="Replaces data.path: a folder or a hub id.")] = "",
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", help="table.key=value; may be repeated.")
+    ] = None,
+) -> None:
+    """Run a training recipe; under `accelerate launch` on several devices."""
+    from elastic_dit.training.config import load_recipe
+    from elastic_dit.training.data import ImageData
+    from elastic_dit.training.loop import check_output
+    from elastic_dit.training.loop import train as run
+    from elastic_dit.training.tasks import build_task
+
+    overrides = list(override or [])
+    overrides += [f"output={json.dumps(output)}"] if output else []
+    overrides += [f"data.path={json.dumps(data)}"] if data else []
+    loaded = load_recipe(recipe, overrides)
+    check_output(loaded, resume=resume)
+    export = run(loaded, build_task(loaded), ImageData(loaded.data), resume=resume)
+    console.print(f"exported to {export}")
+
+
+@app.command()
+def sample(
+    output: Annotated[Path, typer.Argument(help="Folder for the pictures and report.json.")],
+    labels: Annotated[str, typer.Option(help="Classes, as in 0,1,2 or 0-9.")] = "0-9",
+    seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
+    adapter: Annotated[str, typer.Option(help="lora, shared, or a folder.")] = "lora",
+    budget: Annotated[float, typer.Option(help="Share of the full cost, in (0, 1].")] = 1.0,
+    guidance_scale: Annotated[float, typer.Option(help="1 turns guidance off.")] = 2.0,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
+    model: Annotated[str, typer.Option(help="Reference model or pipeline folder.")] = "mnist",
+) -> None:
+    """Sample pictures at a budget; each depends on its own seed alone."""
+    from elastic_dit.evaluation.sheet import save_png
+    from elastic_dit.sampling import sample as draw
+
+    classes = parse_labels(labels)
+    pipe, handle = _elastic(model, adapter)
+    handle.set_budget(budget)
+    seeds = list(range(seed, seed + len(classes)))
+    drawn = draw(pipe, classes, seeds, guidance_scale=guidance_scale, steps=steps)
+    output.mkdir(parents=True, exist_ok=True)
+    for image, label, number in zip(drawn.images, classes, seeds, strict=True):
+        pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
+        save_png(output / f"class{label}-seed{number}.png", pixels)
+    report = handle.report()
+    (output / "report.json").write_text(report.to_json())
+    console.print(f"{len(classes)} pictures at {report.ratio:.1%} of the full cost: {output}")
+
+
+@app.command("eval")
+def evaluate(
+    output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("out/eval.json"),
+    adapter: Annotated[str, typer.Option(help="lora, shared, or a folder.")] = "lora",
+    weak_fraction: Annotated[float, typer.Option(help="Share of noise levels run weak.")] = 0.48,
+    guidance: Annotated[str, typer.Option(help="cfg or weak.")] = "cfg",
+    guidance_scale: Annotated[float, typer.Option(help="The pipeline's scale.")] = 2.0,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
+    images: Annotated[int, typer.Option(help="Pictures in all.")] = 1000,
+    sets: Annotated[int, typer.Option(help="Disjoint seed sets for the noise.")] = 4,
+    model: Annotated[str, typer.Option(help="Reference model.")] = "mnist",
+    as_json: AsJson = False,
+) -> None:
+    """Measure one schedule: distances, accuracy, likeness to the full run, cost, seconds."""
+    from elastic_dit.evaluation.measure import measure
+    from elastic_dit.evaluation.record import write_results
+    from elastic_dit.reference import reference_judge
+    from elastic_dit.schedule import Schedule
+
+    schedule = Schedule.weak_first(weak_fraction, guidance=guidance)
+    pipe, handle = _elastic(model, adapter)
+    row = measure(
+        pipe,
+        handle,
+        reference_judge(model),
+        schedule,
+        scale=guidance_scale,
+        steps=steps,
+        images=images,
+        sets=sets,
+    )
+    write_results(output, {"rows": [row]})
+    columns = ("ratio", "time_ratio", "frechet", "frechet_noise", "accuracy", "psnr")
+    _print([row], columns, as_json=as_json)
+
+
+@app.command()
+def cost(
+    model: Annotated[str, typer.Option(help="Published model, or a reference model.")],
+    weak_fraction: Annotated[float, typer.Option(help="Share of the steps run weak.")] = 0.48,
+    guide_fraction: Annotated[
+        float | None, typer.Option(help="The same for the guidance branch.")
+    ] = None,
+    scale: Annotated[int, typer.Option(help="Weak patch, in base patches per axis.")] = 2,
+    low_rank: Annotated[int, typer.Option(help="Rank of unmerged low-rank updates.")] = 0,
+    steps: Annotated[int, typer.Option(help="Steps, evenly spaced.")] = 250,
+    as_json: AsJson = False,
+) -> None:
+    """What a weak-first run costs, in closed form; MACs are per forward pass of one picture."""
+    from elastic_dit.cost import weak_first_cost
+    from elastic_dit.reference import load_reference, reference_names
+
+    shape = None
+    if model in reference_names():
+        from elastic_dit.backbones import backbone_for
+
+        transformer = load_reference(model).transformer
+        shape = backbone_for(transformer).shape(transformer)
+    facts = weak_first_cost(
+        model,
+        weak_fraction,
+        guide_fraction=guide_fraction,
+        scale=scale,
+        low_rank=low_rank,
+        steps=steps,
+        shape=shape,
+    )
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        rows = [{"quantity": key, "value": value} for key, value in facts.items()]
+        _print(rows, ("quantity", "value"), as_json=False)
+
+
+@app.command()
+def report(
+    path: Annotated[Path, typer.Argument(help="report.json or results.json of a run.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print what a run did: one line per model call, or one per row of results."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(path)!r} does not exist")
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
+    if not isinstance(data, dict) or not ({"calls", "rows"} & set(data)):
+        raise ValueError(f"{str(path)!r} is no report; legal: JSON with 'calls' or 'rows'")
+    if as_json:
+        typer.echo(json.dumps(data, indent=2))
+        return
+    rows = data.get("calls") or data["rows"]
+    columns = [key for key, value in rows[0].items() if not isinstance(value, list | dict)]
+    _print(rows, columns, as_json=False)
+    if "ratio" in data:
+        console.print(f"{data['ratio']:.1%} of the full cost, {data['seconds']:.3f} s in the model")
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods that work."""
+    from elastic_dit.methods import METHODS
+
+    rows = [
+        {"name": name, "status": "works", "paper": method.paper, "recipes": method.recipes}
+        for name, method in METHODS.items()
+    ]
+    _print(rows, ("name", "status", "paper", "recipes"), as_json=as_json)
+
+
+@app.command()
+def backbones(as_json: AsJson = False) -> None:
+    """List the diffusers model classes that work."""
+    from elastic_dit.backbones import BACKBONES
+
+    rows = [{"name": name, "status": "works"} for name in BACKBONES]
+    _print(rows, ("name", "status"), as_json=as_json)
+
+
+def parse_labels(text: str) -> list[int]:
+    """``0,3,5-7`` -> ``[0, 3, 5, 6, 7]``.
+
+    Raises:
+        ValueError: not numbers and ranges.
+    """
+    labels: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"labels = {text!r}; legal: numbers and ranges, as in 0,3,5-7")
+        labels += range(int(first), int(last or first) + 1)
+    return labels
+
+
+def _elastic(model: str, adapter: str) -> tuple[Any, Any]:
+    from elastic_dit.elastify import elastify
+    from elastic_dit.pipelines import PixelDiTPipeline
+    from elastic_dit.reference import load_reference, reference_adapter, reference_names
+
+    if model in reference_names():
+        pipe = load_reference(model)
+        source = reference_adapter(adapter, model) if "/" not in adapter else Path(adapter)
+    elif Path(model).is_dir():
+        pipe, source = PixelDiTPipeline.from_pretrained(model), Path(adapter)
+    else:
+        names = ", ".join(reference_names())
+        raise ValueError(
+            f"model {model!r}; legal: a reference model ({names}) or a pipeline folder"
+        )
+    return pipe, elastify(pipe, source, merge=True)

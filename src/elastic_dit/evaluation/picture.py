@@ -1,0 +1,89 @@
+"""Pictures for people: the same seeds at several costs, and which mode each step ran in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from elastic_dit.mode import Mode
+from elastic_dit.schedule import Plan
+
+LABEL_WIDTH = 170
+STRIP_HEIGHT = 14
+MARGIN = 6
+# Colour-blind safe (Okabe and Ito): full mode dark, coarser modes lighter and warmer.
+COLOURS = {1: (0, 63, 114), 2: (86, 180, 233), 4: (240, 160, 40), 8: (213, 94, 0)}
+NO_BRANCH = (235, 235, 235)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a comparison: a label of one or two lines, pictures ``(n, C, H, W)``, and the
+    plan."""
+
+    label: str
+    images: Tensor
+    plan: Plan | None = None
+
+
+def mode_colour(mode: Mode | None) -> tuple[int, int, int]:
+    """Colour of a mode in strips; light grey for a branch that is left out."""
+    return NO_BRANCH if mode is None else COLOURS.get(max(mode.patch_scale), (120, 120, 120))
+
+
+def comparison(rows: Sequence[Row], *, zoom: int = 2) -> np.ndarray:
+    """Rows of pictures with labels; under each row a strip of its plan.
+
+    The strip has one column per step and two lines: the conditional branch above, guidance below.
+
+    Returns:
+        ``(height, width, 3)`` uint8.
+    """
+    count, _, height, width = rows[0].images.shape
+    cell_w, cell_h = width * zoom, height * zoom
+    line = cell_h + STRIP_HEIGHT + 2 * MARGIN
+    legend = sorted(
+        {
+            mode
+            for row in rows
+            if row.plan
+            for s in row.plan.steps
+            for mode in (s.mode, s.guide)
+            if mode
+        },
+        key=lambda m: m.patch_scale,
+    )
+    canvas = Image.new(
+        "RGB", (LABEL_WIDTH + count * cell_w + MARGIN, len(rows) * line + 22 + MARGIN), "white"
+    )
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    for index, row in enumerate(rows):
+        top = MARGIN + index * line
+        draw.multiline_text((MARGIN, top + 4), row.label, fill="black", font=font)
+        for column, image in enumerate(row.images):
+            pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+            tile = Image.fromarray(np.repeat(pixels, 3 // pixels.shape[2], axis=2))
+            tile = tile.resize((cell_w, cell_h), Image.Resampling.NEAREST)
+            canvas.paste(tile, (LABEL_WIDTH + column * cell_w, top))
+        if row.plan is not None:
+            _strip(draw, row.plan, LABEL_WIDTH, top + cell_h + 2, count * cell_w)
+    x, y = LABEL_WIDTH, len(rows) * line + MARGIN
+    for mode in legend:
+        draw.rectangle((x, y + 3, x + 10, y + 13), fill=mode_colour(mode))
+        draw.text((x + 15, y), mode.name, fill="black", font=font)
+        x += 80
+    draw.text((x, y), "strip: steps, noise to data; guidance below", fill="grey", font=font)
+    return np.asarray(canvas)
+
+
+def _strip(draw: ImageDraw.ImageDraw, plan: Plan, left: int, top: int, width: int) -> None:
+    steps = len(plan.steps)
+    half = STRIP_HEIGHT // 2
+    for step in plan.steps:
+        x0, x1 = left + step.index * width // steps, left + (step.index + 1) * width // steps - 2
+        draw.rectangle((x0, top, x1, top + half - 2), fill=mode_colour(step.mode))
+        draw.rectangle((x0, top + half, x1, top + 2 * half - 2), fill=mode_colour(step.guide))

@@ -1,0 +1,67 @@
+"""Where a number comes from: every results file states its command, commit and machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+
+def provenance(command: str | None = None) -> dict[str, Any]:
+    """Command, commit, machine and versions of the running process."""
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        device = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return {
+        "command": command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": _commit(),
+        "device": device,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+
+
+def write_results(path: str | Path, results: dict[str, Any], command: str | None = None) -> None:
+    """Write one JSON of results with its provenance, complete or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps({"provenance": provenance(command), **results}, indent=2) + "\n")
+    os.replace(partial, path)
+
+
+def _commit() -> str:
+    """The source tree's commit, with a mark if it has changes; 'unknown' outside a repository."""
+    folder = Path(__file__).parent
+    try:
+        text = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--exclude", "*"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return text.stdout.strip()
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
