@@ -97,7 +97,7 @@ class DiTBackbone(Backbone):
         times = torch.as_tensor(timestep).detach().reshape(-1).tolist()
         if min(times) != max(times):
             raise ValueError(
-                f"timesteps of a batch range from {min(times)} to {max(times)}; legal: one per batch "
+                f"timesteps of a batch go from {min(times)} to {max(times)}; legal: one per batch "
                 "(set a mode yourself with handle.using(mode) to train on mixed ones)"
             )
         return self.level_of(times[0])

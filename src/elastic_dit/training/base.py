@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from elastic_dit.ops.flow import network_input_and_target, stratified_levels

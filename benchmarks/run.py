@@ -1,0 +1,27 @@
+"""Run every benchmark that suits this machine; `make bench` calls it.
+
+Each benchmark is a script of its own and writes one JSON file under benchmarks/results/.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    scripts = ["speed.py"]
+    if torch.cuda.is_available():
+        scripts.append("architectures.py")
+    for script in scripts:
+        print(f"== {script} ==", flush=True)
+        subprocess.run([sys.executable, str(HERE / script), *sys.argv[1:]], check=True)
+
+
+if __name__ == "__main__":
+    main()

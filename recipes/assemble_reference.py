@@ -1,0 +1,80 @@
+"""Put finished training runs into the package as its reference model.
+
+    python recipes/assemble_reference.py mnist --runs runs --data <folder or hub id>
+
+Takes <runs>/<name>-base, -classifier, -flexidit-lora and -flexidit-shared, writes
+src/elastic_dit/reference/<name>/ in half precision, and measures the held-out set once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+from elastic_dit.checkpoint import load_adapter
+from elastic_dit.evaluation.features import load_features
+from elastic_dit.evaluation.record import provenance
+from elastic_dit.evaluation.runner import save_reference_set
+from elastic_dit.pipelines import PixelDiTPipeline
+from elastic_dit.reference import HERE
+from elastic_dit.training.config import DataConfig
+from elastic_dit.training.data import ImageData
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("name")
+    parser.add_argument("--runs", type=Path, default=Path("runs"))
+    parser.add_argument("--data", required=True)
+    arguments = parser.parse_args()
+    runs, name = arguments.runs, arguments.name
+    target = HERE / name
+    target.mkdir(exist_ok=True)
+    facts = {}
+
+    base = runs / f"{name}-base" / "export"
+    card = json.loads((base / "training.json").read_text())
+    model = DiTTransformer2DModel.from_pretrained(base).half()
+    statistics = {"data_mean": card["data_mean"], "data_std": card["data_std"]}
+    pipe = PixelDiTPipeline(model, FlowMatchEulerDiscreteScheduler(), **statistics)
+    pipe.save_pretrained(target / "pipeline")
+    facts["base"] = _facts(card)
+
+    classifier = runs / f"{name}-classifier" / "export"
+    shutil.copytree(classifier, target / "classifier", dirs_exist_ok=True)
+    card = json.loads((target / "classifier" / "training.json").read_text())
+    (target / "classifier" / "training.json").unlink()
+    facts["classifier"] = _facts(card)
+
+    for recipe in ("lora", "shared"):
+        export = runs / f"{name}-flexidit-{recipe}" / "export"
+        if export.is_dir():
+            adapter = load_adapter(export)
+            facts[f"flexidit-{recipe}"] = _facts(adapter.notes.pop("training"))
+            adapter.save(target / f"flexidit-{recipe}", dtype=torch.float16)
+
+    data = card["recipe"]["data"] | {"path": arguments.data, "split": "test"}
+    held_out = ImageData(DataConfig(**data))
+    network, _ = load_features(str(target / "classifier"))
+    save_reference_set(network, held_out.images.float() / 255, target / "real.safetensors")
+    source = {key: value for key, value in provenance().items() if key not in ("command", "date")}
+    (target / "training.json").write_text(
+        json.dumps({"runs": facts, "machine": source}, indent=2) + "\n"
+    )
+
+
+def _facts(card: dict) -> dict:
+    """What a card needs: everything but where the data lay on the training machine."""
+    card = json.loads(json.dumps(card))
+    card["recipe"]["data"].pop("path")
+    return card
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,38 @@
+"""Interleaving runs everything in every round and compares within rounds."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from elastic_dit.bench import Timing, interleave
+
+
+def test_every_run_has_every_round_and_order_rotates():
+    order: list[str] = []
+    runs = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    timings = interleave(runs, rounds=3, warmup=1)
+    assert all(len(t.seconds) == 3 for t in timings.values())
+    assert [order[i : i + 3] for i in range(3, 12, 3)] == [
+        ["a", "b", "c"],
+        ["b", "c", "a"],
+        ["c", "a", "b"],
+    ]
+
+
+def test_ratio_is_taken_within_rounds():
+    assert Timing((2.0, 20.0, 4.0)).ratio_to(Timing((1.0, 10.0, 2.0))) == 2.0
+
+
+def test_it_tells_slow_from_fast():
+    runs = {"slow": lambda: time.sleep(0.02), "fast": lambda: time.sleep(0.005)}
+    timings = interleave(runs, rounds=3, warmup=0)
+    assert timings["slow"].ratio_to(timings["fast"]) > 1.5
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="rounds = 0"):
+        interleave({"a": int}, rounds=0)
+    with pytest.raises(ValueError, match="number of runs = 0"):
+        interleave({})
