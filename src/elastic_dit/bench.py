@@ -1,7 +1,8 @@
 """Time runs against each other: in turn, many rounds, as ratios.
 
-Machines are noisy and their clocks drift, so what is compared runs interleaved, in rotating order, and
-the figure is the median of the per-round ratios. Absolute seconds are worth keeping on a GPU only.
+Machines are noisy and their clocks drift, so what is compared runs interleaved, in rotating order,
+and the figure is the median of the per-round ratios. Absolute seconds are worth keeping on a GPU
+only.
 """
 
 from __future__ import annotations

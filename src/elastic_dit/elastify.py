@@ -126,6 +126,7 @@ class Engine:
     swapped: list[nn.Module] = field(default_factory=list)
     seen_timesteps: Any = None
     warned: bool = False
+    compiled: Any = None
 
     @classmethod
     def build(
@@ -163,9 +164,13 @@ class Engine:
         }
         return engine
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied model must not call the compiled forward of the original.
+        return {**self.__dict__, "compiled": None}
+
     def run(self, model: nn.Module, call: Call) -> Any:
         """One call of the elastic model."""
-        forward = functools.partial(self.stock.forward, model)
+        forward = self.compiled or functools.partial(self.stock.forward, model)
         sample = call[self.router.backbone.sample_argument]
         count = sample.shape[0]
         watch = Stopwatch(sample.device)
@@ -447,7 +452,13 @@ def _elastic_class(stock: type) -> type:
         call.pop("self")
         return self.__dict__[ENGINE].run(self, call)
 
-    return type(f"Elastic{stock.__name__}", (stock,), {"forward": forward, "__module__": __name__})
+    def compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Compile the stock forward, once per mode; choosing the mode stays outside the graph."""
+        engine: Engine = self.__dict__[ENGINE]
+        engine.compiled = torch.compile(functools.partial(stock.forward, self), *args, **kwargs)
+
+    parts = {"forward": forward, "compile": compile, "__module__": __name__}
+    return type(f"Elastic{stock.__name__}", (stock,), parts)
 
 
 def _resolve(target: Any) -> tuple[nn.Module, Any]:

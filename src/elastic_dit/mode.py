@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -20,30 +20,24 @@ class Mode:
     """
 
     patch_scale: tuple[int, int, int] = (1, 1, 1)
+    name: str = field(init=False, compare=False)
+    """``full``, ``patch2``, or ``patch2x1x1``; the inverse of `parse`, and a legal module key."""
 
     def __init__(self, patch_scale: int | tuple[int, int, int] = 1) -> None:
-        scale = (
-            (1, patch_scale, patch_scale) if isinstance(patch_scale, int) else tuple(patch_scale)
-        )
+        scale = (1, patch_scale, patch_scale) if isinstance(patch_scale, int) else patch_scale
         if len(scale) != 3 or any(not isinstance(k, int) or k < 1 for k in scale):
             raise ValueError(
                 f"patch_scale = {patch_scale!r}; legal: a whole number >= 1, or three (t, h, w)"
             )
-        object.__setattr__(self, "patch_scale", scale)
+        t, h, w = scale
+        square = f"patch{h}" if t == 1 and h == w else f"patch{t}x{h}x{w}"
+        object.__setattr__(self, "patch_scale", (t, h, w))
+        object.__setattr__(self, "name", "full" if t == h == w == 1 else square)
 
     @property
     def is_full(self) -> bool:
         """Whether this is the base network, exactly as it came."""
         return self.patch_scale == (1, 1, 1)
-
-    @property
-    def name(self) -> str:
-        """``full``, ``patch2``, or ``patch2x1x1``; the inverse of `parse`. Safe as a key of a
-        module dictionary."""
-        t, h, w = self.patch_scale
-        if self.is_full:
-            return "full"
-        return f"patch{h}" if t == 1 and h == w else f"patch{t}x{h}x{w}"
 
     @classmethod
     def parse(cls, name: str) -> Mode:

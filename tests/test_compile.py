@@ -1,0 +1,63 @@
+"""Compiling an elastic model: one whole graph per mode, the same numbers as eager."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from elastic_dit import FlexiDiT, Mode, elastify
+
+
+@pytest.fixture
+def elastic():
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=1,
+        num_layers=2,
+        sample_size=32,
+        patch_size=4,
+        num_embeds_ada_norm=10,
+    ).eval()
+    handle = elastify(model, FlexiDiT(rank=4))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return handle
+
+
+def forward(handle, mode):
+    x = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+    times, labels = torch.full((4,), 500.0), torch.tensor([1, 2, 3, 4])
+    with torch.no_grad(), handle.using(mode):
+        return handle.model(x, timestep=times, class_labels=labels).sample
+
+
+def test_one_graph_per_mode(elastic):
+    modes = [Mode(1), Mode(2), Mode(4)]
+    eager = [forward(elastic, mode) for mode in modes]
+    counter = CompileCounterWithBackend("eager")
+    elastic.model.compile(backend=counter, fullgraph=True)
+    graphs = []
+    for mode, expected in zip(modes * 2, eager * 2, strict=True):
+        torch.testing.assert_close(forward(elastic, mode), expected)
+        graphs.append(counter.frame_count)
+    assert graphs == [1, 2, 3, 3, 3, 3]
+
+
+def test_a_copy_does_not_call_the_original(elastic):
+    elastic.model.compile(backend="eager")
+    expected = forward(elastic, Mode(2))
+    twin = copy.deepcopy(elastic.model)
+    with torch.no_grad():
+        for parameter in elastic.model.parameters():
+            parameter.zero_()
+    from elastic_dit import handle_of
+
+    torch.testing.assert_close(forward(handle_of(twin), Mode(2)), expected)

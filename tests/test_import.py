@@ -1,0 +1,28 @@
+"""Importing the package needs the core dependencies only, and has no side effects on torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+EXTRAS = ("datasets", "torchmetrics", "matplotlib", "tensorboard", "torch_fidelity", "torchvision")
+CODE = f"""
+import torch
+threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
+import elastic_dit, sys
+assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, dtype)
+loaded = [name for name in {EXTRAS!r} if name in sys.modules]
+assert not loaded, loaded
+assert all(hasattr(elastic_dit, name) for name in elastic_dit.__all__)
+"""
+
+
+def test_import_needs_no_extra():
+    subprocess.run([sys.executable, "-c", CODE], check=True)
+
+
+def test_cost_command_needs_no_extra():
+    code = (
+        CODE + "import elastic_dit.cli, elastic_dit.reference\nassert 'datasets' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
