@@ -71,7 +71,8 @@ class Adapter:
             "notes": self.notes,
         }
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        os.chmod(partial, 0o755)
+        os.chmod(partial, 0o755)  # temporary folders are private, an adapter is not
+        os.chmod(partial / WEIGHTS, 0o644)
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(partial, folder)

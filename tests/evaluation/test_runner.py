@@ -22,8 +22,8 @@ def judge(tmp_path):
     return Judge.load(folder, tmp_path / "real.safetensors")
 
 
-def test_figure_is_mean_and_deviation():
-    assert Figure.over([1.0, 3.0]) == Figure(2.0, math.sqrt(2))
+def test_figure_is_mean_and_its_standard_error():
+    assert Figure.over([1.0, 3.0]) == Figure(2.0, pytest.approx(1.0))
     assert math.isnan(Figure.over([1.0]).noise)
 
 

@@ -2,7 +2,8 @@
 each.
 
 Every figure is taken over several disjoint sets of seeds of equal size. Its value is the mean over
-the sets, its noise their standard deviation; two rows that differ by less are not told apart.
+the sets, its noise the standard error of that mean; rows that differ by less than twice that are not
+told apart.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class Figure:
 
     @classmethod
     def over(cls, values: list[float]) -> Figure:
-        """Mean and standard deviation; the noise of a single value is NaN, that is, unknown."""
+        """Mean and its standard error; the noise of a single value is NaN, that is, unknown."""
         numbers = torch.tensor(values, dtype=torch.float64)
-        noise = numbers.std().item() if len(values) > 1 else float("nan")
+        noise = numbers.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
         return cls(numbers.mean().item(), noise)
 
 
@@ -97,7 +98,8 @@ class Judge:
             statistics = FeatureStatistics.of(feats[rows])
             figures["frechet"].append(frechet_from_statistics(self.statistics, statistics))
             if self.real is not None:
-                distance = kernel_distance(self.real, feats[rows])
+                subset = min(1000, size, len(self.real))
+                distance = kernel_distance(self.real, feats[rows], subset_size=subset)
                 figures.setdefault("kernel", []).append(distance)
             if self.classifier is not None:
                 guess = torch.cat([self.classifier(x) for x in images[rows].split(250)])
