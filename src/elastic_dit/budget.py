@@ -11,10 +11,9 @@ from elastic_dit.schedule import Schedule
 def weak_first_for_budget(
     budget: float, macs: Callable[[Mode], float], modes: Iterable[Mode]
 ) -> Schedule:
-    """The weak-first schedule whose cost is ``budget`` times that of full mode, for evenly spaced
-    timesteps.
+    """The weak-first schedule that costs ``budget`` times as much as full mode.
 
-    The finest coarse mode that can reach the budget is used.
+    Timesteps are taken to be evenly spaced. The finest coarse mode that reaches the budget is used.
 
     Args:
         budget: share of the full cost, in (0, 1].

@@ -45,8 +45,7 @@ class Adapter:
     notes: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
-        """Write the folder in one rename; an existing adapter there is replaced only once the new
-        one is complete.
+        """Write the folder in one rename; an old adapter there goes only once the new is whole.
 
         Raises:
             FileExistsError: the folder exists and holds something that is no adapter.

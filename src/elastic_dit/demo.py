@@ -47,8 +47,7 @@ def demo_rows(settings: dict[str, Any]) -> list[DemoRow]:
 def run_demo(
     output: str | Path, *, images: int = 400, batch_size: int = 80, sets: int = 4
 ) -> dict[str, Any]:
-    """Sample, judge and draw; writes ``samples.png``, ``table.md`` and ``results.json`` into
-    ``output``.
+    """Sample, judge and draw; writes ``samples.png``, ``table.md`` and ``results.json``.
 
     The lines are sampled in turn, batch by batch, so that a busy machine is unfair to none of them.
 

@@ -132,8 +132,9 @@ class Engine:
     def build(
         cls, model: nn.Module, backbone: Backbone, method: Method, adapter: Adapter | None
     ) -> Engine:
-        """New parameters for a stock model, from an adapter if there is one. The model is only
-        read.
+        """New parameters for a stock model, from an adapter if there is one.
+
+        The model is only read.
 
         Raises:
             ValueError: the adapter's tensors do not fit, or the model already uses our attribute
@@ -340,8 +341,7 @@ class Handle:
 
     @property
     def packed(self) -> bool:
-        """Run guidance branches of different modes in one packed call (one launch) instead of
-        two."""
+        """Run guidance branches of different modes in one packed call instead of two."""
         return self._engine.packed
 
     @packed.setter
@@ -487,8 +487,7 @@ def is_new(key: str) -> bool:
 
 
 def _low_rank_pairs(model: nn.Module, backbone: Backbone, method: Method) -> dict[str, LowRankPair]:
-    """New low-rank pairs by layer name; the second factor is zero, so a fresh method changes
-    nothing."""
+    """New low-rank pairs by layer name; the second factor starts as zero."""
     pairs: dict[str, LowRankPair] = {}
     if method.low_rank:
         for name, layer in backbone.low_rank_layers(model):

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Mode:
-    """How much work one forward pass does. Frozen and hashable: it keys weights, cost tables and
-    graphs.
+    """How much work one forward pass does; hashable, it keys weights, cost tables and graphs.
 
     Args:
         patch_scale: base patches per axis that one token covers; an int for height and width alike,

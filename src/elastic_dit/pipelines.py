@@ -1,5 +1,4 @@
-"""What diffusers lacks: a class-conditional DiT pipeline in pixel space, with one seed per
-picture."""
+"""What diffusers lacks: a class-conditional pipeline in pixel space, with a seed per picture."""
 
 from __future__ import annotations
 
@@ -156,8 +155,7 @@ def is_flow_scheduler(scheduler: Any) -> bool:
 
 
 def flow_matched_betas(count: int = 1000) -> list[float]:
-    """Betas of a variance-preserving chain whose step ``t`` has the noise-to-signal ratio of flow
-    level ``t / count``.
+    """Betas whose step ``t`` has the noise-to-signal ratio of the flow's level ``t / count``.
 
     With ``trained_betas`` set to them, DDIM, DDPM and DPM-Solver run a flow-trained network at the
     times it knows. The last levels are kept below pure noise, where these solvers divide by the

@@ -12,8 +12,7 @@ from elastic_dit.mode import Mode
 
 
 class Stopwatch:
-    """Seconds of device work between `__init__` and `stop`; CUDA is timed by events, without a
-    synchronisation."""
+    """Seconds of device work from creation to `stop`; on CUDA by events, without a wait."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"

@@ -32,8 +32,7 @@ ROUTER = "_elastic_router"
 
 @dataclass(frozen=True)
 class Part:
-    """Consecutive rows of a packed batch that share a mode: ``rows`` pictures of ``tokens`` tokens
-    each."""
+    """Rows of a packed batch that share a mode: ``rows`` pictures of ``tokens`` tokens each."""
 
     mode: Mode
     rows: int
@@ -47,8 +46,7 @@ class Part:
 
 @dataclass(eq=False)
 class Router:
-    """What the swapped submodules of one model read. Plain Python state, set outside any compiled
-    region.
+    """What a model's swapped submodules read: plain state, set outside any compiled region.
 
     Attributes:
         embed: the module that makes tokens.
@@ -138,8 +136,7 @@ class OutputSeam(nn.Module):
 
 
 class ModulationSeam(nn.Module):
-    """Mixed into a linear layer whose output modulates all tokens of a picture: repeats it over
-    packed tokens."""
+    """Mixed into a linear layer that modulates all tokens of a picture: repeats its output."""
 
     def forward(self, conditioning: Tensor) -> Tensor:
         """``(pictures, D)`` -> ``(pictures, X)``, or one row per packed token."""
@@ -157,8 +154,7 @@ class ModulationSeam(nn.Module):
 
 
 class AttentionSeam(nn.Module):
-    """Mixed into a self-attention module: regroups packed tokens by picture under a block-diagonal
-    mask."""
+    """Mixed into self-attention: regroups packed tokens by picture, block-diagonally masked."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Stock attention unless the batch is packed."""
@@ -181,8 +177,7 @@ class AttentionSeam(nn.Module):
 
 
 class LowRankSeam(nn.Module):
-    """Mixed into a `torch.nn.Linear`: adds ``B A x`` of the present coarse mode; nothing in full
-    mode.
+    """Mixed into a `torch.nn.Linear`: adds ``B A x`` of a coarse mode, nothing in full mode.
 
     The pairs are ``coarse_A[mode]`` of shape ``(rank, in)`` and ``coarse_B[mode]`` of shape ``(out,
     rank)``.
@@ -252,8 +247,7 @@ def _generated(base: type, mixin: type) -> type:
 
 
 def swap_class(module: nn.Module, mixin: type, router: Router) -> None:
-    """Give ``module`` a generated subclass of its own class with ``mixin`` in front;
-    `restore_class` undoes it."""
+    """Put ``mixin`` in front of the class of ``module``; `restore_class` undoes it."""
     module.__class__ = _generated(type(module), mixin)
     module.__dict__[ROUTER] = router
     rebind_hooks(module)

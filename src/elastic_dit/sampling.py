@@ -19,8 +19,7 @@ from elastic_dit.pipelines import PixelDiTPipeline
 
 @dataclass(frozen=True)
 class Samples:
-    """Pictures ``(n, C, H, W)`` in [0, 1] on the CPU, and the seconds this process took for its
-    share."""
+    """Pictures ``(n, C, H, W)`` in [0, 1] on the CPU, and the seconds of this process's share."""
 
     images: Tensor
     seconds: float

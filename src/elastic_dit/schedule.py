@@ -15,8 +15,7 @@ from typing import Any
 from elastic_dit.mode import FULL, Mode
 
 WEAK_GUIDANCE_GAIN = 1 / 2.5
-"""FlexiDiT's rule of thumb (1 - s1) / (1 - s2) = 2.5 between the scales of ordinary and weak-model
-guidance."""
+"""FlexiDiT's rule (1 - s1) / (1 - s2) = 2.5 for the scales of ordinary and weak guidance."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,8 +72,7 @@ class Backbone(ABC):
     def load_patch(
         self, model: Model, embed: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]
     ) -> None:
-        """Write a base patch embedding and output projection in the forms of the two methods
-        above."""
+        """Write a base patch embedding and output projection, formed as those two above."""
 
     @abstractmethod
     def low_rank_layers(self, model: Model) -> Iterator[tuple[str, nn.Linear]]:

@@ -1,5 +1,4 @@
-"""`DiTTransformer2DModel` (DiT, 2212.09748): class-conditional, square latents, CFG in one batch,
-conditional rows first."""
+"""`DiTTransformer2DModel` (DiT, 2212.09748): class-conditional, square, CFG in one batch."""
 
 from __future__ import annotations
 
@@ -18,8 +17,10 @@ from elastic_dit.routing import Router
 
 
 class DiTBackbone(Backbone):
-    """Everything known of diffusers' DiT. The model's time is t in 0..999; the null class is the
-    last label."""
+    """What is known of diffusers' DiT.
+
+    Its time is t in 0..999. The null class is the last label, and the conditional rows come first.
+    """
 
     model_class = "DiTTransformer2DModel"
     embed = "pos_embed"

@@ -10,8 +10,7 @@ from typing import Any
 def plot_pareto(
     series: dict[str, Sequence[dict[str, Any]]], path: str | Path, *, metric: str = "frechet"
 ) -> None:
-    """Draw rows with ``ratio``, ``time_ratio``, ``metric`` and ``metric_noise``, one line per
-    series.
+    """Draw one line per series; rows have ``ratio``, ``time_ratio``, the metric and its noise.
 
     Raises:
         ImportError: matplotlib is missing.

@@ -22,8 +22,7 @@ NO_BRANCH = (235, 235, 235)
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a comparison: a label of one or two lines, pictures ``(n, C, H, W)``, and the
-    plan."""
+    """One line of a comparison: its label, its pictures ``(n, C, H, W)``, and its plan."""
 
     label: str
     images: Tensor

@@ -1,9 +1,8 @@
-"""Judge sampled pictures: distribution, class accuracy, likeness to the full run; with the noise of
-each.
+"""Judge sampled pictures: distribution, class accuracy, likeness to the full run; each with noise.
 
 Every figure is taken over several disjoint sets of seeds of equal size. Its value is the mean over
-the sets, its noise the standard error of that mean; rows that differ by less than twice that are not
-told apart.
+the sets, its noise the standard error of that mean; rows that differ by less than twice that are
+not told apart.
 """
 
 from __future__ import annotations
@@ -115,8 +114,7 @@ class Judge:
 def save_reference_set(
     network: nn.Module, images: Tensor, path: str | Path, *, sample: int = 2000
 ) -> None:
-    """Write the statistics of real pictures ``(n, C, H, W)`` in [0, 1], and some of their
-    features."""
+    """Write statistics and some features of real pictures ``(n, C, H, W)`` in [0, 1]."""
     feats = torch.cat([network(part) for part in images.split(250)])
     statistics = FeatureStatistics.of(feats)
     chosen = torch.randperm(len(feats), generator=torch.Generator().manual_seed(0))[:sample]

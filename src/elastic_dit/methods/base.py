@@ -1,5 +1,4 @@
-"""What every method has: a config, the modules it adds, how they start, and its default
-schedule."""
+"""What every method has: a config, the modules it adds, and how they start."""
 
 from __future__ import annotations
 

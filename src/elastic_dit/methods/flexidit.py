@@ -187,8 +187,7 @@ class SharedSizes(Sizes):
         backbone.load_patch(model, embed, output)
 
     def _projected(self, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
-        """Grouped embedding, output weight and output bias of a mode; kept until the weights
-        change."""
+        """Embedding, output weight and output bias of a mode; kept until the weights change."""
         sources = (self.flex_embed, self.flex_out, self.flex_out_bias)
         cache = self.__dict__.setdefault("_projections", {})
         version = tuple((x.data_ptr(), x._version) for x in sources)

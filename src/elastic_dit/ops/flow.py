@@ -35,8 +35,7 @@ def velocity(network_input: Tensor, prediction: Tensor, level: Tensor) -> Tensor
 
 
 def stratified_levels(count: int, generator: torch.Generator, *, mean: float, std: float) -> Tensor:
-    """Noise levels ``(count,)``: ``sigmoid(mean + std z)``, one draw from each of ``count`` equally
-    likely strata."""
+    """Noise levels ``sigmoid(mean + std z)``, one from each of ``count`` equally likely strata."""
     uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     normal = torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6))
     level = torch.sigmoid(mean + std * normal).float()

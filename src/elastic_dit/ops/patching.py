@@ -26,8 +26,7 @@ def coarse_grid(height: int, width: int, k: int) -> tuple[int, int]:
 
 
 def group(x_BHWc: Tensor, k: int) -> Tensor:
-    """Join each ``k x k`` neighbourhood of base tokens into one long vector, row-major inside the
-    group.
+    """Join each ``k x k`` neighbourhood of base tokens into one vector, row-major inside.
 
     A border that ``k`` does not divide is filled by repeating the last row and column.
 
@@ -57,8 +56,7 @@ def ungroup(x_BNkc: Tensor, height: int, width: int, k: int) -> Tensor:
 
 
 def interpolation_matrix(p: int, q: int, kind: str) -> Tensor:
-    """Matrix ``(q, p)`` in float64 that resizes a signal of ``p`` samples to ``q >= p``; every row
-    sums to one.
+    """Matrix ``(q, p)`` in float64 that resizes ``p`` samples to ``q >= p``; rows sum to one.
 
     Args:
         kind: ``nearest`` or ``bilinear`` (half-pixel centres, edges clamped).
@@ -77,8 +75,7 @@ def interpolation_matrix(p: int, q: int, kind: str) -> Tensor:
 
 
 def embed_resize(p: int, q: int, kind: str = "pinv") -> Tensor:
-    """Matrix ``(q, p)`` that turns the embedding kernel of patch ``p`` into one of patch ``q``, per
-    axis.
+    """Matrix ``(q, p)`` that turns an embedding kernel of patch ``p`` into one of ``q``, per axis.
 
     Columns sum to one, so a constant image gives the same token at every size (a bilinear resize of
     the kernel itself would be ``(q/p)**2`` too large).
@@ -100,8 +97,9 @@ def embed_resize(p: int, q: int, kind: str = "pinv") -> Tensor:
 
 
 def output_resize(p: int, q: int, kind: str = "pinv") -> Tensor:
-    """Matrix ``(q, p)`` that turns an output patch of ``p`` into one of ``q``, per axis; rows sum
-    to one.
+    """Matrix ``(q, p)`` that turns an output patch of ``p`` into one of ``q``, per axis.
+
+    Rows sum to one.
 
     Args:
         kind: ``box`` copies samples (nearest), ``pinv`` interpolates bilinearly. Going down, both
@@ -123,24 +121,21 @@ def _check_sizes(p: int, q: int, kind: str) -> None:
 
 
 def resize_embedding(weight_DCpp: Tensor, q: int, kind: str = "pinv") -> Tensor:
-    """Patch-embedding kernel ``(D, C, p, p)`` for patch size ``q``: ``(D, C, q, q)``, computed in
-    float64."""
+    """Embedding kernel ``(D, C, p, p)`` for patch size ``q``, computed in float64."""
     matrix = embed_resize(weight_DCpp.shape[-1], q, kind).to(weight_DCpp.device)
     resized = torch.einsum("yp,xq,dcpq->dcyx", matrix, matrix, weight_DCpp.double())
     return resized.to(weight_DCpp.dtype)
 
 
 def resize_output(weight_ppX: Tensor, q: int, kind: str = "pinv") -> Tensor:
-    """Output rows ``(p, p, ...)`` (weight or bias, pixel axes first) for patch size ``q``: ``(q, q,
-    ...)``."""
+    """Output rows ``(p, p, ...)``, weight or bias, for patch size ``q``: ``(q, q, ...)``."""
     matrix = output_resize(weight_ppX.shape[0], q, kind).to(weight_ppX.device)
     resized = torch.einsum("yp,xq,pq...->yx...", matrix, matrix, weight_ppX.double())
     return resized.to(weight_ppX.dtype)
 
 
 def kernel_to_group(weight_DCqq: Tensor, k: int) -> Tensor:
-    """Kernel over a coarse patch of ``q = k*p`` pixels -> matrix ``(D, k*k*c)`` over grouped base
-    patch vectors.
+    """Kernel over a coarse patch -> matrix ``(D, k*k*c)`` over grouped base patch vectors.
 
     The base patch vector is laid out ``(C, p, p)``, as a flattened convolution kernel is.
     """
@@ -154,8 +149,11 @@ def kernel_to_group(weight_DCqq: Tensor, k: int) -> Tensor:
 
 
 def output_to_group(weight_qqX: Tensor, k: int) -> Tensor:
-    """Output rows over a coarse patch ``(q, q, C, ...)`` -> ``(k*k*c, ...)`` with base vectors laid
-    out ``(p, p, C)``."""
+    """Output rows over a coarse patch ``(q, q, C, ...)`` -> rows over grouped base vectors.
+
+    Returns:
+        ``(k*k*c, ...)``, the base vectors laid out ``(p, p, C)``.
+    """
     q, _, C, *rest = weight_qqX.shape
     p = q // k
     split = weight_qqX.reshape(k, p, k, p, C, *rest)

@@ -1,5 +1,4 @@
-"""Positions of coarse tokens: the centres of their groups, in base-grid units (FlexiDiT section 3,
-positions).
+"""Positions of coarse tokens: centres of their groups, in base-grid units (FlexiDiT, section 3).
 
 Shape legend: N tokens, D model width.
 """
@@ -11,8 +10,7 @@ from torch import Tensor
 
 
 def group_centres(length: int, k: int, device: torch.device | str = "cpu") -> Tensor:
-    """Centres of the groups of ``k`` along an axis of ``length`` base tokens: ``(i + 0.5) k -
-    0.5``, float64."""
+    """Centres ``(i + 0.5) k - 0.5`` of the groups along an axis of ``length`` base tokens."""
     count = -(-length // k)
     return (torch.arange(count, dtype=torch.float64, device=device) + 0.5) * k - 0.5
 
@@ -25,8 +23,7 @@ def sincos_1d(positions_N: Tensor, dim: int) -> Tensor:
 
 
 def sincos_2d(rows: Tensor, columns: Tensor, dim: int) -> Tensor:
-    """Table ``(rows*columns, dim)``, row-major; the first half encodes the column, as DiT's tables
-    do."""
+    """Table ``(rows*columns, dim)``, row-major; columns are encoded first, as in DiT's tables."""
     column_N = columns.repeat(len(rows))
     row_N = rows.repeat_interleave(len(columns))
     return torch.cat([sincos_1d(column_N, dim // 2), sincos_1d(row_N, dim // 2)], dim=1)

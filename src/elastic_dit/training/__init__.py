@@ -1,2 +1,1 @@
-"""Train a base DiT, an adapter for one, or the classifier whose features the metrics use; one TOML
-recipe each."""
+"""Train a base DiT, an adapter for one, or the metrics' classifier; one TOML recipe each."""

@@ -1,5 +1,4 @@
-"""Train a class-conditional `DiTTransformer2DModel` from scratch by flow matching (see
-`elastic_dit.ops.flow`).
+"""Train a class-conditional `DiTTransformer2DModel` from scratch by flow matching.
 
 Coarse to fine: a model with a larger patch sees the same picture with fewer tokens. Train that
 first, then let ``init_from`` grow it: all weights are kept, the embedding and output are resized,
@@ -123,8 +122,7 @@ class BaseTask:
 
 
 def zero_modulation(model: Any) -> None:
-    """DiT's own initialisation: every block starts as the identity, the output as zero (2212.09748,
-    section 3.2)."""
+    """DiT's initialisation (2212.09748, section 3.2): blocks start as identity, output as zero."""
     for block in model.transformer_blocks:
         nn.init.zeros_(block.norm1.linear.weight)
         nn.init.zeros_(block.norm1.linear.bias)

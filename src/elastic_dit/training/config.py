@@ -176,8 +176,7 @@ def _has_no_default(item: dataclasses.Field) -> bool:
 
 
 def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe and apply ``table.key=value`` overrides (values in TOML syntax; bare words are
-    text).
+    """Read a recipe and apply ``table.key=value`` overrides, with values in TOML syntax.
 
     Raises:
         FileNotFoundError: no such recipe.

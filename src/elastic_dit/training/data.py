@@ -50,8 +50,7 @@ class ImageData:
     def batch(
         self, start: int, size: int, seed: int, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """Images ``(size, C, S, S)`` as normalised floats and labels for positions
-        ``start..start+size`` of a run."""
+        """Normalised images ``(size, C, S, S)`` and labels from position ``start`` of a run on."""
         indices = sample_order(len(self), start, size, seed)
         images = self.images[indices.to(self.images.device)].to(device)
         images = (images.float() / 255 - self.config.mean) / self.config.std
@@ -65,8 +64,7 @@ class ImageData:
 
 
 def sample_order(count: int, start: int, size: int, seed: int) -> Tensor:
-    """Indices of the samples at positions ``start .. start+size`` of an endless shuffled stream
-    over ``count`` items."""
+    """Indices at positions ``start .. start+size`` of an endless shuffle of ``count`` items."""
     parts = []
     while size > 0:
         epoch, offset = divmod(start, count)

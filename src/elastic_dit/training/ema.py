@@ -7,8 +7,7 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """Average of the parameters of a module that require gradients, in float32, keyed by parameter
-    name."""
+    """Average in float32 of the parameters of a module that require gradients, by name."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay

@@ -1,5 +1,4 @@
-"""The one training loop: accelerate, EMA, JSON lines, TensorBoard, atomic checkpoints, exact
-resume.
+"""The one training loop: accelerate, EMA, logs, atomic checkpoints, exact resume.
 
 Nothing random lives across steps. The noise of step ``n`` on process ``r`` comes from a generator
 seeded by ``(seed, n, r)`` and the samples from ``(seed, position)``, so a resumed run repeats the

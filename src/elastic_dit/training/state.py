@@ -29,8 +29,7 @@ def save_state(
     *,
     keep: int,
 ) -> Path:
-    """Write ``folder/step-XXXXXXXX`` atomically and delete all but the newest ``keep``
-    checkpoints."""
+    """Write ``folder/step-XXXXXXXX`` atomically; keep the newest ``keep`` checkpoints."""
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step-{step:08d}"
     partial = folder / f".partial-step-{step:08d}"
