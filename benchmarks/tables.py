@@ -1,0 +1,82 @@
+"""Write the tables of README.md and benchmarks/README.md from the JSON under benchmarks/results/.
+
+    python benchmarks/tables.py
+
+Only what stands between the markers is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from elastic_dit.demo import markdown
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+
+
+def main() -> None:
+    demo = load("demo-mnist.json")
+    replace(HERE.parent / "README.md", "demo-table", markdown(demo["rows"]) + source(demo))
+    parts = []
+    speed = load("speed-cpu.json")
+    parts.append("## Do seconds follow FLOPs?\n\n" + speed_tables(speed) + source(speed))
+    table = load("reference-mnist.json")
+    parts.append("## Quality over cost\n\n" + quality_table(table) + source(table))
+    replace(HERE / "README.md", "results", "\n".join(parts))
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text())
+
+
+def source(results: dict[str, Any]) -> str:
+    facts = results["provenance"]
+    return f"\n`{facts['command']}` at {facts['commit']}, {facts['device']}, {facts['date']}.\n"
+
+
+def speed_tables(speed: dict[str, Any]) -> str:
+    lines = []
+    for table in speed["tables"]:
+        lines += [f"Batch {table['batch']}, {speed['steps']} steps, with guidance:", ""]
+        lines += ["| run | FLOPs ratio | time ratio |", "| --- | --- | --- |"]
+        for row in table["rows"]:
+            lines.append(f"| {row['run']} | {row['flops_ratio']:.3f} | {row['time_ratio']:.3f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def quality_table(table: dict[str, Any]) -> str:
+    lines = [
+        f"{table['images']} pictures a row in {table['sets']} seed sets; the guidance scale of "
+        f"each row is tuned on {table['tune_images']} pictures of other seeds. ± is the standard error.",
+        "",
+        "| run | steps | weak fraction | FLOPs | time | scale | Frechet distance | "
+        "kernel distance | accuracy | PSNR to full |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in table["rows"]:
+        fraction = f"{row['weak_fraction']:.1f}" if "weak_fraction" in row else "-"
+        similar = f"{row['psnr']:.1f}" if "psnr" in row else "-"
+        lines.append(
+            f"| {row['series']} | {row['steps']} | {fraction} | {row['ratio']:.3f} | "
+            f"{row['time_ratio']:.3f} | {row['scale']} | {row['frechet']:.3f} ± "
+            f"{row['frechet_noise']:.3f} | {row['kernel']:.3f} ± {row['kernel_noise']:.3f} | "
+            f"{row['accuracy']:.2%} ± {row['accuracy_noise']:.2%} | {similar} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def replace(path: Path, marker: str, text: str) -> None:
+    old = path.read_text()
+    pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
+    if not pattern.search(old):
+        raise ValueError(f"{path} has no markers {marker!r}")
+    path.write_text(pattern.sub(lambda m: m[1] + text + m[2], old))
+
+
+if __name__ == "__main__":
+    main()

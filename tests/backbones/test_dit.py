@@ -1,0 +1,129 @@
+"""What we claim to know of diffusers' DiT, against diffusers' DiT."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from elastic_dit import FULL, Mode
+from elastic_dit.backbones import BACKBONES, backbone_for
+from elastic_dit.backbones.dit import DiTBackbone
+from elastic_dit.ops.patching import kernel_to_group
+from elastic_dit.routing import Router
+
+BACKBONE = DiTBackbone()
+
+
+def test_the_class_is_found_by_its_name(model):
+    assert isinstance(backbone_for(model), DiTBackbone)
+    assert set(BACKBONES) == {"DiTTransformer2DModel"}
+
+
+def test_an_unknown_class_is_refused_and_the_nearest_named():
+    class DitTransformerModel(torch.nn.Module):
+        pass
+
+    message = "'DitTransformerModel' is not supported; legal: DiTTransformer2DModel"
+    with pytest.raises(ValueError, match=message):
+        backbone_for(DitTransformerModel())
+
+
+def test_patch_vectors_are_what_the_embedding_convolves(model):
+    x = torch.randn(2, 1, 32, 24)
+    vectors = BACKBONE.patch_vectors(model.pos_embed, x)
+    weight, bias = BACKBONE.embed_kernel(model)
+    found = vectors @ kernel_to_group(weight, 1).T + bias
+    expected = model.pos_embed.proj(x).permute(0, 2, 3, 1)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    assert BACKBONE.grid(model.pos_embed, x) == (8, 6) == tuple(vectors.shape[1:3])
+
+
+def test_output_rows_and_load_patch_are_inverse(make_model):
+    model = make_model(in_channels=3, out_channels=6)
+    other = make_model(in_channels=3, out_channels=6)
+    with torch.no_grad():
+        for parameter in (*other.pos_embed.parameters(), *other.proj_out_2.parameters()):
+            parameter.zero_()
+    weight, bias = BACKBONE.output_rows(model)
+    assert weight.shape == (4, 4, 6, 32)
+    assert bias.shape == (4, 4, 6)
+    BACKBONE.load_patch(other, BACKBONE.embed_kernel(model), (weight, bias))
+    state, expected = other.state_dict(), model.state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("side", [8, 12, 5])
+def test_positions_at_scale_one_are_the_stock_table(model, side):
+    embed = model.pos_embed
+    router = Router(BACKBONE, torch.nn.Module(), embed, grid=(side, side))
+    zero = torch.zeros(1, 1, side * 4, side * 4)
+    expected = embed(zero) - embed.proj.bias
+    found = BACKBONE.positions(embed, router, FULL)
+    torch.testing.assert_close(found.expand_as(expected), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_coarse_positions_are_between_the_fine_ones(model):
+    router = Router(BACKBONE, torch.nn.Module(), model.pos_embed, grid=(8, 8))
+    table = BACKBONE.positions(model.pos_embed, router, Mode(2))
+    assert table.shape == (1, 16, 32)
+    # Sine of the lowest frequencies is nearly linear: centre = mean of the four covered.
+    fine = BACKBONE.positions(model.pos_embed, router, FULL).reshape(4, 2, 4, 2, 32).mean((1, 3))
+    slow = [6, 7, 22, 23]
+    found, expected = table.reshape(4, 4, 32)[..., slow], fine[..., slow]
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_low_rank_layers_are_all_linear_layers_of_attention_and_feed_forward(model):
+    found = {name for name, _ in BACKBONE.low_rank_layers(model)}
+    linear = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert found == {n for n in linear if ".attn1." in n or ".ff." in n}
+    assert len(found) == 6 * 2
+
+
+def test_branches_are_recognised_by_the_null_class(model, make_call):
+    guided = BACKBONE.branches(model, make_call(3, guided=True))
+    assert guided is not None
+    assert (guided.conditional, guided.guidance) == (slice(0, 3), slice(3, 6))
+    for labels in ([1, 2, 3, 4], [10, 10, 1, 2], [10, 10, 10, 10], [1, 10, 2, 10], [1, 2, 3, 10]):
+        call = make_call(4) | {"class_labels": torch.tensor(labels)}
+        assert BACKBONE.branches(model, call) is None
+    assert BACKBONE.branches(model, make_call(3)) is None
+    assert BACKBONE.branches(model, make_call(2) | {"class_labels": None}) is None
+
+
+def test_the_level_is_the_time_over_a_thousand(make_call):
+    assert BACKBONE.level(make_call(2, 250.0)) == 0.25
+    assert BACKBONE.level({"timestep": torch.tensor([999])}) == 0.999
+    with pytest.raises(ValueError, match=r"timestep = None; .*so give one"):
+        BACKBONE.level({"hidden_states": torch.zeros(1)})
+    with pytest.raises(ValueError, match=r"from 1.0 to 5.0; legal: one .*using"):
+        BACKBONE.level({"timestep": torch.tensor([1.0, 5.0])})
+
+
+@pytest.mark.parametrize("scale", [3, 5, 16])
+def test_a_patch_that_does_not_fit_is_refused(model, scale):
+    words = f"'patch{scale}' does not fit the 8x8 base grid .*legal: full, patch2, patch4, patch8"
+    with pytest.raises(ValueError, match=words):
+        BACKBONE.check(model, {FULL, Mode(scale)})
+
+
+def test_only_square_patches(model):
+    for scale in ((2, 1, 1), (1, 2, 4)):
+        with pytest.raises(ValueError, match=f"{Mode(scale).name}.*square pictures; legal: patchK"):
+            BACKBONE.check(model, {Mode(scale)})
+    BACKBONE.check(model, {FULL, Mode(2), Mode(8)})
+
+
+def test_identity_tells_bases_apart(make_model):
+    base = BACKBONE.identity(make_model())
+    assert base["class"] == "DiTTransformer2DModel"
+    for changes in (
+        {"num_layers": 3},
+        {"num_attention_heads": 4},
+        {"patch_size": 2},
+        {"in_channels": 3, "out_channels": 1},
+        {"out_channels": 2},
+        {"num_embeds_ada_norm": 11},
+    ):
+        other = BACKBONE.identity(make_model(**changes))
+        assert {k for k in base if base[k] != other[k]}, changes

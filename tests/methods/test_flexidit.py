@@ -1,0 +1,201 @@
+"""FlexiDiT: how the new sizes start, and what each recipe leaves of the base."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from elastic_dit import FULL, FlexiDiT, Mode, elastify
+from elastic_dit.backbones.dit import DiTBackbone
+from elastic_dit.elastify import is_new
+from elastic_dit.methods import METHODS, method_from_config
+from elastic_dit.methods.flexidit import SharedSizes
+from elastic_dit.ops.patching import resize_embedding, resize_output
+
+BACKBONE = DiTBackbone()
+both_recipes = pytest.mark.parametrize("recipe", ["lora", "shared"])
+both_kinds = pytest.mark.parametrize("kind", ["pinv", "box"])
+COARSE = (Mode(2), Mode(4), Mode(8))
+
+
+def fresh(model, recipe, kind="pinv", scales=(2, 4, 8)):
+    return FlexiDiT(recipe=recipe, resize=kind, scales=scales, rank=4).build(model, BACKBONE)
+
+
+@both_recipes
+@both_kinds
+def test_a_constant_picture_gives_the_bases_tokens_at_every_size(model, recipe, kind):
+    sizes = fresh(model, recipe, kind)
+    x = torch.full((1, 1, 32, 32), 1.7)
+    vectors = BACKBONE.patch_vectors(model.pos_embed, x)
+    base = model.pos_embed.proj(x).flatten(2).transpose(1, 2)
+    for mode in COARSE:
+        tokens = sizes.embed(vectors, mode)
+        assert tokens.shape == (1, 64 // mode.patch_scale[-1] ** 2, 32)
+        expected = base[:, : tokens.shape[1]]
+        torch.testing.assert_close(tokens, expected, atol=1e-5, rtol=1e-5)
+
+
+@both_recipes
+@both_kinds
+def test_a_constant_output_stays_constant_at_every_size(model, recipe, kind):
+    # Output rows that do not depend on the pixel: the picture of equal tokens is constant.
+    with torch.no_grad():
+        for parameter in model.proj_out_2.parameters():
+            parameter.copy_(parameter.mean(0, keepdim=True).expand_as(parameter))
+    sizes = fresh(model, recipe, kind)
+    token = torch.randn(32)
+    expected = model.proj_out_2(token)[0]
+    for mode in COARSE:
+        hidden = token.expand(1, 64 // mode.patch_scale[-1] ** 2, 32)
+        found = sizes.project(hidden, mode, (8, 8))
+        assert found.shape == (1, 64, 16)
+        torch.testing.assert_close(found, expected.expand_as(found), atol=1e-5, rtol=1e-5)
+
+
+@both_recipes
+@both_kinds
+def test_mean_of_every_coarse_output_patch_is_the_bases(model, recipe, kind):
+    sizes, token = fresh(model, recipe, kind), torch.randn(32)
+    expected = model.proj_out_2(token).mean()
+    for mode in COARSE:
+        hidden = token.expand(1, 64 // mode.patch_scale[-1] ** 2, 32)
+        found = sizes.project(hidden, mode, (8, 8)).mean()
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@both_kinds
+@pytest.mark.parametrize("underlying", [1, 2, 4])
+def test_shared_underlying_weights_give_back_the_base_exactly(model, kind, underlying):
+    method = FlexiDiT(recipe="shared", resize=kind, underlying=underlying)
+    sizes = method.build(model, BACKBONE)
+    assert isinstance(sizes, SharedSizes)
+    kernel, bias = BACKBONE.embed_kernel(model)
+    rows, row_bias = BACKBONE.output_rows(model)
+    assert torch.equal(resize_embedding(sizes.flex_embed, 4, kind), kernel)
+    assert torch.equal(sizes.flex_bias, bias)
+    assert torch.equal(resize_output(sizes.flex_out, 4, kind), rows)
+    assert torch.equal(resize_output(sizes.flex_out_bias, 4, kind), row_bias)
+
+
+def test_shared_write_base_changes_nothing_at_the_start(make_model):
+    model, stock = make_model(), make_model()
+    sizes = fresh(model, "shared")
+    sizes.write_base(model, BACKBONE)
+    state, expected = model.state_dict(), stock.state_dict()
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("side", [32, 48, 20])
+def test_shared_full_mode_through_the_coarse_path_is_the_stock_model(
+    make_model, make_elastic, make_call, output, side
+):
+    """The k = 1 case of grouping, embedding, positions, projection and ungrouping."""
+    call = make_call(3, side=side)
+    expected = output(make_model(), call)
+    handle = make_elastic(recipe="shared")
+    handle.sizes.live = True
+    for forced in (False, True):
+        if forced:
+            with handle.using(FULL):
+                found = output(handle.model, call)
+        else:
+            found = output(handle.model, call)
+        assert (found - expected).norm() < 1e-6 * expected.norm()
+    handle.sizes.live = False
+    assert torch.equal(output(handle.model, call), expected)
+
+
+def test_shared_live_path_follows_the_underlying_weights(make_elastic, make_call, output, perturb):
+    handle, call = make_elastic(recipe="shared"), make_call()
+    sizes = handle.sizes
+    before = output(handle.model, call)
+    with handle.using(Mode(2)):
+        coarse_before = output(handle.model, call)
+    perturb(sizes, lambda name: name.startswith("flex_"), seed=5)
+    assert torch.equal(output(handle.model, call), before)  # the stock path is materialised
+    with handle.using(Mode(2)):
+        assert not torch.allclose(output(handle.model, call), coarse_before)  # no stale cache
+    sizes.live = True
+    live = output(handle.model, call)
+    sizes.write_base(handle.model, BACKBONE)
+    sizes.live = False
+    written = output(handle.model, call)
+    assert not torch.allclose(live, before)
+    assert (written - live).norm() < 1e-6 * live.norm()
+
+
+def test_live_gradients_reach_the_underlying_weights(make_elastic, make_call):
+    handle, call = make_elastic(recipe="shared"), make_call()
+    handle.sizes.live = True
+    for mode in (FULL, Mode(2)):
+        handle.model.zero_grad()
+        with handle.using(mode):
+            handle.model(**call).sample.square().mean().backward()
+        for name in ("flex_embed", "flex_bias", "flex_out", "flex_out_bias"):
+            assert getattr(handle.sizes, name).grad.abs().max() > 0
+
+
+def test_lora_gradients_reach_all_new_tensors_of_the_mode_and_no_other(make_elastic, make_call):
+    handle, call = make_elastic(), make_call()
+    with handle.using(Mode(2)):
+        handle.model(**call).sample.square().mean().backward()
+    new = {n: p for n, p in handle.model.named_parameters() if is_new(n)}
+    reached = {n for n, p in new.items() if p.grad is not None and p.grad.abs().max() > 0}
+    assert reached == {n for n in new if "patch2" in n}
+
+
+def test_a_fresh_low_rank_update_is_zero(make_model, make_call, output):
+    handle = elastify(make_model(), FlexiDiT(rank=4))
+    call = make_call()
+    with handle.using(Mode(2)):
+        before = output(handle.model, call)
+        with torch.no_grad():
+            for name, parameter in handle.model.named_parameters():
+                if ".coarse_A." in name:
+                    parameter.zero_()
+        assert torch.equal(output(handle.model, call), before)
+
+
+def test_config_round_trip():
+    for method in (FlexiDiT(), FlexiDiT(recipe="shared", scales=(4,), resize="box", underlying=4)):
+        assert method_from_config(method.name, method.to_config()) == method
+    assert METHODS["flexidit"] is FlexiDiT
+    assert FlexiDiT(scales=[2]).modes == (Mode(2),)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"recipe": "full"}, "recipe = 'full'; legal: 'lora', 'shared'"),
+        ({"scales": ()}, r"scales = \(\); legal: different whole numbers >= 2"),
+        ({"scales": (1, 2)}, r"scales = \(1, 2\); legal"),
+        ({"scales": (2, 2)}, r"scales = \(2, 2\); legal"),
+        ({"scales": (2.5,)}, r"scales = \(2.5,\); legal: different whole numbers"),
+        ({"rank": 0}, "rank = 0; legal: >= 1"),
+        ({"rank": 1.5}, "rank = 1.5; legal"),
+        ({"resize": "cubic"}, "resize = 'cubic'; legal: box, pinv"),
+        ({"underlying": 0}, "underlying = 0; legal: >= 1"),
+    ],
+)
+def test_illegal_settings_are_named(settings, words):
+    with pytest.raises(ValueError, match=words):
+        FlexiDiT(**settings)
+
+
+def test_sizes_that_do_not_divide_the_underlying_patch_are_refused(model):
+    with pytest.raises(ValueError, match=r"scales = \(3,\) with underlying = 2 .*legal"):
+        FlexiDiT(recipe="shared", scales=(3,)).build(model, BACKBONE)
+
+
+def test_lora_has_no_underlying_patch_so_any_scale_is_legal(make_model, make_call, output):
+    handle = elastify(make_model(sample_size=24), FlexiDiT(scales=(3,), rank=4))
+    with handle.using(Mode(3)):
+        assert output(handle.model, make_call(side=24)).shape == (2, 1, 24, 24)
+
+
+def test_an_unknown_method_is_named():
+    with pytest.raises(ValueError, match="unknown method 'ddit'; legal: flexidit"):
+        method_from_config("ddit", {})
+    with pytest.raises(ValueError, match=r"'flexidit' is not understood: .*colour"):
+        method_from_config("flexidit", {"colour": 1})

@@ -1,0 +1,138 @@
+"""Cost: the published percentages, and the closed form against torch's own counter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiTTransformer2DModel
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from elastic_dit import FULL, FlexiDiT, Mode, Plan, Schedule, elastify
+from elastic_dit.backbones.dit import DiTBackbone
+from elastic_dit.cost import SHAPES, dit_shape, named_shape, weak_first_cost
+
+XL = SHAPES["dit-xl-2-256"]
+STEPS = 250
+
+
+def published(weak: int, weak_guide: int, macs) -> float:
+    """Percentage of a guided run of 250 steps with so many weak steps per branch."""
+    scheduler = DDPMScheduler()
+    scheduler.set_timesteps(STEPS)
+    levels = [DiTBackbone().level_of(t) for t in scheduler.timesteps.tolist()]
+    schedule = Schedule.weak_first(weak / STEPS, guide_fraction=weak_guide / STEPS)
+    plan = Plan.bind(schedule, levels, macs, guidance=True)
+    assert sum(s.mode == Mode(2) for s in plan.steps) == weak
+    assert sum(s.guide == Mode(2) for s in plan.steps) == weak_guide
+    return 100 * plan.ratio
+
+
+def test_dit_xl_costs_what_its_paper_says():
+    assert XL.macs(FULL) / 1e9 == pytest.approx(118.67, abs=0.01)
+    assert (XL.tokens(FULL), XL.tokens(Mode(2))) == (256, 64)
+    assert XL.block_macs(Mode(2)) / XL.block_macs(FULL) == pytest.approx(0.2433, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("weak", "weak_guide", "percent"), [(120, 120, 64), (180, 180, 46), (220, 250, 29)]
+)
+def test_published_compute_of_flexidit(weak, weak_guide, percent):
+    """Powerful for the last 130/130, 70/70 and 30/0 steps (spec 0.1)."""
+    assert published(weak, weak_guide, XL.block_macs) == pytest.approx(percent, abs=0.5)
+    assert published(weak, weak_guide, XL.macs) == pytest.approx(percent, abs=0.5)
+
+
+@pytest.mark.parametrize(("share", "percent"), [(20, 84.9), (40, 69.7), (60, 54.6), (80, 39.5)])
+def test_published_compute_of_weak_shares(share, percent):
+    weak = STEPS * share // 100
+    assert published(weak, weak, XL.block_macs) == pytest.approx(percent, abs=0.1)
+
+
+def test_weak_first_cost_says_the_same():
+    facts = weak_first_cost("dit-xl-2-256", 120 / STEPS)
+    assert facts["macs_full"] == XL.macs(FULL)
+    assert 100 * facts["ratio"] == pytest.approx(published(120, 120, XL.macs))
+    assert 100 * facts["ratio_paper"] == pytest.approx(published(120, 120, XL.block_macs))
+    assert facts["flops_plan"] == 2 * facts["macs_plan"]
+
+
+def counted(model, call) -> float:
+    """Multiply-adds by torch's counter; the unfused attention is what it can see on the CPU."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        model(**call)
+    return counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_layers": 3, "num_attention_heads": 3, "patch_size": 2, "sample_size": 16},
+        {"in_channels": 4, "out_channels": 8, "sample_size": 16, "patch_size": 2},
+    ],
+)
+def test_full_mode_equals_the_counter_on_the_meta_device(changes):
+    config = {
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 1,
+        "num_layers": 2,
+        "sample_size": 32,
+        "patch_size": 4,
+        "num_embeds_ada_norm": 10,
+        **changes,
+    }
+    with torch.device("meta"):
+        model = DiTTransformer2DModel(**config).eval()
+        call = {
+            "hidden_states": torch.empty(1, config["in_channels"], *[config["sample_size"]] * 2),
+            "timestep": torch.empty(1),
+            "class_labels": torch.zeros(1, dtype=torch.long),
+        }
+        count = counted(model, call)
+    assert DiTBackbone().shape(model).macs(FULL) == count
+    named = dit_shape(
+        width=model.inner_dim,
+        depth=config["num_layers"],
+        latent=config["sample_size"],
+        patch=config["patch_size"],
+        channels=config["in_channels"],
+        out_channels=model.out_channels,
+    )
+    assert named.macs(FULL) == count
+
+
+@pytest.mark.parametrize("recipe", ["lora", "shared"])
+@pytest.mark.parametrize("mode", [FULL, Mode(2), Mode(4)])
+def test_every_mode_equals_the_counter(make_elastic, make_call, recipe, mode):
+    handle, call = make_elastic(recipe=recipe), make_call(1)
+    with torch.no_grad(), handle.using(mode):
+        handle.model(**call)  # the shared recipe projects its weights once
+        assert handle.shape.macs(mode) == counted(handle.model, call)
+
+
+def test_merged_low_rank_costs_nothing(make_model, make_elastic, make_call):
+    handle, call = make_elastic(merge=True), make_call(1)
+    with torch.no_grad(), handle.using(Mode(2)):
+        handle.model(**call)  # merges once
+        assert handle.shape.macs(Mode(2)) == counted(handle.model, call)
+    assert handle.shape.low_rank == 0
+    unmerged = elastify(make_model(), FlexiDiT(rank=4)).shape
+    assert unmerged.macs(Mode(2)) > handle.shape.macs(Mode(2))
+    assert unmerged.macs(FULL) == handle.shape.macs(FULL)
+
+
+def test_ragged_grids_round_up():
+    shape = dit_shape(width=32, depth=2, latent=14, patch=2)
+    assert [shape.tokens(Mode(k)) for k in (1, 2, 4, 7)] == [49, 16, 4, 1]
+
+
+def test_illegal_questions_are_named():
+    with pytest.raises(ValueError, match=r"unknown model 'dit-xxl'; legal: dit-s-2-256, .*512"):
+        named_shape("dit-xxl")
+    with pytest.raises(ValueError, match="low_rank = -1; legal: >= 0"):
+        weak_first_cost("dit-xl-2-256", 0.5, low_rank=-1)
+    with pytest.raises(ValueError, match="steps = 0; legal: >= 1"):
+        weak_first_cost("dit-xl-2-256", 0.5, steps=0)

@@ -1,0 +1,171 @@
+"""Adapter training: the base stays, the student learns, the export is what was trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from safetensors.torch import load_file
+
+from elastic_dit import FULL, Mode, Schedule, elastify, load_adapter
+from elastic_dit.elastify import is_new
+from elastic_dit.training.adapter import AdapterTask
+from elastic_dit.training.config import load_recipe
+from elastic_dit.training.data import ImageData
+from elastic_dit.training.loop import train
+from elastic_dit.training.state import list_states
+
+
+@pytest.fixture
+def run(adapter_recipe):
+    """``run(*overrides)``: the finished task and its adapter folder."""
+
+    def make(*overrides, resume=False):
+        recipe = load_recipe(adapter_recipe, overrides)
+        task = AdapterTask(recipe)
+        return task, train(recipe, task, ImageData(recipe.data), resume=resume)
+
+    return make
+
+
+@pytest.fixture
+def base(tmp_path):
+    return lambda: DiTTransformer2DModel.from_pretrained(tmp_path / "base").eval()
+
+
+def losses(tmp_path):
+    lines = (tmp_path / "adapter-run" / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def call_of(count=4):
+    x = torch.randn(count, 1, 16, 16, generator=torch.Generator().manual_seed(3))
+    return {
+        "hidden_states": x,
+        "timestep": torch.full((count,), 700.0),
+        "class_labels": torch.arange(count) % 2,
+    }
+
+
+def test_lora_training_leaves_the_base_alone_and_lowers_the_distillation_loss(
+    run, base, output, tmp_path
+):
+    task, export = run("loop.images=640")
+    found = losses(tmp_path)
+    assert sum(found[-5:]) < 0.7 * sum(found[:5])
+    stock, state = base().state_dict(), task.module.state_dict()
+    assert all(torch.equal(state[name], stock[name]) for name in stock)
+    assert set(state) - set(stock) == {name for name in state if is_new(name)}
+
+    call, model = call_of(), base()
+    teacher = output(model, call)
+    handle = elastify(model, export)
+    assert torch.equal(output_of(handle, FULL, call, output), teacher)
+    recipe = task.recipe
+    start = AdapterTask(recipe).handle
+    for mode in (Mode(2), Mode(4)):
+        before = (output_of(start, mode, call, output) - teacher).square().mean()
+        after = (output_of(handle, mode, call, output) - teacher).square().mean()
+        assert after < 0.8 * before, mode
+
+
+def output_of(handle, mode, call, output):
+    with handle.using(mode):
+        return output(handle.model, call)
+
+
+def test_the_adapter_folder_says_how_it_was_made(run):
+    task, export = run("loop.images=32", "adapter.weak_fraction=0.3")
+    adapter = load_adapter(export)
+    assert adapter.schedule == Schedule.weak_first(0.3, 2)
+    assert adapter.method == task.handle.method
+    assert adapter.notes["training"]["images_seen"] == 32
+    assert adapter.notes["training"]["recipe"]["settings"]["rank"] == 4
+
+
+def test_only_new_tensors_are_trained_and_kept(run, tmp_path):
+    run("loop.images=32")
+    (state,) = list_states(tmp_path / "adapter-run" / "checkpoints")
+    assert all(is_new(name) for name in load_file(state / "model.safetensors"))
+
+
+def test_shared_export_is_the_trained_live_path(run, base, output, tmp_path):
+    task, export = run("adapter.recipe=shared", "loop.images=640")
+    found = losses(tmp_path)
+    assert sum(found[-8:]) < sum(found[:8])
+    call = call_of()
+    task.handle.sizes.live = True
+    live = output_of(task.handle, FULL, call, output)
+    task.handle.sizes.live = False
+
+    model = base()
+    stock = output(model, call)
+    handle = elastify(model, export)
+    full = output_of(handle, FULL, call, output)
+    assert (full - live).norm() < 1e-6 * live.norm()
+    assert (full - stock).norm() > 1e-3 * stock.norm()  # it was trained
+    for mode in (Mode(2), Mode(4)):
+        expected = output_of(task.handle, mode, call, output)
+        assert torch.equal(output_of(handle, mode, call, output), expected)
+    handle.remove()
+    assert torch.equal(output(model, call), stock)
+
+
+@pytest.mark.parametrize("recipe", ["lora", "shared"])
+def test_a_resumed_run_repeats_the_unbroken_one(run, tmp_path, recipe):
+    overrides = [f"adapter.recipe={recipe}"]
+    _, export = run(*overrides)
+    expected, kept = losses(tmp_path), load_file(export / "adapter.safetensors")
+    for state in list_states(tmp_path / "adapter-run" / "checkpoints")[1:]:
+        shutil.rmtree(state)
+    shutil.rmtree(export)
+    run(*overrides, resume=True)
+    assert losses(tmp_path) == expected
+    again = load_file(export / "adapter.safetensors")
+    assert again.keys() == kept.keys()
+    assert all(torch.equal(again[name], kept[name]) for name in kept)
+
+
+def test_shared_training_starts_at_the_base(adapter_recipe, base, output):
+    task = AdapterTask(load_recipe(adapter_recipe, ["adapter.recipe=shared"]))
+    call = call_of()
+    expected = output(base(), call)
+    found = output_of(task.handle, FULL, call, output)
+    assert (found - expected).norm() < 1e-6 * expected.norm()
+
+
+def test_the_loss_is_a_function_of_the_generator(adapter_recipe):
+    images, labels = torch.randn(16, 1, 16, 16), torch.zeros(16, dtype=torch.long)
+    for recipe in ("lora", "shared"):
+        task = AdapterTask(load_recipe(adapter_recipe, [f"adapter.recipe={recipe}"]))
+        found = [
+            task.loss(task.module, images, labels, torch.Generator().manual_seed(seed)).item()
+            for seed in (0, 0, 1)
+        ]
+        assert found[0] == found[1] != found[2]
+
+
+def test_a_batch_without_a_noisy_enough_picture_has_a_gradient(adapter_recipe):
+    """All levels below ``min_levels``: rare in a large batch, likely in a small one."""
+    task = AdapterTask(load_recipe(adapter_recipe, ["adapter.min_levels=[0.99, 0.99]"]))
+    images, labels = torch.randn(2, 1, 16, 16), torch.zeros(2, dtype=torch.long)
+    task.loss(task.module, images, labels, torch.Generator().manual_seed(0)).backward()
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "words"),
+    [
+        ("adapter.base=/nowhere", FileNotFoundError, "adapter.base = '/nowhere' holds no model"),
+        ("adapter.recipe=full", ValueError, "recipe = 'full'; legal: 'lora', 'shared'"),
+        ("adapter.rank=0", ValueError, "rank = 0; legal: >= 1"),
+        ("adapter.scales=[2, 3]", ValueError, r"'patch3' does not fit the 4x4 .*full, patch2"),
+        ("adapter.scales=[2]", ValueError, r"min_levels = \[0.0, 0.4\] .*legal: 1 numbers"),
+        ("adapter.colour=1", ValueError, r"\[adapter\] has no key 'colour'; legal keys: base"),
+    ],
+)
+def test_illegal_settings_are_named(adapter_recipe, override, error, words):
+    with pytest.raises(error, match=words):
+        AdapterTask(load_recipe(adapter_recipe, [override]))
