@@ -52,7 +52,8 @@ def speed_tables(speed: dict[str, Any]) -> str:
 def quality_table(table: dict[str, Any]) -> str:
     lines = [
         f"{table['images']} pictures a row in {table['sets']} seed sets; the guidance scale of "
-        f"each row is tuned on {table['tune_images']} pictures of other seeds. ± is the standard error.",
+        f"each row is tuned on {table['tune_images']} pictures of other seeds. "
+        "± is the standard error.",
         "",
         "| run | steps | weak fraction | FLOPs | time | scale | Frechet distance | "
         "kernel distance | accuracy | PSNR to full |",

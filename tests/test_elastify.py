@@ -111,7 +111,7 @@ def test_applying_twice_replaces(make_model, make_elastic, make_call, output, as
     assert torch.equal(output(model, call), output(stock, call))
     for use in (
         lambda: setattr(first, "schedule", Schedule.constant()),
-        lambda: first.set_budget(0.5),
+        lambda: setattr(first, "budget", 0.5),
         lambda: first.plan_levels([0.5]),
         first.report,
         first.adapter,
@@ -521,9 +521,9 @@ def test_illegal_schedules_and_budgets_are_named(make_elastic):
         handle.schedule = mixed
     for budget in (0, -1, 1.5, float("nan")):
         with pytest.raises(ValueError, match=rf"budget = {budget}; legal: \(0, 1\]"):
-            handle.set_budget(budget)
+            handle.budget = budget
     with pytest.raises(ValueError, match=r"budget = 0.01; legal: 0\.\d+ \(the cheapest mode"):
-        handle.set_budget(0.01)
+        handle.budget = 0.01
     assert handle.schedule == before
 
 
@@ -537,6 +537,8 @@ def test_a_budget_is_the_plans_ratio(make_elastic):
     handle = make_elastic()
     levels = [1 - (i + 0.5) / 200 for i in range(200)]
     for budget in (0.3, 0.6, 1.0):
-        schedule = handle.set_budget(budget)
-        assert handle.schedule == schedule
+        handle.budget = budget
+        assert handle.budget == budget
         assert handle.plan_levels(levels).ratio == pytest.approx(budget, abs=0.005)
+    handle.schedule = Schedule.constant()
+    assert handle.budget is None

@@ -2,7 +2,7 @@
 
 >>> from elastic_dit import elastify
 >>> handle = elastify(pipe, "path/or/hub-id")
->>> handle.set_budget(0.6)
+>>> handle.budget = 0.6
 >>> images = pipe(...).images
 >>> print(handle.report())
 >>> handle.remove()

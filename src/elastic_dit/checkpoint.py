@@ -50,17 +50,32 @@ class Adapter:
         Raises:
             FileExistsError: the folder exists and holds something that is no adapter.
         """
-        folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()) and not (folder / CONFIG).is_file():
+        folder = Path(folder).expanduser()
+        if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
             raise FileExistsError(
                 f"{str(folder)!r} exists and holds no adapter; choose another folder"
             )
         folder.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            partial = Path(scratch) / "new"
+            partial.mkdir()
+            self._write(partial, dtype)
+            if folder.exists():
+                for file in folder.iterdir():
+                    if file.name not in (CONFIG, WEIGHTS):  # a card, say
+                        copy = shutil.copytree if file.is_dir() else shutil.copy2
+                        copy(file, partial / file.name)
+                os.replace(folder, Path(scratch) / "old")
+            os.replace(partial, folder)
+        return folder
+
+    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
         tensors = {
-            k: v.detach().to("cpu", dtype or v.dtype).contiguous() for k, v in self.tensors.items()
+            name: value.detach().to("cpu", dtype or value.dtype).contiguous()
+            for name, value in self.tensors.items()
         }
-        save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        os.chmod(folder / WEIGHTS, 0o644)  # safetensors makes files private, an adapter is not
         config = {
             "format": FORMAT,
             "method": self.method.name,
@@ -69,13 +84,7 @@ class Adapter:
             "schedule": json.loads(self.schedule.to_json()) if self.schedule else None,
             "notes": self.notes,
         }
-        (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        os.chmod(partial, 0o755)  # temporary folders are private, an adapter is not
-        os.chmod(partial / WEIGHTS, 0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(partial, folder)
-        return folder
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_adapter(source: str | Path) -> Adapter:
@@ -110,11 +119,11 @@ def load_adapter(source: str | Path) -> Adapter:
             )
     schedule = config.get("schedule")
     return Adapter(
-        method=method_from_config(config.get("method"), config.get("settings", {})),
-        base=config.get("base", {}),
+        method=method_from_config(config["method"], config["settings"]),
+        base=config["base"],
         tensors=tensors,
         schedule=Schedule.from_json(json.dumps(schedule)) if schedule else None,
-        notes=config.get("notes", {}),
+        notes=config["notes"],
     )
 
 
@@ -171,7 +180,23 @@ def _find(source: str | Path) -> Path:
         raise FileNotFoundError(f"adapter {text!r} is neither a folder nor a hub id (owner/name)")
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS]))
+    try:
+        return Path(snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS]))
+    except OSError as error:  # every error of the hub and of the network
+        raise FileNotFoundError(
+            f"adapter {text!r} is no folder here, and the hub has not got it: {error}"
+        ) from error
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is empty or holds an adapter, hence may be replaced by one."""
+    if not any(folder.iterdir()):
+        return True
+    try:
+        _read_config(folder)
+    except (ValueError, FileNotFoundError):
+        return False
+    return True
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -185,4 +210,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else config
         raise ValueError(f"{str(path)!r}: format = {found!r}; legal: {FORMAT}")
+    for name, kind in (("method", str), ("settings", dict), ("base", dict), ("notes", dict)):
+        if not isinstance(config.get(name), kind):
+            raise ValueError(
+                f"{str(path)!r}: {name} = {config.get(name)!r}; legal: a JSON "
+                f"{'text' if kind is str else 'object'}"
+            )
     return config

@@ -109,7 +109,7 @@ def sample(
 
     classes = parse_labels(labels)
     pipe, handle = _elastic(model, adapter)
-    handle.set_budget(budget)
+    handle.budget = budget
     seeds = list(range(seed, seed + len(classes)))
     drawn = draw(pipe, classes, seeds, guidance_scale=guidance_scale, steps=steps)
     output.mkdir(parents=True, exist_ok=True)

@@ -63,6 +63,10 @@ class TransformerShape:
             self.block_macs(mode) + projections + modulation + conditioning + self._low_rank(mode)
         )
 
+    def packing_macs(self, a: Mode, b: Mode) -> float:
+        """What attention multiplies in vain where two modes share one masked sequence."""
+        return self.depth * 4 * self.tokens(a) * self.tokens(b) * self.width
+
     def _low_rank(self, mode: Mode) -> float:
         if mode.is_full or not self.low_rank:
             return 0.0

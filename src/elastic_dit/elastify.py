@@ -37,6 +37,7 @@ from elastic_dit.routing import (
     OutputSeam,
     Router,
     rebind_hooks,
+    remembered_in_checkpoints,
     restore_class,
     swap_class,
 )
@@ -108,7 +109,8 @@ class Engine:
     """Lives on the elastic model: picks the mode of each call, runs it, keeps the record.
 
     Attributes:
-        pairs: adapted linear layers with their low-rank factors by mode.
+        pairs: adapted linear layers with their low-rank factors by mode, under the stock names.
+        base: the base's own tensors under the stock names, if the method trains them.
         other_weights: while installed the base's own weights, else the adapter's; swapped by
             `install` and `uninstall`.
     """
@@ -116,10 +118,12 @@ class Engine:
     router: Router
     method: Method
     stock: type
-    pairs: list[LowRankPair]
+    pairs: dict[str, LowRankPair]
+    base: dict[str, Tensor]
     other_weights: dict[str, Tensor] = field(default_factory=dict)
     schedule: Schedule = field(default_factory=Schedule.constant)
     packed: bool = False
+    budget: float | None = None
     forced: Mode | None = None
     pipe: Any = None
     calls: list[CallRecord] = field(default_factory=list)
@@ -145,25 +149,29 @@ class Engine:
                 f"the model already has an attribute {SIZES!r}, which is where new tensors go"
             )
         sizes = method.build(model, backbone)
-        named = _low_rank_pairs(model, backbone, method)
-        router = Router(backbone, sizes, backbone.modules(model)[0])
-        engine = cls(router, method, type(model), list(named.values()))
+        pairs = _low_rank_pairs(model, backbone, method)
+        embed, _ = backbone.modules(model)
+        router = Router(backbone, sizes, embed, low_rank=method.low_rank)
+        base = model.state_dict(keep_vars=True) if method.trains_base else {}
+        engine = cls(router, method, type(model), pairs, dict(base))
         if adapter is None:
             return engine
-        expected = {f"{SIZES}.{k}": v for k, v in sizes.state_dict().items()}
-        for name, (_, A, B) in named.items():
-            expected |= {f"{name}.coarse_A.{m}": p for m, p in A.items()}
-            expected |= {f"{name}.coarse_B.{m}": p for m, p in B.items()}
-        base = {f"base.{k}": v for k, v in model.state_dict().items()} if method.trains_base else {}
-        check_tensors(expected | base, adapter.tensors)
+        expected = engine.new_tensors()
+        check_tensors(expected | {f"base.{k}": v for k, v in base.items()}, adapter.tensors)
         with torch.no_grad():
             for name, value in expected.items():
                 value.copy_(adapter.tensors[name])
-        engine.other_weights = {
-            name.removeprefix("base."): adapter.tensors[name].to(value)
-            for name, value in base.items()
-        }
+        engine.other_weights = {k: adapter.tensors[f"base.{k}"].to(v) for k, v in base.items()}
         return engine
+
+    def new_tensors(self) -> dict[str, Tensor]:
+        """The added parameters under the names of an adapter file."""
+        tensors = {f"{SIZES}.{k}": v for k, v in self.router.sizes.state_dict().items()}
+        for name, (_, A, B) in self.pairs.items():
+            for mode in A:
+                tensors[f"{name}.coarse_A.{mode}"] = A[mode]
+                tensors[f"{name}.coarse_B.{mode}"] = B[mode]
+        return tensors
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied model must not call the compiled forward of the original.
@@ -177,7 +185,8 @@ class Engine:
         watch = Stopwatch(sample.device)
         if self.forced is not None:
             self.router.mode = self.forced
-            output = forward(**call)
+            with remembered_in_checkpoints(model, self.router):
+                output = forward(**call)
             self._record(model, None, self.forced, None, count, watch)
             return output
         level = self.router.backbone.level(call)
@@ -189,7 +198,8 @@ class Engine:
                 stacklevel=4,
             )
             self.warned = True
-        output = run_segment(self.router, forward, call, segment, branches, packed=self.packed)
+        with remembered_in_checkpoints(model, self.router):
+            output = run_segment(self.router, forward, call, segment, branches, packed=self.packed)
         guide = None if branches is None or segment.gain == 0 else segment.guide_mode
         self._record(model, level, segment.mode, guide, count, watch, guided=branches is not None)
         return output
@@ -207,17 +217,21 @@ class Engine:
     ) -> None:
         if self._starts_run(level):
             self.calls.clear()
-        macs = self.macs_of(model, self.router.grid)
+        shape = self.shape_of(model, self.router.grid)
         pictures = count // 2 if guided else count
-        spent = pictures * (macs(mode) + (macs(guide) if guide is not None else 0.0))
+        spent = shape.macs(mode)
+        if guide is not None:
+            spent += shape.macs(guide)
+            if self.packed and guide != mode:
+                spent += shape.packing_macs(mode, guide)
         self.calls.append(
             CallRecord(
                 level=level,
                 mode=mode,
                 guide=guide,
                 rows=count,
-                macs=spent,
-                full_macs=count * macs(FULL),
+                macs=pictures * spent,
+                full_macs=count * shape.macs(FULL),
                 watch=watch.stop(),
             )
         )
@@ -232,10 +246,6 @@ class Engine:
         last = self.calls[-1].level if self.calls else None
         return level is not None and last is not None and level > last
 
-    def macs_of(self, model: nn.Module, grid: tuple[int, int] | None = None) -> Any:
-        """Multiply-adds of one picture as a function of the mode."""
-        return self.shape_of(model, grid).macs
-
     def shape_of(self, model: nn.Module, grid: tuple[int, int] | None = None) -> TransformerShape:
         """What the cost of the elastic model depends on."""
         shape = self.router.backbone.shape(model)
@@ -245,7 +255,7 @@ class Engine:
     def install(self, model: nn.Module) -> None:
         """Attach the new parameters and swap classes; the inverse of `uninstall`."""
         backbone = self.router.backbone
-        self._exchange_weights(model)
+        self._exchange_weights()
         model.add_module(SIZES, self.router.sizes)
         embed, output = backbone.modules(model)
         self._swap(embed, EmbedSeam)
@@ -254,7 +264,7 @@ class Engine:
             self._swap(module, ModulationSeam)
         for module in backbone.attention_layers(model):
             self._swap(module, AttentionSeam)
-        for layer, A, B in self.pairs:
+        for layer, A, B in self.pairs.values():
             layer.coarse_A, layer.coarse_B = A, B
             self._swap(layer, LowRankSeam)
         model.__class__ = _elastic_class(self.stock)
@@ -270,20 +280,17 @@ class Engine:
         for module in reversed(self.swapped):
             restore_class(module)
         self.swapped.clear()
-        for layer, _, _ in self.pairs:
+        for layer, _, _ in self.pairs.values():
             del layer.coarse_A, layer.coarse_B
         del model._modules[SIZES]
         model.__class__ = self.stock
         del model.__dict__[ENGINE]
-        self._exchange_weights(model)
+        self._exchange_weights()
         rebind_hooks(model)
 
-    def _exchange_weights(self, model: nn.Module) -> None:
-        if not self.other_weights:
-            return
-        present = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    def _exchange_weights(self) -> None:
         for name, other in self.other_weights.items():
-            tensor = present[name]
+            tensor = self.base[name]
             tensor.data, self.other_weights[name] = other.to(tensor), tensor.data
 
 
@@ -327,17 +334,25 @@ class Handle:
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
         _check_schedule(schedule, self._live().method)
-        self._engine.schedule = schedule
+        self._engine.schedule, self._engine.budget = schedule, None
 
-    def set_budget(self, budget: float) -> Schedule:
-        """Choose the weak-first schedule that costs ``budget`` times the full run, and return it.
+    @property
+    def budget(self) -> float | None:
+        """The budget the present schedule was chosen for, None if it was set otherwise.
+
+        Setting it chooses the weak-first schedule that costs this share of the full run.
 
         Raises:
             ValueError: outside (0, 1], or below the cheapest mode's cost.
         """
-        macs = self._live().macs_of(self.model)
-        self._engine.schedule = weak_first_for_budget(budget, macs, self._engine.method.modes)
-        return self._engine.schedule
+        return self._engine.budget
+
+    @budget.setter
+    def budget(self, budget: float) -> None:
+        engine = self._live()
+        macs = engine.shape_of(self.model).macs
+        engine.schedule = weak_first_for_budget(budget, macs, engine.method.modes)
+        engine.budget = budget
 
     @property
     def packed(self) -> bool:
@@ -380,7 +395,9 @@ class Handle:
     def plan_levels(self, levels: Sequence[float], *, guidance: bool = True) -> Plan:
         """`plan` for given noise levels, one per model call."""
         engine = self._live()
-        return Plan.bind(engine.schedule, levels, engine.macs_of(self.model), guidance=guidance)
+        shape = engine.shape_of(self.model)
+        packing = shape.packing_macs if engine.packed else None
+        return Plan.bind(engine.schedule, levels, shape.macs, guidance=guidance, packing=packing)
 
     def report(self) -> Report:
         """What the last run really did."""
@@ -396,6 +413,7 @@ class Handle:
         engine = self._live()
         if mode not in self.modes:
             raise ValueError(f"mode {mode.name!r}; legal: {', '.join(m.name for m in self.modes)}")
+        engine.calls.clear()
         previous, engine.forced = engine.forced, mode
         try:
             yield
@@ -405,9 +423,7 @@ class Handle:
     def adapter(self, **notes: Any) -> Adapter:
         """The present weights as an adapter."""
         engine = self._live()
-        tensors = {k: v for k, v in self.model.state_dict().items() if is_new(k)}
-        if engine.method.trains_base:
-            tensors |= {f"base.{k}": v for k, v in self.model.state_dict().items() if not is_new(k)}
+        tensors = engine.new_tensors() | {f"base.{k}": v for k, v in engine.base.items()}
         identity = engine.router.backbone.identity(self.model)
         return Adapter(
             method=engine.method,
@@ -457,8 +473,9 @@ def _elastic_class(stock: type) -> type:
         engine: Engine = self.__dict__[ENGINE]
         engine.compiled = torch.compile(functools.partial(stock.forward, self), *args, **kwargs)
 
+    # The stock name goes into saved configs and is what caches and loaders look for.
     parts = {"forward": forward, "compile": compile, "__module__": __name__}
-    return type(f"Elastic{stock.__name__}", (stock,), parts)
+    return type(stock.__name__, (stock,), parts)
 
 
 def _resolve(target: Any) -> tuple[nn.Module, Any]:

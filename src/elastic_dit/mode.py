@@ -24,7 +24,8 @@ class Mode:
 
     def __init__(self, patch_scale: int | tuple[int, int, int] = 1) -> None:
         scale = (1, patch_scale, patch_scale) if isinstance(patch_scale, int) else patch_scale
-        if len(scale) != 3 or any(not isinstance(k, int) or k < 1 for k in scale):
+        whole = isinstance(scale, tuple | list) and all(type(k) is int and k >= 1 for k in scale)
+        if not whole or len(scale) != 3:
             raise ValueError(
                 f"patch_scale = {patch_scale!r}; legal: a whole number >= 1, or three (t, h, w)"
             )
@@ -37,6 +38,11 @@ class Mode:
     def is_full(self) -> bool:
         """Whether this is the base network, exactly as it came."""
         return self.patch_scale == (1, 1, 1)
+
+    def is_coarser_than(self, other: Mode) -> bool:
+        """Whether tokens cover at least as much along every axis, and more along one."""
+        pairs = list(zip(self.patch_scale, other.patch_scale, strict=True))
+        return all(a >= b for a, b in pairs) and self != other
 
     @classmethod
     def parse(cls, name: str) -> Mode:

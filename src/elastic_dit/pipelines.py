@@ -63,7 +63,7 @@ class PixelDiTPipeline(DiffusionPipeline):
             ValueError: labels, seeds, steps, scale or output type out of range.
         """
         config = self.transformer.config
-        labels = torch.as_tensor(class_labels, dtype=torch.long).reshape(-1)
+        labels = torch.as_tensor(class_labels).reshape(-1)
         self._check(labels, guidance_scale, num_inference_steps, seeds, generator, output_type)
         device, dtype = self._execution_device, self.transformer.dtype
         if seeds is not None:
@@ -122,10 +122,10 @@ class PixelDiTPipeline(DiffusionPipeline):
         classes = self.transformer.config.num_embeds_ada_norm
         if not len(labels):
             raise ValueError("class_labels is empty; legal: at least one label")
-        if labels.min() < 0 or labels.max() >= classes:
+        if labels.is_floating_point() or labels.min() < 0 or labels.max() >= classes:
             raise ValueError(f"class_labels = {labels.tolist()}; legal: 0..{classes - 1}")
-        if not scale >= 0:
-            raise ValueError(f"guidance_scale = {scale}; legal: >= 0")
+        if not 0 <= scale < float("inf"):
+            raise ValueError(f"guidance_scale = {scale}; legal: a number >= 0")
         if steps < 1:
             raise ValueError(f"num_inference_steps = {steps}; legal: >= 1")
         if seeds is not None and len(seeds) != len(labels):
@@ -149,7 +149,7 @@ def is_flow_scheduler(scheduler: Any) -> bool:
     """Whether a diffusers scheduler works on the rectified-flow path and expects velocities."""
     config = scheduler.config
     return (
-        "FlowMatch" in type(scheduler).__name__
+        any("FlowMatch" in cls.__name__ for cls in type(scheduler).__mro__)
         or config.get("prediction_type") == "flow_prediction"
     )
 

@@ -12,8 +12,10 @@ regrouped under a block-diagonal mask) know about the layout.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import types
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +56,7 @@ class Router:
         layout: the parts of a packed batch, else None.
         joined: inside attention, packed tokens are regrouped by picture.
         grid: base grid ``(height, width)`` of the present call.
+        low_rank: rank of the updates of self-attention and feed-forward; 0 for none.
         merged: use weights with the low-rank update added in (one more copy per mode) instead of
             unmerged updates.
     """
@@ -66,6 +69,7 @@ class Router:
     joined: bool = False
     grid: tuple[int, int] = (0, 0)
     merged: bool = False
+    low_rank: int = 0
     tables: dict[Any, Tensor] = field(default_factory=dict)
 
     def tokens(self, mode: Mode) -> int:
@@ -157,8 +161,18 @@ class AttentionSeam(nn.Module):
     """Mixed into self-attention: regroups packed tokens by picture, block-diagonally masked."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Stock attention unless the batch is packed."""
+        """Stock attention unless the batch is packed.
+
+        Raises:
+            RuntimeError: query, key and value are fused, but adapted one by one.
+        """
         router: Router = self.__dict__[ROUTER]
+        coarse = router.layout is not None or not router.mode.is_full
+        if coarse and router.low_rank and getattr(self, "fused_projections", False):
+            raise RuntimeError(
+                "fused query, key and value projections have no low-rank updates; call "
+                "unfuse_qkv_projections() before using a coarse mode"
+            )
         stock = super().forward  # pyrefly: ignore[missing-attribute]
         if router.layout is None:
             return stock(hidden_states, *args, **kwargs)
@@ -202,7 +216,7 @@ class LowRankSeam(nn.Module):
     def _at(self, router: Router, x: Tensor, mode: Mode) -> Tensor:
         if mode.name not in self.coarse_A:
             return super().forward(x)  # pyrefly: ignore[missing-attribute]
-        if router.merged and not torch.is_grad_enabled():
+        if self._may_merge(router):
             return F.linear(x, self._merged(mode), self.bias)
         return super().forward(x) + self._update(x, mode)  # pyrefly: ignore[missing-attribute]
 
@@ -210,7 +224,7 @@ class LowRankSeam(nn.Module):
         self, router: Router, x: Tensor, modes: list[Mode], sizes: list[int], dim: int
     ) -> Tensor:
         pieces = x.split(sizes, dim=dim)
-        if router.merged and not torch.is_grad_enabled():
+        if self._may_merge(router):
             return torch.cat(
                 [self._at(router, p, m) for p, m in zip(pieces, modes, strict=True)], dim=dim
             )
@@ -221,6 +235,11 @@ class LowRankSeam(nn.Module):
         ]
         return torch.cat(updated, dim=dim)
 
+    def _may_merge(self, router: Router) -> bool:
+        # Another class computes more than its weight says (a user's LoRA, quantisation).
+        plain = type(self).__bases__[1] is nn.Linear
+        return router.merged and plain and not torch.is_grad_enabled()
+
     def _update(self, x: Tensor, mode: Mode) -> Tensor:
         return F.linear(F.linear(x, self.coarse_A[mode.name]), self.coarse_B[mode.name])
 
@@ -228,17 +247,54 @@ class LowRankSeam(nn.Module):
         A, B = self.coarse_A[mode.name], self.coarse_B[mode.name]
         # In-place changes of any of the three (a user's fused LoRA, a training step) make the copy
         # stale.
-        version = (
-            self.weight.data_ptr(),
-            self.weight._version,
-            A._version,
-            B._version,
-            self.weight.dtype,
-        )
+        version = versions(self.weight, A, B)
         cache = self.__dict__.setdefault("_elastic_merged", {})
         if cache.get(mode, (None,))[0] != version:
             cache[mode] = (version, torch.addmm(self.weight, B, A).detach())
         return cache[mode][1]
+
+
+def versions(*tensors: Tensor) -> tuple[object, ...]:
+    """What changes when any of the tensors is replaced, moved, cast or written to."""
+    return tuple((x.data_ptr(), x.dtype, 0 if x.is_inference() else x._version) for x in tensors)
+
+
+@contextlib.contextmanager
+def remembered_in_checkpoints(model: nn.Module, router: Router) -> Iterator[None]:
+    """Let gradient checkpointing recompute each block in the mode it first ran in.
+
+    Recomputation happens in the backward pass, when the router may long be in another mode.
+    """
+    name = "_gradient_checkpointing_func"
+    owners = [m for m in model.modules() if m.__dict__.get(name) is not None]
+    if not owners or not torch.is_grad_enabled():
+        yield
+        return
+    originals = [owner.__dict__[name] for owner in owners]
+
+    def remembering(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
+        def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            then = (router.mode, router.layout, router.joined, router.grid)
+
+            def again(*inner: Any, **named: Any) -> Any:
+                now = (router.mode, router.layout, router.joined, router.grid)
+                router.mode, router.layout, router.joined, router.grid = then
+                try:
+                    return function(*inner, **named)
+                finally:
+                    router.mode, router.layout, router.joined, router.grid = now
+
+            return checkpoint(again, *args, **kwargs)
+
+        return run
+
+    for owner, original in zip(owners, originals, strict=True):
+        owner.__dict__[name] = remembering(original)
+    try:
+        yield
+    finally:
+        for owner, original in zip(owners, originals, strict=True):
+            owner.__dict__[name] = original
 
 
 @functools.cache
@@ -268,12 +324,15 @@ def rebind_hooks(module: nn.Module) -> None:
     would be a silent no-op.
     """
     forward = types.MethodType(type(module).forward, module)
-    if "_old_forward" in module.__dict__:  # accelerate
+
+    def is_stock(function: object) -> bool:  # not the wrapper of another hook
+        return isinstance(function, types.MethodType) and function.__self__ is module
+
+    if is_stock(module.__dict__.get("_old_forward")):  # accelerate
         module.__dict__["_old_forward"] = forward
     registry = module.__dict__.get("_diffusers_hook")
-    if registry is not None and registry._fn_refs:  # diffusers
-        first = registry._fn_refs[0]
-        if first.original_forward is not None:
-            first.original_forward = forward
-        else:
-            first.forward = forward
+    for reference in registry._fn_refs if registry is not None else ():  # diffusers
+        if is_stock(reference.original_forward):
+            reference.original_forward = forward
+        if is_stock(reference.forward):
+            reference.forward = forward

@@ -60,7 +60,7 @@ class Segment:
     @property
     def weak_guidance(self) -> bool:
         """Whether the guidance branch is the weak model on the true condition."""
-        return self.guidance == "weak" and self.guide_mode != self.mode
+        return self.guidance == "weak" and self.guide_mode.is_coarser_than(self.mode)
 
     @property
     def modes(self) -> set[Mode]:
@@ -125,7 +125,8 @@ class Schedule:
             guide_fraction: the same share for the guidance branch; ``fraction`` for ordinary CFG, 1
                 for weak guidance.
             guidance: ``cfg`` or ``weak``.
-            gain: guidance gain where weak guidance acts; FlexiDiT's 1/2.5 by default.
+            gain: guidance gain; under weak guidance only where that acts, and there by default
+                FlexiDiT's 1/2.5.
 
         Raises:
             ValueError: a fraction outside [0, 1].
@@ -143,8 +144,9 @@ class Schedule:
         for start, stop in zip(edges, edges[1:], strict=False):
             mode = weak if start > 1 - fraction + 1e-9 else FULL
             guide = weak if start > 1 - guide_fraction + 1e-9 else FULL
-            acts = guidance == "weak" and mode != guide
-            scale = (WEAK_GUIDANCE_GAIN if gain is None else gain) if acts else 1.0
+            acts = guidance == "weak" and guide.is_coarser_than(mode)
+            default = WEAK_GUIDANCE_GAIN if acts else 1.0
+            scale = gain if gain is not None and (acts or guidance == "cfg") else default
             segments.append(
                 Segment(
                     start=start, stop=stop, mode=mode, guide=guide, guidance=guidance, gain=scale
@@ -253,12 +255,14 @@ class Plan:
         macs: Callable[[Mode], float],
         *,
         guidance: bool,
+        packing: Callable[[Mode, Mode], float] | None = None,
     ) -> Plan:
         """Bind a schedule to the noise levels of a run's model calls.
 
         Args:
             macs: multiply-adds of one forward pass of one picture in a mode.
             guidance: whether the run has a guidance branch.
+            packing: what two branches of different modes cost more in one packed call.
 
         Raises:
             ValueError: no timesteps.
@@ -270,6 +274,8 @@ class Plan:
             segment = schedule.at(level)
             guide = segment.guide_mode if guidance and segment.gain > 0 else None
             cost = macs(segment.mode) + (macs(guide) if guide is not None else 0.0)
+            if packing is not None and guide is not None and guide != segment.mode:
+                cost += packing(segment.mode, guide)
             steps.append(
                 PlanStep(index=index, level=level, mode=segment.mode, guide=guide, macs=cost)
             )

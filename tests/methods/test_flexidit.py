@@ -172,10 +172,10 @@ def test_config_round_trip():
         ({"scales": (1, 2)}, r"scales = \(1, 2\); legal"),
         ({"scales": (2, 2)}, r"scales = \(2, 2\); legal"),
         ({"scales": (2.5,)}, r"scales = \(2.5,\); legal: different whole numbers"),
-        ({"rank": 0}, "rank = 0; legal: >= 1"),
+        ({"rank": 0}, "rank = 0; legal: a whole number >= 1"),
         ({"rank": 1.5}, "rank = 1.5; legal"),
         ({"resize": "cubic"}, "resize = 'cubic'; legal: box, pinv"),
-        ({"underlying": 0}, "underlying = 0; legal: >= 1"),
+        ({"underlying": 0}, "underlying = 0; legal: a whole number >= 1"),
     ],
 )
 def test_illegal_settings_are_named(settings, words):

@@ -30,6 +30,7 @@ from elastic_dit.ops.patching import (
     resize_output,
     ungroup,
 )
+from elastic_dit.routing import versions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,16 +63,17 @@ class FlexiDiT(Method):
         object.__setattr__(self, "scales", tuple(self.scales))
         if self.recipe not in self.recipes:
             raise ValueError(f"recipe = {self.recipe!r}; legal: 'lora', 'shared'")
-        if not self.scales or len(set(self.scales)) != len(self.scales) or min(self.scales) < 2:
+        whole = all(type(k) is int and k >= 2 for k in self.scales)
+        if not self.scales or not whole or len(set(self.scales)) != len(self.scales):
             raise ValueError(
                 f"scales = {self.scales}; legal: different whole numbers >= 2, at least one"
             )
-        if self.recipe == "lora" and self.rank < 1:
-            raise ValueError(f"rank = {self.rank}; legal: >= 1")
+        if type(self.rank) is not int or self.rank < 1:
+            raise ValueError(f"rank = {self.rank!r}; legal: a whole number >= 1")
         if self.resize not in RESIZES:
             raise ValueError(f"resize = {self.resize!r}; legal: {', '.join(RESIZES)}")
-        if self.underlying < 1:
-            raise ValueError(f"underlying = {self.underlying}; legal: >= 1")
+        if type(self.underlying) is not int or self.underlying < 1:
+            raise ValueError(f"underlying = {self.underlying!r}; legal: a whole number >= 1")
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -88,7 +90,7 @@ class FlexiDiT(Method):
     def build(self, model: nn.Module, backbone: Backbone) -> Sizes:
         kernel, _ = backbone.embed_kernel(model)
         p = kernel.shape[-1]
-        for k in (*self.scales, self.underlying):
+        for k in self.scales if self.recipe == "shared" else ():
             if max(k, self.underlying) % min(k, self.underlying):
                 raise ValueError(
                     f"scales = {self.scales} with underlying = {self.underlying} (base patch {p}); "
@@ -190,7 +192,7 @@ class SharedSizes(Sizes):
         """Embedding, output weight and output bias of a mode; kept until the weights change."""
         sources = (self.flex_embed, self.flex_out, self.flex_out_bias)
         cache = self.__dict__.setdefault("_projections", {})
-        version = tuple((x.data_ptr(), x._version) for x in sources)
+        version = versions(*sources)
         if torch.is_grad_enabled() or cache.get(mode, (None,))[0] != version:
             k = mode.patch_scale[-1]
             q = k * self.patch

@@ -119,9 +119,7 @@ class AdapterTask:
             teacher = model(x, timestep=level * 1000, class_labels=labels).sample.float()
         total = x.new_zeros(())
         for mode, lowest in zip(self.handle.method.modes, self.settings.min_levels, strict=True):
-            keep = level >= lowest
-            if not keep.any():
-                continue
+            keep = level >= min(lowest, level.max().item())  # at least the noisiest picture
             with self.handle.using(mode):
                 student = model(
                     x[keep], timestep=level[keep] * 1000, class_labels=labels[keep]
@@ -146,9 +144,7 @@ class AdapterTask:
             share = (draw - self.settings.full_share) / (1 - self.settings.full_share)
             index = int(share * len(modes))
             mode, lowest = modes[index], self.settings.min_levels[index]
-        keep = level >= lowest
-        if not keep.any():
-            keep = torch.ones_like(keep)
+        keep = level >= min(lowest, level.max().item())
         with self.handle.using(mode):
             prediction = model(
                 x[keep], timestep=level[keep] * 1000, class_labels=labels[keep]

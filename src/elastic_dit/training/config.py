@@ -161,6 +161,11 @@ def from_table(cls: type[T], table: dict[str, Any], name: str) -> T:
         wanted = types[key]
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
             table = {**table, key: float(value)}
+        elif typing.get_origin(wanted) is list:
+            inner = typing.get_args(wanted)[0]
+            kinds = (int, float) if inner is float else (inner,)
+            if not isinstance(value, list) or any(type(x) not in kinds for x in value):
+                raise ValueError(f"[{name}] {key} = {value!r}; legal: a list of {inner.__name__}")
         elif wanted in (int, float, str, bool) and type(value) is not wanted:
             raise ValueError(
                 f"[{name}] {key} = {value!r} is a {type(value).__name__}; legal: {wanted.__name__}"
@@ -202,10 +207,16 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raise ValueError(
             f"recipe {str(path)!r} has unknown entries {unknown}; legal: {sorted(known)}"
         )
+    output, seed = raw.get("output", f"runs/{path.stem}"), raw.get("seed", 0)
+    require(isinstance(output, str) and bool(output), "output", output, "a folder's name")
+    require(type(seed) is int and seed >= 0, "seed", seed, "a whole number >= 0")
+    for name in ("data", "optim", "loop", task):
+        table = raw.get(name, {})
+        require(isinstance(table, dict), name, table, f"a table [{name}]")
     return Recipe(
         task=task,
-        output=raw.get("output", f"runs/{path.stem}"),
-        seed=raw.get("seed", 0),
+        output=output,
+        seed=seed,
         data=from_table(DataConfig, raw.get("data", {}), "data"),
         optim=from_table(OptimConfig, raw.get("optim", {}), "optim"),
         loop=from_table(LoopConfig, raw.get("loop", {}), "loop"),

@@ -7,6 +7,7 @@ stop and go on anywhere, on any number of processes.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,23 +56,29 @@ class ImageData:
         images = self.images[indices.to(self.images.device)].to(device)
         images = (images.float() / 255 - self.config.mean) / self.config.std
         if self.config.horizontal_flip:
-            flip = (
-                torch.rand(size, generator=torch.Generator().manual_seed(seed * 1_000_003 + start))
-                < 0.5
-            )
-            images = torch.where(flip.to(device)[:, None, None, None], images.flip(-1), images)
+            flip = flip_choices(len(self), start, size, seed).to(device)
+            images = torch.where(flip[:, None, None, None], images.flip(-1), images)
         return images, self.labels[indices.to(self.labels.device)].to(device)
 
 
 def sample_order(count: int, start: int, size: int, seed: int) -> Tensor:
     """Indices at positions ``start .. start+size`` of an endless shuffle of ``count`` items."""
+    return _stream(count, start, size, seed, lambda g: torch.randperm(count, generator=g))
+
+
+def flip_choices(count: int, start: int, size: int, seed: int) -> Tensor:
+    """Whether the picture at each of these positions is mirrored; however they are batched."""
+    return _stream(count, start, size, ~seed, lambda g: torch.rand(count, generator=g) < 0.5)
+
+
+def _stream(
+    count: int, start: int, size: int, seed: int, epoch_of: Callable[[torch.Generator], Tensor]
+) -> Tensor:
+    """A slice of the endless stream of epochs, each made by its own generator."""
     parts = []
     while size > 0:
         epoch, offset = divmod(start, count)
-        order = torch.randperm(
-            count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-        )
-        part = order[offset : offset + size]
+        part = epoch_of(torch.Generator().manual_seed(seed * 1_000_003 + epoch))[offset:][:size]
         parts.append(part)
         start, size = start + len(part), size - len(part)
     return torch.cat(parts)
@@ -103,7 +110,9 @@ def _open(config: DataConfig) -> Any:
     return split.cast_column(config.image_column, datasets.Image(decode=False))
 
 
-def _paste(canvas: np.ndarray, item: dict[str, Any], row: int, config: DataConfig) -> None:
+def _paste(canvas: np.ndarray, item: dict[str, Any] | None, row: int, config: DataConfig) -> None:
+    if item is None or not (item["bytes"] or item["path"]):
+        raise ValueError(f"data set {config.path!r}: row {row} has no image")
     source = io.BytesIO(item["bytes"]) if item["bytes"] else item["path"]
     name = item["path"] or f"row {row}"
     try:

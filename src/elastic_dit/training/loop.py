@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -131,12 +132,13 @@ def train(recipe: Recipe, task: Task, data: ImageData, *, resume: bool = False) 
         average.update(raw)
         step += 1
         bar.update()
-        if step % recipe.loop.log_every == 0 or step == total:
-            value = accelerator.reduce(loss.detach(), reduction="mean").item()
-            if not torch.isfinite(torch.tensor(value)):
-                raise FloatingPointError(
-                    f"loss is {value} at step {step}; the last checkpoint is untouched"
-                )
+        log_now = step % recipe.loop.log_every == 0 or step == total
+        save_now = step % recipe.loop.checkpoint_every == 0 or step == total
+        if not (log_now or save_now):
+            continue
+        value = accelerator.reduce(loss.detach(), reduction="mean").item()
+        _check_finite(value, raw, step)
+        if log_now:
             record = {
                 "step": step,
                 "images": step * recipe.loop.batch_size,
@@ -150,9 +152,7 @@ def train(recipe: Recipe, task: Task, data: ImageData, *, resume: bool = False) 
                     log.write(json.dumps(record) + "\n")
             accelerator.log({"loss": value, "lr": rate}, step=step)
             bar.set_postfix(loss=f"{value:.4f}")
-        if (
-            step % recipe.loop.checkpoint_every == 0 or step == total
-        ) and accelerator.is_main_process:
+        if save_now and accelerator.is_main_process:
             facts = {"seconds": time.monotonic() - started}
             plain = [getattr(o, "optimizer", o) for o in optimizers]
             keep = recipe.loop.keep_checkpoints
@@ -173,6 +173,15 @@ def train(recipe: Recipe, task: Task, data: ImageData, *, resume: bool = False) 
 
 def _seed(seed: int, step: int, rank: int) -> int:
     return (seed * 1_000_003 + step) * 4096 + rank
+
+
+def _check_finite(loss: float, module: nn.Module, step: int) -> None:
+    weights = (p for p in module.parameters() if p.requires_grad)
+    if not math.isfinite(loss) or not all(bool(p.isfinite().all()) for p in weights):
+        raise FloatingPointError(
+            f"loss or weights are not finite at step {step} (loss {loss}); "
+            "the last checkpoint is untouched"
+        )
 
 
 def check_output(recipe: Recipe, *, resume: bool) -> None:
