@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from elastic_dit import FlexiDiT, elastify
-from elastic_dit.elastify import Handle, is_new
+from elastic_dit.elastify import Handle
+from elastic_dit.engine import is_new
 
 TINY = {
     "num_attention_heads": 2,

@@ -7,7 +7,7 @@ import torch
 
 from elastic_dit import FULL, FlexiDiT, Mode, elastify
 from elastic_dit.backbones.dit import DiTBackbone
-from elastic_dit.elastify import is_new
+from elastic_dit.engine import is_new
 from elastic_dit.methods import METHODS, method_from_config
 from elastic_dit.methods.flexidit import SharedSizes
 from elastic_dit.ops.patching import resize_embedding, resize_output

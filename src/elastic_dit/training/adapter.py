@@ -17,7 +17,8 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from elastic_dit.elastify import elastify, is_new
+from elastic_dit.elastify import elastify
+from elastic_dit.engine import is_new
 from elastic_dit.methods.flexidit import FlexiDiT, SharedSizes
 from elastic_dit.mode import FULL
 from elastic_dit.ops.flow import network_input_and_target, stratified_levels
