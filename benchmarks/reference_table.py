@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--name", default="mnist")
     parser.add_argument("--images", type=int, default=1200)
     parser.add_argument("--tune-images", type=int, default=160)
+    parser.add_argument("--recipes", nargs="+", default=["lora", "shared"])
     parser.add_argument("--restart", action="store_true")
     arguments = parser.parse_args()
     path = RESULTS / f"reference-{arguments.name}.json"
@@ -108,7 +109,7 @@ def main() -> None:
 
     base = keep("base", lambda: bench.row(STEPS, ratio=1.0, time_ratio=1.0, series="base"))
     bench.full = bench.draw(base["scale"], STEPS, REPORT_SEED, bench.images)
-    for recipe in ("lora", "shared"):
+    for recipe in arguments.recipes:
         handle = elastify(bench.pipe, reference_adapter(recipe, arguments.name), merge=True)
         for guidance in ("cfg", "weak"):
             for fraction in FRACTIONS:

@@ -26,6 +26,10 @@ def main() -> None:
     parts.append("## Do seconds follow FLOPs?\n\n" + speed_tables(speed) + source(speed))
     table = load("reference-mnist.json")
     parts.append("## Quality over cost\n\n" + quality_table(table) + source(table))
+    levels = load("level-error-mnist.json")
+    parts.append(
+        "## Error of each mode over noise levels\n\n" + level_table(levels) + source(levels)
+    )
     replace(HERE / "README.md", "results", "\n".join(parts))
 
 
@@ -68,6 +72,15 @@ def quality_table(table: dict[str, Any]) -> str:
             f"{row['frechet_noise']:.3f} | {row['kernel']:.3f} ± {row['kernel_noise']:.3f} | "
             f"{row['accuracy']:.2%} ± {row['accuracy_noise']:.2%} | {similar} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def level_table(levels: dict[str, Any]) -> str:
+    modes = [key for key in levels["rows"][0] if key not in ("adapter", "level")]
+    lines = [f"| adapter | noise level | {' | '.join(modes)} |", "| --- " * (2 + len(modes)) + "|"]
+    for row in levels["rows"]:
+        errors = " | ".join(f"{row[mode]:.4f}" for mode in modes)
+        lines.append(f"| {row['adapter']} | {row['level']} | {errors} |")
     return "\n".join(lines) + "\n"
 
 
