@@ -1,4 +1,4 @@
-"""Where does a coarse mode lose? Prediction error of each mode at each noise level, on held-out data.
+"""Where does a coarse mode lose? Error of each mode at each noise level, on held-out data.
 
     python benchmarks/level_error.py --data <folder or hub id> [--adapters lora shared]
 
