@@ -88,6 +88,57 @@ def test_bad_input_ends_with_2_and_writes_nothing(monkeypatch, capsys, tmp_path,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("segments", "words"),
+    [
+        ([("full", 1, 0.6), ("patch2", 0.5, 0)], ["gap", "0.6", "0.5"]),
+        ([("patch3", 1, 0)], ["patch3", "legal", "patch2"]),
+        ([("tiny", 1, 0)], ["tiny", "legal"]),
+        ([("full", 0.9, 0)], ["0.9", "legal: 1 to 0"]),
+    ],
+)
+@pytest.mark.parametrize("command", [["sample", "nowhere"], ["eval", "--output", "nowhere.json"]])
+def test_a_bad_schedule_is_refused(monkeypatch, capsys, tmp_path, command, segments, words):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"mode": mode, "start": start, "stop": stop} for mode, start, stop in segments]
+    (tmp_path / "schedule.json").write_text(json.dumps({"segments": rows}))
+    code, _, err = run(monkeypatch, capsys, *command, "--schedule", "schedule.json")
+    assert code == 2
+    assert all(word in err for word in words), err
+    assert [p.name for p in tmp_path.iterdir()] == ["schedule.json"]
+
+
+def test_a_good_schedule_runs(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "s.json").write_text(
+        '{"segments": [{"mode": "patch4", "start": 1, "stop": 0.5}, '
+        '{"mode": "full", "start": 0.5, "stop": 0}]}'
+    )
+    arguments = ("sample", "pictures", "--labels", "1", "--steps", "4", "--schedule", "s.json")
+    code, _, err = run(monkeypatch, capsys, *arguments)
+    assert code == 0, err
+    calls = json.loads((tmp_path / "pictures" / "report.json").read_text())["calls"]
+    assert [call["mode"] for call in calls] == ["patch4", "patch4", "full", "full"]
+
+
+def test_a_broken_picture_is_named_before_training(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for label in ("one", "zero"):
+        folder = tmp_path / "data" / "train" / label
+        folder.mkdir(parents=True)
+        (folder / f"{label}.png").write_bytes(b"no picture")
+    (tmp_path / "r.toml").write_text(
+        'task = "base"\noutput = "run"\n[data]\npath = "./data"\n[loop]\nimages = 4\n'
+        "[base]\nnum_layers = 1\nnum_attention_heads = 1\nattention_head_dim = 8\n"
+        "patch_size = 8\nnum_classes = 10\n"
+    )
+    code, _, err = run(monkeypatch, capsys, "train", "r.toml")
+    assert code == 2
+    assert "one.png" in err
+    assert "row 0" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_run_in_the_way_is_not_overwritten(monkeypatch, capsys, tmp_path):
     recipe = tmp_path / "r.toml"
     recipe.write_text('task = "base"\n[data]\npath = "./none"\n[loop]\nimages = 4\n')

@@ -31,12 +31,12 @@ def test_adapters_fit_and_name_their_training(recipe):
 def test_accuracy_and_cheap_run():
     pipe, judge, settings = load_reference(), reference_judge(), reference_settings()
     labels, seeds = cyclic_labels(100, 10), list(range(100))
-    scale, steps = settings["demo"][0]["scale"], settings["steps"]
-    full = sample(pipe, labels, seeds, guidance_scale=scale, steps=steps, batch_size=100)
+    steps, (at_full, at_weak) = settings["steps"], (row["scale"] for row in settings["demo"][:2])
+    full = sample(pipe, labels, seeds, guidance_scale=at_full, steps=steps, batch_size=100)
     assert judge.judge(full.images, labels, sets=1)["accuracy"].value >= 0.95
     handle = elastify(pipe, reference_adapter("lora"), merge=True)
     handle.schedule = Schedule.weak_first(0.48)
-    weak = sample(pipe, labels, seeds, guidance_scale=scale, steps=steps, batch_size=100)
+    weak = sample(pipe, labels, seeds, guidance_scale=at_weak, steps=steps, batch_size=100)
     figures = judge.judge(weak.images, labels, sets=1, full=full.images)
     assert figures["accuracy"].value >= 0.93
     assert figures["psnr"].value > 10

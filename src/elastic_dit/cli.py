@@ -22,6 +22,9 @@ app = typer.Typer(
 console = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+ScheduleFile = Annotated[
+    Path | None, typer.Option(help="A schedule as JSON, in place of the dial.")
+]
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, ImportError, FloatingPointError)
 
 
@@ -99,6 +102,7 @@ def sample(
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
     adapter: Annotated[str, typer.Option(help="lora, shared, or a folder.")] = "lora",
     budget: Annotated[float, typer.Option(help="Share of the full cost, in (0, 1].")] = 1.0,
+    schedule: ScheduleFile = None,
     guidance_scale: Annotated[float, typer.Option(help="1 turns guidance off.")] = 2.0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
     model: Annotated[str, typer.Option(help="Reference model or pipeline folder.")] = "mnist",
@@ -108,8 +112,12 @@ def sample(
     from elastic_dit.sampling import sample as draw
 
     classes = parse_labels(labels)
+    given = _read_schedule(schedule)
     pipe, handle = _elastic(model, adapter)
-    handle.budget = budget
+    if given is None:
+        handle.budget = budget
+    else:
+        handle.schedule = given
     seeds = list(range(seed, seed + len(classes)))
     drawn = draw(pipe, classes, seeds, guidance_scale=guidance_scale, steps=steps)
     output.mkdir(parents=True, exist_ok=True)
@@ -127,6 +135,7 @@ def evaluate(
     adapter: Annotated[str, typer.Option(help="lora, shared, or a folder.")] = "lora",
     weak_fraction: Annotated[float, typer.Option(help="Share of noise levels run weak.")] = 0.48,
     guidance: Annotated[str, typer.Option(help="cfg or weak.")] = "cfg",
+    schedule: ScheduleFile = None,
     guidance_scale: Annotated[float, typer.Option(help="The pipeline's scale.")] = 2.0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
     images: Annotated[int, typer.Option(help="Pictures in all.")] = 1000,
@@ -140,13 +149,14 @@ def evaluate(
     from elastic_dit.reference import reference_judge
     from elastic_dit.schedule import Schedule
 
-    schedule = Schedule.weak_first(weak_fraction, guidance=guidance)
+    chosen = _read_schedule(schedule) or Schedule.weak_first(weak_fraction, guidance=guidance)
     pipe, handle = _elastic(model, adapter)
+    handle.schedule = chosen  # refused here, before any work, if the adapter lacks a mode
     row = measure(
         pipe,
         handle,
         reference_judge(model),
-        schedule,
+        chosen,
         scale=guidance_scale,
         steps=steps,
         images=images,
@@ -253,6 +263,16 @@ def parse_labels(text: str) -> list[int]:
             raise ValueError(f"labels = {text!r}; legal: numbers and ranges, as in 0,3,5-7")
         labels += range(int(first), int(last or first) + 1)
     return labels
+
+
+def _read_schedule(path: Path | None) -> Any:
+    from elastic_dit.schedule import Schedule
+
+    if path is None:
+        return None
+    if not path.is_file():
+        raise FileNotFoundError(f"schedule {str(path)!r} does not exist")
+    return Schedule.from_json(path.read_text())
 
 
 def _elastic(model: str, adapter: str) -> tuple[Any, Any]:

@@ -36,7 +36,7 @@ def reference_folder(name: str = "mnist") -> Path:
 def load_reference(name: str = "mnist") -> PixelDiTPipeline:
     """The stock base model in its pipeline, float32."""
     folder = reference_folder(name) / "pipeline"
-    return PixelDiTPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    return PixelDiTPipeline.from_pretrained(folder, dtype=torch.float32)
 
 
 def reference_adapter(recipe: str = "lora", name: str = "mnist") -> Path:
