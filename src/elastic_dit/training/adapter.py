@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from elastic_dit.elastify import elastify
 from elastic_dit.engine import is_new
 from elastic_dit.methods.flexidit import FlexiDiT, SharedSizes
-from elastic_dit.mode import FULL
-from elastic_dit.ops.flow import network_input_and_target, stratified_levels
+from elastic_dit.mode import FULL, Mode
 from elastic_dit.schedule import Schedule
 from elastic_dit.training.config import Recipe, from_table, require
+from elastic_dit.training.objectives import NoisyBatch, noisy_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,56 +101,44 @@ class AdapterTask:
     ) -> Tensor:
         """Distillation loss, or the base's objective in one randomly drawn mode."""
         settings = self.settings
-        count = len(images)
-        level = stratified_levels(
-            count, generator, mean=settings.level_mean, std=settings.level_std
-        ).to(images)
-        noise = torch.randn(images.shape, generator=generator).to(images)
-        dropped = torch.rand(count, generator=generator) < settings.label_dropout
-        labels = torch.where(
-            dropped.to(labels.device), self.module.config.num_embeds_ada_norm, labels
+        batch = noisy_batch(
+            images,
+            labels,
+            generator,
+            level_mean=settings.level_mean,
+            level_std=settings.level_std,
+            label_dropout=settings.label_dropout,
+            null_label=self.module.config.num_embeds_ada_norm,
         )
-        x, target = network_input_and_target(images, noise, level[:, None, None, None])
         if self.shared:
-            return self._denoise(model, x, level, labels, target, generator)
-        return self._distil(model, x, level, labels)
+            return self._denoise(model, batch, generator)
+        return self._distil(model, batch)
 
-    def _distil(self, model: nn.Module, x: Tensor, level: Tensor, labels: Tensor) -> Tensor:
-        with torch.no_grad(), self.handle.using(FULL):
-            teacher = model(x, timestep=level * 1000, class_labels=labels).sample.float()
-        total = x.new_zeros(())
+    def _distil(self, model: nn.Module, batch: NoisyBatch) -> Tensor:
+        with torch.no_grad():
+            teacher = self._predict(model, batch, FULL)
+        total = batch.x.new_zeros(())
         for mode, lowest in zip(self.handle.method.modes, self.settings.min_levels, strict=True):
-            keep = level >= min(lowest, level.max().item())  # at least the noisiest picture
-            with self.handle.using(mode):
-                student = model(
-                    x[keep], timestep=level[keep] * 1000, class_labels=labels[keep]
-                ).sample
-            total = total + (student.float() - teacher[keep]).square().mean()
+            keep = batch.noisier_than(lowest)
+            student = self._predict(model, batch.where(keep), mode)
+            total = total + (student - teacher[keep]).square().mean()
         return total
 
-    def _denoise(
-        self,
-        model: nn.Module,
-        x: Tensor,
-        level: Tensor,
-        labels: Tensor,
-        target: Tensor,
-        generator: torch.Generator,
-    ) -> Tensor:
+    def _denoise(self, model: nn.Module, batch: NoisyBatch, generator: torch.Generator) -> Tensor:
         modes = self.handle.method.modes
         draw = torch.rand((), generator=generator).item()
-        if draw < self.settings.full_share:
-            mode, lowest = FULL, 0.0
-        else:
+        mode, lowest = FULL, 0.0
+        if draw >= self.settings.full_share:
             share = (draw - self.settings.full_share) / (1 - self.settings.full_share)
             index = int(share * len(modes))
             mode, lowest = modes[index], self.settings.min_levels[index]
-        keep = level >= min(lowest, level.max().item())
+        kept = batch.where(batch.noisier_than(lowest))
+        return (self._predict(model, kept, mode) - kept.target).square().mean()
+
+    def _predict(self, model: nn.Module, batch: NoisyBatch, mode: Mode) -> Tensor:
         with self.handle.using(mode):
-            prediction = model(
-                x[keep], timestep=level[keep] * 1000, class_labels=labels[keep]
-            ).sample
-        return (prediction.float() - target[keep]).square().mean()
+            output = model(batch.x, timestep=batch.times, class_labels=batch.labels)
+        return output.sample.float()
 
     def export(self, folder: Path, facts: dict[str, object]) -> None:
         """Save the adapter folder."""

@@ -18,10 +18,10 @@ from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
-from elastic_dit.ops.flow import network_input_and_target, stratified_levels
 from elastic_dit.ops.patching import resize_embedding, resize_output
 from elastic_dit.ops.positions import group_centres, sincos_2d
 from elastic_dit.training.config import Recipe, from_table, require
+from elastic_dit.training.objectives import noisy_batch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,19 +94,17 @@ class BaseTask:
     ) -> Tensor:
         """Mean squared error against the unit-variance flow target."""
         settings = self.settings
-        count = len(images)
-        level = stratified_levels(
-            count, generator, mean=settings.level_mean, std=settings.level_std
+        batch = noisy_batch(
+            images,
+            labels,
+            generator,
+            level_mean=settings.level_mean,
+            level_std=settings.level_std,
+            label_dropout=settings.label_dropout,
+            null_label=settings.num_classes,
         )
-        noise = torch.randn(images.shape, generator=generator).to(images)
-        dropped = (torch.rand(count, generator=generator) < settings.label_dropout).to(
-            labels.device
-        )
-        labels = torch.where(dropped, settings.num_classes, labels)
-        level = level.to(images)
-        network_input, target = network_input_and_target(images, noise, level[:, None, None, None])
-        prediction = model(network_input, timestep=level * 1000, class_labels=labels).sample
-        return (prediction.float() - target).square().mean()
+        prediction = model(batch.x, timestep=batch.times, class_labels=batch.labels).sample
+        return (prediction.float() - batch.target).square().mean()
 
     def export(self, folder: Path, facts: dict[str, object]) -> None:
         """Save the stock model, with the data's statistics beside it."""

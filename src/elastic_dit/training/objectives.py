@@ -1,0 +1,58 @@
+"""What every flow-matching loss starts from: noised pictures, their targets, dropped labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elastic_dit.ops.flow import network_input_and_target, stratified_levels
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """Network inputs and targets of ``elastic_dit.ops.flow``.
+
+    Args:
+        x, target: ``(B, C, H, W)``.
+        level: noise levels ``(B,)`` in [0, 1].
+        labels: classes ``(B,)``, the null class where the label was dropped.
+    """
+
+    x: Tensor
+    target: Tensor
+    level: Tensor
+    labels: Tensor
+
+    @property
+    def times(self) -> Tensor:
+        """The time the network is given, in 0..1000."""
+        return self.level * 1000
+
+    def where(self, keep: Tensor) -> NoisyBatch:
+        """Some of the rows."""
+        return NoisyBatch(self.x[keep], self.target[keep], self.level[keep], self.labels[keep])
+
+    def noisier_than(self, lowest: float) -> Tensor:
+        """Rows at ``lowest`` or above, and at least the noisiest one: a mask ``(B,)``."""
+        return self.level >= min(lowest, self.level.max().item())
+
+
+def noisy_batch(
+    images: Tensor,
+    labels: Tensor,
+    generator: torch.Generator,
+    *,
+    level_mean: float,
+    level_std: float,
+    label_dropout: float,
+    null_label: int,
+) -> NoisyBatch:
+    """Noise pictures ``(B, C, H, W)`` of unit variance; all randomness comes from ``generator``."""
+    count = len(images)
+    level = stratified_levels(count, generator, mean=level_mean, std=level_std).to(images)
+    noise = torch.randn(images.shape, generator=generator).to(images)
+    dropped = (torch.rand(count, generator=generator) < label_dropout).to(labels.device)
+    x, target = network_input_and_target(images, noise, level[:, None, None, None])
+    return NoisyBatch(x, target, level, torch.where(dropped, null_label, labels))
