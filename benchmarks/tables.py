@@ -26,6 +26,10 @@ def main() -> None:
     parts.append("## Do seconds follow FLOPs?\n\n" + speed_tables(speed) + source(speed))
     table = load("reference-mnist.json")
     parts.append("## Quality over cost\n\n" + quality_table(table) + source(table))
+    card = HERE.parent / "src" / "elastic_dit" / "reference" / "mnist" / "README.md"
+    chosen = ("base", "lora/cfg/0.4", "lora/weak/0.2", "lora/cfg/1.0", "shared/cfg/0.4")
+    rows = [row for row in table["rows"] if row["key"] in chosen]
+    replace(card, "card", quality_table(table | {"rows": rows}))
     levels = load("level-error-mnist.json")
     parts.append(
         "## Error of each mode over noise levels\n\n" + level_table(levels) + source(levels)
