@@ -70,6 +70,7 @@ def bench(batch: int, steps: int, rounds: int, device: str) -> list[dict[str, ob
     rows = []
     for name, timing in timings.items():
         handle.schedule = SCHEDULES.get(name.removesuffix(", packed"), Schedule.constant())
+        handle.packed = name.endswith(", packed")
         ratio = handle.plan(steps).ratio
         time_ratio = timing.ratio_to(timings["stock"])
         rows.append(
