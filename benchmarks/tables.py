@@ -25,7 +25,8 @@ def main() -> None:
     speed = load("speed-cpu.json")
     parts.append("## Do seconds follow FLOPs?\n\n" + speed_tables(speed) + source(speed))
     table = load("reference-mnist.json")
-    parts.append("## Quality over cost\n\n" + quality_table(table) + source(table))
+    figure = "![Quality over FLOPs and over seconds](../docs/images/pareto.png)\n\n"
+    parts.append("## Quality over cost\n\n" + figure + quality_table(table) + source(table))
     card = HERE.parent / "src" / "elastic_dit" / "reference" / "mnist" / "README.md"
     chosen = ("base", "lora/cfg/0.4", "lora/weak/0.2", "lora/cfg/1.0", "shared/cfg/0.4")
     rows = [row for row in table["rows"] if row["key"] in chosen]
