@@ -1,19 +1,25 @@
 """Quality over cost on the reference model: schedules, guidance, recipes against fewer steps.
 
-    python benchmarks/reference_table.py [--images 1200] [--tune-images 160] [--restart]
+    python benchmarks/reference_table.py [--images 2000] [--tune-images 500] [--restart]
 
 The baseline is the base at 10 steps, about where fewer begin to cost quality: a user who takes 25
 would first take fewer.
 
-Each row's guidance scale is tuned on other seeds than the ones reported. Rows that exist in the
-results file are kept, so the script can be stopped and run again. Writes
+Each row's guidance scale is tuned on other seeds than the ones reported, by descent on a fixed
+grid. All rows share their seeds, so that differences are taken set by set: each elastic row is
+compared with the base (``loss``) and with the base at fewer steps that take no less time
+(``ahead``). Pictures are drawn in bfloat16 arithmetic by default, time ratios in float32.
+
+Rows that exist in the results file are kept, so the script can be stopped and run again. Writes
 benchmarks/results/reference-<name>.json and .png.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,43 +29,67 @@ from elastic_dit import FULL, Schedule, elastify
 from elastic_dit.bench import interleave
 from elastic_dit.evaluation.pareto import plot_pareto
 from elastic_dit.evaluation.record import write_results
-from elastic_dit.evaluation.runner import Judge, as_row
+from elastic_dit.evaluation.runner import Figure, Judge, as_row
 from elastic_dit.reference import load_reference, reference_adapter, reference_judge
 from elastic_dit.sampling import cyclic_labels, sample
 
 RESULTS = Path(__file__).parent / "results"
 FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-SCALES = (1.1, 1.3, 1.6, 2.2)
+SCALES = (1.0, 1.1, 1.2, 1.3, 1.45, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0, 3.5, 4.0)
 STEPS = 10
 REPORT_SEED, TUNE_SEED = 0, 500_000
 SETS = 4
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+
+Row = dict[str, Any]
 
 
 class Bench:
     """The reference model in one state, and the pictures of its full run."""
 
-    def __init__(self, name: str, images: int, tune_images: int) -> None:
+    def __init__(self, name: str, images: int, tune_images: int, dtype: str) -> None:
         self.name, self.images, self.tune_images = name, images, tune_images
+        self.dtype = DTYPES[dtype]
         self.judge: Judge = reference_judge(name)
         self.pipe = load_reference(name)
+        self.pipe.set_progress_bar_config(disable=True)
         self.full: torch.Tensor | None = None
 
     def draw(self, scale: float, steps: int, first_seed: int, count: int) -> torch.Tensor:
         labels = cyclic_labels(count, 10)
         seeds = range(first_seed, first_seed + count)
-        drawn = sample(self.pipe, labels, seeds, guidance_scale=scale, steps=steps, batch_size=100)
-        return drawn.images
+        arithmetic = contextlib.nullcontext()
+        if self.dtype is not None:
+            arithmetic = torch.autocast(self.pipe.device.type, self.dtype)
+        with arithmetic:
+            drawn = sample(
+                self.pipe, labels, seeds, guidance_scale=scale, steps=steps, batch_size=100
+            )
+        return drawn.images.float()
 
-    def best_scale(self, steps: int) -> tuple[float, dict[str, float]]:
+    def tune(self, steps: int, start: float) -> tuple[float, dict[str, float]]:
+        """The scale that no neighbour on the grid beats, found from ``start`` downhill."""
         labels = cyclic_labels(self.tune_images, 10)
-        scores = {}
-        for scale in SCALES:
-            images = self.draw(scale, steps, TUNE_SEED, self.tune_images)
-            scores[str(scale)] = self.judge.judge(images, labels, sets=1)["frechet"].value
-        return float(min(scores, key=scores.__getitem__)), scores
+        scores: dict[float, float] = {}
 
-    def row(self, steps: int, **facts: Any) -> dict[str, Any]:
-        scale, scores = self.best_scale(steps)
+        def score(index: int) -> float:
+            if not 0 <= index < len(SCALES):
+                return math.inf
+            scale = SCALES[index]
+            if scale not in scores:
+                images = self.draw(scale, steps, TUNE_SEED, self.tune_images)
+                scores[scale] = self.judge.judge(images, labels, sets=1)["frechet"].value
+            return scores[scale]
+
+        here = SCALES.index(start)
+        while True:
+            best = min((here - 1, here, here + 1), key=score)
+            if best == here:
+                return SCALES[here], {str(scale): scores[scale] for scale in sorted(scores)}
+            here = best
+
+    def row(self, steps: int, start: float, **facts: Any) -> Row:
+        scale, scores = self.tune(steps, start)
         images = self.draw(scale, steps, REPORT_SEED, self.images)
         labels = cyclic_labels(self.images, 10)
         figures = self.judge.judge(images, labels, sets=SETS, full=self.full)
@@ -78,40 +108,75 @@ class Bench:
             return run
 
         runs = {"full": call(Schedule.constant()), "row": call(schedule)}
-        timings = interleave(runs, rounds=3, warmup=1)
+        timings = interleave(runs, rounds=5, warmup=1)
         return timings["row"].ratio_to(timings["full"])
+
+
+def compare(rows: list[Row]) -> None:
+    """Add to each elastic row its paired difference to the base and to fewer steps."""
+    base = next(row for row in rows if row["key"] == "base")
+    fewer = {row["steps"]: row for row in rows if row["key"].startswith("fewer-steps/")}
+    fewer[base["steps"]] = base
+    for row in rows:
+        if "weak_fraction" not in row:
+            continue
+        loss = _frechet(row).minus(_frechet(base))
+        row["loss"], row["loss_noise"] = loss.value, loss.noise
+        steps = _steps_as_long(row)
+        if steps in fewer:
+            ahead = _frechet(fewer[steps]).minus(_frechet(row))
+            row["rival_steps"], row["rival_frechet"] = steps, fewer[steps]["frechet"]
+            row["ahead"], row["ahead_noise"] = ahead.value, ahead.noise
+
+
+def _frechet(row: Row) -> Figure:
+    return Figure.over(row["frechet_sets"])
+
+
+def _steps_as_long(row: Row) -> int:
+    """The fewest full steps that take no less time than a row."""
+    return min(STEPS, math.ceil(STEPS * row["time_ratio"] - 0.05))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--name", default="mnist")
-    parser.add_argument("--images", type=int, default=1200)
-    parser.add_argument("--tune-images", type=int, default=160)
+    parser.add_argument("--images", type=int, default=2000)
+    parser.add_argument("--tune-images", type=int, default=500)
     parser.add_argument("--recipes", nargs="+", default=["lora", "shared"])
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--restart", action="store_true")
     arguments = parser.parse_args()
     path = RESULTS / f"reference-{arguments.name}.json"
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     if path.exists() and not arguments.restart:
         rows = json.loads(path.read_text())["rows"]
-    bench = Bench(arguments.name, arguments.images, arguments.tune_images)
-    facts = {"images": arguments.images, "tune_images": arguments.tune_images, "sets": SETS}
+    bench = Bench(arguments.name, arguments.images, arguments.tune_images, arguments.dtype)
+    facts = {
+        "images": arguments.images,
+        "tune_images": arguments.tune_images,
+        "sets": SETS,
+        "dtype": arguments.dtype,
+    }
 
-    def keep(key: str, make) -> dict[str, Any]:
+    def keep(key: str, make) -> Row:
         found = next((row for row in rows if row["key"] == key), None)
         if found is None:
             found = {**make(), "key": key}
             rows.append(found)
+            if rows[0]["key"] == "base":
+                compare(rows)
             write_results(path, {**facts, "rows": rows})
-        shown = {k: found.get(k) for k in ("ratio", "time_ratio", "scale", "frechet", "accuracy")}
-        print(key, shown, flush=True)
+        names = ("ratio", "time_ratio", "scale", "frechet", "accuracy", "loss", "ahead")
+        print(key, {k: round(found[k], 3) for k in names if k in found}, flush=True)
         return found
 
-    base = keep("base", lambda: bench.row(STEPS, ratio=1.0, time_ratio=1.0, series="base"))
+    base = keep("base", lambda: bench.row(STEPS, 1.3, ratio=1.0, time_ratio=1.0, series="base"))
     bench.full = bench.draw(base["scale"], STEPS, REPORT_SEED, bench.images)
     for recipe in arguments.recipes:
         handle = elastify(bench.pipe, reference_adapter(recipe, arguments.name), merge=True)
         for guidance in ("cfg", "weak"):
+            start = base["scale"]
             for fraction in FRACTIONS:
                 schedule = Schedule.weak_first(fraction, guidance=guidance)
 
@@ -121,11 +186,13 @@ def main() -> None:
                     guidance=guidance,
                     fraction=fraction,
                     recipe=recipe,
+                    start=start,
                 ):
                     handle.schedule = schedule
                     ratio = handle.plan(STEPS).ratio
+                    series = f"{recipe}, {guidance}"
                     if recipe == "lora" and handle.schedule.modes == {FULL}:  # the base itself
-                        return base | {"series": f"{recipe}, {guidance}", "weak_fraction": fraction}
+                        return base | {"series": series, "weak_fraction": fraction}
                     # Merged low-rank layers and retrained ones multiply the same: time them once.
                     twin = next(
                         (r for r in rows if r["key"] == f"lora/{guidance}/{fraction}"), None
@@ -134,25 +201,26 @@ def main() -> None:
                     handle.schedule = schedule
                     return bench.row(
                         STEPS,
+                        start,
                         ratio=ratio,
                         time_ratio=seconds,
-                        series=f"{recipe}, {guidance}",
+                        series=series,
                         weak_fraction=fraction,
                     )
 
-                keep(f"{recipe}/{guidance}/{fraction}", make)
+                start = keep(f"{recipe}/{guidance}/{fraction}", make)["scale"]
         handle.remove()
-    for key in [f"lora/cfg/{fraction}" for fraction in FRACTIONS[1:]]:
-        ratio = next(row["time_ratio"] for row in rows if row["key"] == key)
-        steps = max(1, round(STEPS * ratio))
+    rivals = {_steps_as_long(row) for row in rows if "weak_fraction" in row} - {STEPS}
+    start = base["scale"]
+    for steps in sorted(rivals, reverse=True):
         share = steps / STEPS
-        keep(
+        start = keep(
             f"fewer-steps/{steps}",
-            lambda steps=steps, share=share: bench.row(
-                steps, ratio=share, time_ratio=share, series="base, fewer steps"
+            lambda steps=steps, share=share, start=start: bench.row(
+                steps, start, ratio=share, time_ratio=share, series="base, fewer steps"
             ),
-        )
-    series: dict[str, list[dict[str, Any]]] = {}
+        )["scale"]
+    series: dict[str, list[Row]] = {}
     for row in rows:
         series.setdefault(row["series"], []).append(row)
     series["base, fewer steps"] = [*series.get("base, fewer steps", []), base]

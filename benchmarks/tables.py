@@ -60,24 +60,35 @@ def speed_tables(speed: dict[str, Any]) -> str:
 
 def quality_table(table: dict[str, Any]) -> str:
     lines = [
-        f"{table['images']} pictures a row in {table['sets']} seed sets; the guidance scale of "
-        f"each row is tuned on {table['tune_images']} pictures of other seeds. "
-        "± is the standard error.",
+        f"{table['images']} pictures a row in {table['sets']} seed sets, drawn in "
+        f"{table['dtype']}; the guidance scale of each row is tuned on {table['tune_images']} "
+        "pictures of other seeds. ± is the standard error; all rows share their seeds, and "
+        "differences are taken set by set. *Loss*: Frechet distance minus the base's. *Fewer "
+        "steps*: the fewest full steps that take no less time, their distance, and by how much "
+        "the row is ahead of them.",
         "",
-        "| run | steps | weak fraction | FLOPs | time | scale | Frechet distance | "
-        "kernel distance | accuracy | PSNR to full |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| run | weak fraction | FLOPs | time | scale | Frechet distance | loss | fewer steps | "
+        "ahead by | accuracy | PSNR to full |",
+        "| --- " * 11 + "|",
     ]
     for row in table["rows"]:
+        name = f"{row['series']}: {row['steps']}" if "fewer" in row["series"] else row["series"]
         fraction = f"{row['weak_fraction']:.1f}" if "weak_fraction" in row else "-"
         similar = f"{row['psnr']:.1f}" if "psnr" in row else "-"
+        loss = plus_minus(row, "loss") if "loss" in row else "-"
+        rival = f"{row['rival_steps']}: {row['rival_frechet']:.3f}" if "ahead" in row else "-"
+        ahead = plus_minus(row, "ahead") if "ahead" in row else "-"
         lines.append(
-            f"| {row['series']} | {row['steps']} | {fraction} | {row['ratio']:.3f} | "
-            f"{row['time_ratio']:.3f} | {row['scale']} | {row['frechet']:.3f} ± "
-            f"{row['frechet_noise']:.3f} | {row['kernel']:.3f} ± {row['kernel_noise']:.3f} | "
-            f"{row['accuracy']:.2%} ± {row['accuracy_noise']:.2%} | {similar} |"
+            f"| {name} | {fraction} | {row['ratio']:.3f} | {row['time_ratio']:.3f} | "
+            f"{row['scale']} | {row['frechet']:.3f} ± {row['frechet_noise']:.3f} | {loss} | "
+            f"{rival} | {ahead} | {row['accuracy']:.2%} ± {row['accuracy_noise']:.2%} | "
+            f"{similar} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def plus_minus(row: dict[str, Any], name: str) -> str:
+    return f"{row[name]:+.3f} ± {row[f'{name}_noise']:.3f}"
 
 
 def level_table(levels: dict[str, Any]) -> str:

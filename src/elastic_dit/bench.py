@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from elastic_dit.training.config import require
+from elastic_dit.checks import require
 
 
 @dataclass(frozen=True)

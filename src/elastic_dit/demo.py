@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from elastic_dit.checks import require
 from elastic_dit.elastify import elastify
 from elastic_dit.evaluation.picture import Row, comparison
 from elastic_dit.evaluation.record import write_results
@@ -21,7 +22,6 @@ from elastic_dit.reference import (
 )
 from elastic_dit.sampling import cyclic_labels, sample
 from elastic_dit.schedule import Schedule
-from elastic_dit.training.config import require
 
 FIRST_SEED = 10_000
 

@@ -214,7 +214,7 @@ class LowRankSeam(nn.Module):
         return self._spread(router, x, modes, [part.length for part in layout], dim=0)
 
     def _at(self, router: Router, x: Tensor, mode: Mode) -> Tensor:
-        if mode.name not in self.coarse_A:
+        if mode is FULL or mode.name not in self.coarse_A:  # the first is quicker to see
             return super().forward(x)  # pyrefly: ignore[missing-attribute]
         if self._may_merge(router):
             return F.linear(x, self._merged(mode), self.bias)
@@ -256,7 +256,7 @@ class LowRankSeam(nn.Module):
 
 def versions(*tensors: Tensor) -> tuple[object, ...]:
     """What changes when any of the tensors is replaced, moved, cast or written to."""
-    return tuple((x.data_ptr(), x.dtype, 0 if x.is_inference() else x._version) for x in tensors)
+    return tuple([(x.data_ptr(), x.dtype, 0 if x.is_inference() else x._version) for x in tensors])
 
 
 @contextlib.contextmanager

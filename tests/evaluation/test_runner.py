@@ -23,8 +23,15 @@ def judge(tmp_path):
 
 
 def test_figure_is_mean_and_its_standard_error():
-    assert Figure.over([1.0, 3.0]) == Figure(2.0, pytest.approx(1.0))
+    assert Figure.over([1.0, 3.0]) == Figure(2.0, pytest.approx(1.0), (1.0, 3.0))
     assert math.isnan(Figure.over([1.0]).noise)
+
+
+def test_difference_is_paired_by_set():
+    difference = Figure.over([1.0, 3.0, 8.0]).minus(Figure.over([0.5, 2.5, 7.5]))
+    assert difference == Figure(0.5, 0.0, (0.5, 0.5, 0.5))
+    with pytest.raises(ValueError, match=r"number of sets = 2.*legal: 3"):
+        Figure.over([1.0, 2.0, 3.0]).minus(Figure.over([1.0, 2.0]))
 
 
 def test_all_figures(judge):
@@ -36,6 +43,7 @@ def test_all_figures(judge):
     assert row["name"] == "x"
     assert row["psnr"] == pytest.approx(20, abs=2)
     assert row["frechet_noise"] > 0
+    assert sum(row["frechet_sets"]) / 3 == pytest.approx(row["frechet"])
 
 
 def test_same_distribution_is_nearer_than_another(judge):

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from elastic_dit.training.config import require
+from elastic_dit.checks import require
 
 INSTALL_HINT = "distances between sets need: pip install 'elastic-dit[metrics]'"
 

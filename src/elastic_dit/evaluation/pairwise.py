@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from elastic_dit.checks import require
 from elastic_dit.evaluation.features import check_images
-from elastic_dit.training.config import require
 
 INSTALL_HINT = "PSNR and SSIM need: pip install 'elastic-dit[metrics]'"
 

@@ -43,19 +43,28 @@ def write_results(path: str | Path, results: dict[str, Any], command: str | None
 
 
 def _commit() -> str:
-    """The source tree's commit, with a mark if it has changes; 'unknown' outside a repository."""
-    folder = Path(__file__).parent
+    """The source tree's commit, with a mark if its code has changed since; 'unknown' without git.
+
+    Results and documents are no code: a benchmark that adds to its own file keeps its commit.
+    """
+    documents = (":(top,exclude)benchmarks/results", ":(top,exclude)docs", ":(top,exclude)*.md")
     try:
-        text = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude", "*"],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        commit = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "-uno", "--", ":(top)", *documents)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return text.stdout.strip()
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
 
 
 def _processor() -> str:

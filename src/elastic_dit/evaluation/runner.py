@@ -1,8 +1,8 @@
 """Judge sampled pictures: distribution, class accuracy, likeness to the full run; each with noise.
 
 Every figure is taken over several disjoint sets of seeds of equal size. Its value is the mean over
-the sets, its noise the standard error of that mean; rows that differ by less than twice that are
-not told apart.
+the sets, its noise the standard error of that mean. Rows of the same seeds are compared by
+`Figure.minus`; a difference of less than twice its noise tells nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from elastic_dit.checks import require
 from elastic_dit.evaluation.distances import (
     FeatureStatistics,
     frechet_from_statistics,
@@ -22,22 +23,32 @@ from elastic_dit.evaluation.distances import (
 )
 from elastic_dit.evaluation.features import ClassifierFeatures, SmallClassifier, load_features
 from elastic_dit.evaluation.pairwise import psnr, ssim
-from elastic_dit.training.config import require
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A metric and its noise over disjoint sets of seeds."""
+    """A metric, its noise over disjoint sets of seeds, and its value in each set."""
 
     value: float
     noise: float
+    sets: tuple[float, ...]
 
     @classmethod
     def over(cls, values: list[float]) -> Figure:
         """Mean and its standard error; the noise of a single value is NaN, that is, unknown."""
         numbers = torch.tensor(values, dtype=torch.float64)
         noise = numbers.std().item() / len(values) ** 0.5 if len(values) > 1 else float("nan")
-        return cls(numbers.mean().item(), noise)
+        return cls(numbers.mean().item(), noise, tuple(values))
+
+    def minus(self, other: Figure) -> Figure:
+        """The difference, set by set: pictures of the same seeds share most of their noise.
+
+        Raises:
+            ValueError: another number of sets.
+        """
+        count = len(self.sets)
+        require(len(other.sets) == count, "number of sets", len(other.sets), str(count))
+        return Figure.over([a - b for a, b in zip(self.sets, other.sets, strict=True)])
 
 
 class Judge:
@@ -130,8 +141,9 @@ def save_reference_set(
 
 
 def as_row(figures: dict[str, Figure], **facts: Any) -> dict[str, Any]:
-    """One flat row of a results file: facts, values and noises."""
+    """One flat row of a results file: facts, values, noises and the values of each set."""
     row = dict(facts)
     for name, figure in figures.items():
         row[name], row[f"{name}_noise"] = figure.value, figure.noise
+        row[f"{name}_sets"] = list(figure.sets)
     return row

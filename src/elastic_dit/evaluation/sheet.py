@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from elastic_dit.checks import require
 from elastic_dit.evaluation.features import check_images
-from elastic_dit.training.config import require
 
 GAP = 2
 GAP_VALUE = 255

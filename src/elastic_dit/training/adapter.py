@@ -8,6 +8,7 @@ recipe trains every weight on the data with the base's own objective, one patch 
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,13 +18,16 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
+from elastic_dit.checks import require
 from elastic_dit.elastify import elastify
 from elastic_dit.engine import is_new
 from elastic_dit.methods.flexidit import FlexiDiT, SharedSizes
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.schedule import Schedule
-from elastic_dit.training.config import Recipe, from_table, require
+from elastic_dit.training.config import Recipe, from_table
 from elastic_dit.training.objectives import NoisyBatch, noisy_batch
+
+TEACHER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,9 @@ class AdapterSettings:
             patches are only used on noisy pictures, and cannot represent clean ones.
         full_share: share of the steps that train full mode (shared).
         level_mean, level_std: noise levels are drawn as ``sigmoid(mean + std * normal)``.
+        teacher_dtype: of the teacher's forward pass (lora). ``bfloat16`` nearly halves its time,
+            also on a CPU that has it, with an error far below what is distilled; ``float32`` leaves
+            the loop's own precision.
         weak_fraction: of the default schedule that the adapter is shipped with.
     """
 
@@ -51,6 +58,7 @@ class AdapterSettings:
     label_dropout: float = 0.1
     level_mean: float = 0.0
     level_std: float = 1.0
+    teacher_dtype: str = "float32"
     weak_fraction: float = 0.48
 
     def __post_init__(self) -> None:
@@ -61,6 +69,8 @@ class AdapterSettings:
         require(0 <= self.full_share < 1, "adapter.full_share", self.full_share, "[0, 1)")
         require(0 <= self.label_dropout < 1, "adapter.label_dropout", self.label_dropout, "[0, 1)")
         require(self.level_std > 0, "adapter.level_std", self.level_std, "> 0")
+        known = self.teacher_dtype in TEACHER_DTYPES
+        require(known, "adapter.teacher_dtype", self.teacher_dtype, ", ".join(TEACHER_DTYPES))
         require(0 <= self.weak_fraction <= 1, "adapter.weak_fraction", self.weak_fraction, "[0, 1]")
 
 
@@ -115,7 +125,11 @@ class AdapterTask:
         return self._distil(model, batch)
 
     def _distil(self, model: nn.Module, batch: NoisyBatch) -> Tensor:
-        with torch.no_grad():
+        dtype = TEACHER_DTYPES[self.settings.teacher_dtype]
+        reduced = contextlib.nullcontext()  # the loop's own precision
+        if dtype != torch.float32:
+            reduced = torch.autocast(batch.x.device.type, dtype)
+        with torch.no_grad(), reduced:
             teacher = self._predict(model, batch, FULL)
         total = batch.x.new_zeros(())
         for mode, lowest in zip(self.handle.method.modes, self.settings.min_levels, strict=True):

@@ -18,9 +18,10 @@ from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
+from elastic_dit.checks import require
 from elastic_dit.ops.patching import resize_embedding, resize_output
 from elastic_dit.ops.positions import group_centres, sincos_2d
-from elastic_dit.training.config import Recipe, from_table, require
+from elastic_dit.training.config import Recipe, from_table
 from elastic_dit.training.objectives import noisy_batch
 
 

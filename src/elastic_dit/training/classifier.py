@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic_dit.checks import require
 from elastic_dit.evaluation.features import CLASSIFIER_SIDE, SmallClassifier
-from elastic_dit.training.config import DataConfig, Recipe, from_table, require
+from elastic_dit.training.config import DataConfig, Recipe, from_table
 from elastic_dit.training.data import ImageData
 
 logger = logging.getLogger(__name__)

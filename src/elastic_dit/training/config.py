@@ -14,13 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from elastic_dit.checks import require
+
 T = TypeVar("T")
-
-
-def require(condition: bool, name: str, value: object, legal: str) -> None:
-    """Raise the house's one form of configuration error."""
-    if not condition:
-        raise ValueError(f"{name} = {value!r} is out of range; legal: {legal}")
 
 
 @dataclass(frozen=True, kw_only=True)
