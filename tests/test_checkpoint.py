@@ -278,7 +278,7 @@ def pickled_instead(folder):
         (strange_settings, "'flexidit' is not understood: .*colour"),
         (settings_out_of_range, "rank = -3; legal: a whole number >= 1"),
         (settings_of_another_type, "'flexidit' is not understood|scales = 2"),
-        (fractional_scale, r"scales = \(2.5,\); legal: different whole numbers"),
+        (fractional_scale, r"scales = \(2.5,\); legal: at least one, all different"),
         (method_is_a_list, "method = .*; legal: a JSON text"),
         (base_is_a_list, "base"),
         (notes_only_base, "another base; class: adapter None"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
@@ -10,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elastic_dit import FULL, FlexiDiT, Mode, Plan, Schedule, elastify
 from elastic_dit.backbones.dit import DiTBackbone
-from elastic_dit.cost import SHAPES, dit_shape, named_shape, weak_first_cost
+from elastic_dit.cost import SHAPES, Attention, dit_shape, named_shape, weak_first_cost
 
 XL = SHAPES["dit-xl-2-256"]
 STEPS = 250
@@ -92,7 +94,8 @@ def test_full_mode_equals_the_counter_on_the_meta_device(changes):
             "class_labels": torch.zeros(1, dtype=torch.long),
         }
         count = counted(model, call)
-    assert DiTBackbone().shape(model).macs(FULL) == count
+    backbone = DiTBackbone()
+    assert backbone.shape(model, *backbone.default_size(model)).macs(FULL) == count
     named = dit_shape(
         width=model.inner_dim,
         depth=config["num_layers"],
@@ -127,6 +130,59 @@ def test_merged_low_rank_costs_nothing(make_model, make_elastic, make_call):
 def test_ragged_grids_round_up():
     shape = dit_shape(width=32, depth=2, latent=14, patch=2)
     assert [shape.tokens(Mode(k)) for k in (1, 2, 4, 7)] == [49, 16, 4, 1]
+
+
+ATTENTION = {"blocks": 3, "heads": 2, "width": 16}
+FRAMES, PER_FRAME, TEXT = 4, 6, 5
+
+
+def attended(kind):
+    """One block's attention as torch runs it: ``(batch, queries, keys)`` of each kind."""
+    n = FRAMES * PER_FRAME
+    return {
+        "self": (1, n, n),
+        "joint": (1, n + TEXT, n + TEXT),
+        "cross": (1, n, TEXT),
+        "spatial": (FRAMES, PER_FRAME, PER_FRAME),
+        "temporal": (PER_FRAME, FRAMES, FRAMES),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["self", "joint", "cross", "spatial", "temporal"])
+def test_every_kind_of_attention_equals_the_counter(kind):
+    batch, queries, keys = attended(kind)
+    blocks, heads, width = ATTENTION.values()
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), sdpa_kernel(SDPBackend.MATH), counter:
+        for _ in range(blocks):
+            q, k = (torch.empty(batch, heads, n, width) for n in (queries, keys))
+            torch.nn.functional.scaled_dot_product_attention(q, k, k)
+    found = Attention(blocks, heads * width, kind).macs(FRAMES, PER_FRAME, TEXT)
+    assert found == counter.get_total_flops() / 2
+
+
+def test_attention_follows_the_mode_along_the_axes_it_sees():
+    """Joining two frames halves what is seen across frames, not what is seen within one."""
+    shape = replace(dit_shape(width=32, depth=2, latent=16, patch=2), grid=(4, 8, 8), token_macs=0)
+
+    def ratio(kind, scale):
+        one = replace(shape, attention=(Attention(2, 32, kind),), text_tokens=7)
+        return one.block_macs(FULL) / one.block_macs(Mode(scale))
+
+    for kind, in_time, in_space in (
+        ("self", 4, 16),
+        ("cross", 2, 4),
+        ("spatial", 2, 16),
+        ("temporal", 4, 4),
+    ):
+        assert (ratio(kind, (2, 1, 1)), ratio(kind, 2)) == (in_time, in_space), kind
+    assert 2 < ratio("joint", (2, 1, 1)) < 4  # the text stays as long as it is
+
+
+def test_ragged_grids_round_up_along_every_axis():
+    shape = replace(dit_shape(width=32, depth=2, latent=14, patch=2), grid=(5, 7, 6))
+    found = [shape.tokens(Mode(scale)) for scale in (1, 2, (2, 1, 1), (2, 2, 2), (5, 3, 4))]
+    assert found == [210, 5 * 4 * 3, 3 * 7 * 6, 3 * 4 * 3, 1 * 3 * 2]
 
 
 def test_illegal_questions_are_named():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -141,7 +142,8 @@ def bad_adapters(make_elastic):
     yield made(tensors=lacking), f"missing: {name}"
     yield made(tensors={"a.b": torch.zeros(1)}), "unknown: a.b"
     yield made(schedule=Schedule.constant(Mode(8))), "asks for patch8; legal .*full, patch2, patch4"
-    yield FlexiDiT(scales=(3,)), "'patch3' does not fit the 8x8 base grid"
+    yield FlexiDiT(scales=(9,)), "'patch9' does not fit the 1x8x8 base grid"
+    yield FlexiDiT(scales=(2, (2, 2, 2))), "'patch2x2x2' joins frames"
     yield FlexiDiT(recipe="shared", scales=(8,), underlying=3), "scales = .* with underlying = 3"
 
 
@@ -303,6 +305,58 @@ def test_a_ragged_grid_runs_in_coarse_modes(make_elastic, make_call, output):
     handle = make_elastic()
     for mode in handle.modes:  # 5x5 base tokens
         assert forced(handle, mode, make_call(side=20), output).shape == (2, 1, 20, 20)
+
+
+def test_a_latent_smaller_than_a_coarse_patch_is_refused(make_elastic, make_call, output):
+    handle, call = make_elastic(), make_call(side=12)
+    for mode in (FULL, WEAK):
+        assert forced(handle, mode, call, output).shape == (2, 1, 12, 12)
+    with pytest.raises(ValueError, match=r"'patch4' does not fit the 1x3x3 .*at most 1x3x3 base"):
+        forced(handle, WEAKER, call, output)
+    handle.schedule = Schedule.constant(FULL, guide=WEAKER)
+    guided = make_call(side=12, guided=True)
+    for packed in (False, True):
+        handle.packed = packed
+        with pytest.raises(ValueError, match="'patch4' does not fit the 1x3x3"):
+            output(handle.model, guided)
+    assert forced(handle, WEAK, call, output).isfinite().all()
+
+
+def test_fused_projections_run_in_full_mode_only(make_model, make_elastic, make_call, output):
+    handle, call = make_elastic(), make_call()
+    expected = forced(handle, WEAK, call, output)
+    attention = [block.attn1 for block in handle.model.transformer_blocks]
+    for layer in attention:
+        layer.fuse_projections(fuse=True)
+    assert torch.equal(output(handle.model, call), output(make_model(), call))
+    with pytest.raises(RuntimeError, match=r"call unfuse_qkv_projections\(\) before"):
+        forced(handle, WEAK, call, output)
+    for layer in attention:
+        layer.fuse_projections(fuse=False)
+    assert torch.equal(forced(handle, WEAK, call, output), expected)
+
+
+def test_a_class_that_cannot_pack_refuses_to(make_elastic):
+    handle = make_elastic()
+    handle.packed = True
+    handle.packed = False
+    handle.backbone.packs = False
+    with pytest.raises(ValueError, match="packed = True; legal for DiTTransformer2DModel: False"):
+        handle.packed = True
+    handle.packed = False
+    assert not handle.packed
+
+
+def test_plans_of_another_size_cost_what_it_costs(make_elastic):
+    handle = make_elastic()
+    handle.schedule = Schedule.weak_first(0.5)
+    native = handle.plan_levels([0.9, 0.1])
+    assert handle.plan_levels([0.9, 0.1], grid=(1, 8, 8), text_tokens=0) == native
+    larger = handle.plan_levels([0.9, 0.1], grid=(1, 16, 16))
+    assert larger.ratio < native.ratio  # attention is a larger share of it
+    for grid in ((16, 16), (1, 0, 8), (1, 8, -1)):
+        with pytest.raises(ValueError, match=r"grid = .*; legal: \(frames, height, width\), each"):
+            handle.plan_levels([0.5], grid=grid)
 
 
 class Counting(AccelerateHook):
@@ -492,9 +546,11 @@ def test_mixed_and_missing_timesteps_are_refused(make_elastic, make_call, output
 def test_weak_guidance_without_guidance_rows_warns_once(make_elastic, make_call, output):
     handle = make_elastic()
     handle.schedule = Schedule.constant(FULL, guide=WEAK, guidance="weak")
-    with pytest.warns(UserWarning, match="weak guidance, but the batch has no guidance rows"):
+    with pytest.warns(UserWarning, match="weak guidance, but this call has no guidance branch"):
         output(handle.model, make_call(2))
-    output(handle.model, make_call(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        output(handle.model, make_call(2))
 
 
 def test_illegal_targets_are_named(make_model):
@@ -503,7 +559,7 @@ def test_illegal_targets_are_named(make_model):
 
     with pytest.raises(ValueError, match="Pipe has no transformer; legal: a diffusers DiT"):
         elastify(Pipe(), FlexiDiT())
-    with pytest.raises(ValueError, match="'Linear' is not supported; legal: DiTTransformer2DModel"):
+    with pytest.raises(ValueError, match=r"'Linear' is not supported; legal: \w+Model"):
         elastify(torch.nn.Linear(1, 1), FlexiDiT())
     model = make_model()
     model.elastic = torch.nn.Linear(1, 1)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import CacheMixin, DiTTransformer2DModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic_dit import FULL, Mode, Schedule, Segment
+from elastic_dit import FULL, FlexiDiT, Mode, Schedule, Segment, elastify
+from elastic_dit.engine import ENGINE
+from elastic_dit.guidance import Remembered, run_batch, run_guidance
 
 WEAK, WEAKER = Mode(2), Mode(4)
 COUNT = 3
@@ -177,3 +180,192 @@ def test_reported_cost_is_what_was_multiplied(make_elastic, make_call, packed):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         handle.model(**call)
     assert handle.report().macs == pytest.approx(counter.get_total_flops() / 2, rel=1e-6)
+
+
+class Branch:
+    """The two branches of a step as separate calls of one elastic model."""
+
+    def __init__(self, handle, call):
+        self.model, self.handle = handle.model, handle
+        self.router = handle.model.__dict__[ENGINE].router
+        self.batch = call
+        self.first = {name: value[:COUNT] for name, value in call.items()}
+        self.second = {name: value[COUNT:] for name, value in call.items()}
+        self.ran = []
+
+    def forward(self, call, mode):
+        """The stock forward in a mode; keeps the modes and labels it was called with."""
+        self.ran.append((mode, call["class_labels"].tolist()))
+        with torch.no_grad(), self.handle.using(mode):
+            return self.model(**call)
+
+    def remember(self, mode):
+        """What the engine keeps of a conditional call."""
+        with torch.no_grad(), self.handle.using(mode):
+            return Remembered(self.first, self.model(**self.first).sample)
+
+    def guide(self, segment, conditional, **changes):
+        """`run_guidance` on the guidance call."""
+        call = self.second | changes
+        return run_guidance(self.router, self.forward, call, segment, conditional)
+
+
+def segment(mode, guide=None, guidance="cfg", gain=1.0):
+    return constant(mode, guide, guidance, gain).segments[0]
+
+
+@pytest.fixture
+def branch(make_elastic, make_call):
+    return Branch(make_elastic(), make_call(COUNT, guided=True))
+
+
+TRUE, NULL = [1, 2, 3], [10, 10, 10]
+
+
+@pytest.mark.parametrize("remembered", [False, True])
+@pytest.mark.parametrize(
+    ("guide", "guidance"),
+    # Where the guide is not coarser, weak guidance is ordinary guidance.
+    [(None, "cfg"), (WEAK, "cfg"), (FULL, "cfg"), (None, "weak"), (FULL, "weak")],
+)
+def test_an_ordinary_guidance_call_is_the_stock_call_in_the_guides_mode(
+    branch, output, guide, guidance, remembered
+):
+    one = segment(FULL, guide, guidance)
+    found = branch.guide(one, branch.remember(FULL) if remembered else None)
+    with branch.handle.using(guide or FULL):
+        assert torch.equal(found.sample, output(branch.model, branch.second))
+    assert branch.ran == [(guide or FULL, NULL)]
+    (as_tuple,) = branch.guide(one, None, return_dict=False)
+    assert torch.equal(as_tuple, found.sample)
+
+
+@pytest.mark.parametrize("gain", [0.4, 1.0, 2.5])
+def test_a_weak_guidance_call_sees_the_true_condition(branch, output, gain):
+    one, conditional = segment(FULL, WEAK, "weak", gain), branch.remember(FULL)
+    c, g = branches(branch.handle, branch.batch, FULL, WEAK, output, condition="true")
+    found = branch.guide(one, conditional)
+    assert branch.ran == [(WEAK, TRUE)]
+    torch.testing.assert_close(found.sample, c + gain * (g - c), atol=1e-5, rtol=1e-5)
+    if gain == 1:
+        assert torch.equal(found.sample, g)
+    (as_tuple,) = branch.guide(one, conditional, return_dict=False)
+    assert torch.equal(as_tuple, found.sample)
+    assert branch.second["class_labels"].tolist() == NULL  # the caller's arguments stay
+
+
+@pytest.mark.parametrize("gain", [0.4, 2.5])
+@pytest.mark.parametrize(("mode", "guide"), [(FULL, FULL), (WEAK, WEAK), (FULL, WEAK)])
+def test_a_gain_is_folded_into_the_guidance_call(branch, output, mode, guide, gain):
+    found = branch.guide(segment(mode, guide, gain=gain), branch.remember(mode)).sample
+    assert branch.ran == [(guide, NULL)]
+    c, g = branches(branch.handle, branch.batch, mode, guide, output)
+    torch.testing.assert_close(found, c + gain * (g - c), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("guidance", ["cfg", "weak"])
+def test_a_guidance_call_of_no_gain_repeats_the_conditional_prediction(branch, guidance):
+    one, conditional = segment(FULL, WEAK, guidance, 0.0), branch.remember(FULL)
+    assert torch.equal(branch.guide(one, conditional).sample, conditional.sample)
+    (as_tuple,) = branch.guide(one, conditional, return_dict=False)
+    assert torch.equal(as_tuple, conditional.sample)
+    assert branch.ran == []
+
+
+@pytest.mark.parametrize(
+    ("guide", "guidance", "gain"),
+    [(WEAK, "weak", 1.0), (WEAK, "weak", 0.4), (None, "cfg", 0.4), (WEAK, "cfg", 0.0)],
+)
+def test_a_guidance_call_that_comes_first_is_refused_if_it_needs_the_other(
+    branch, guide, guidance, gain
+):
+    with pytest.raises(RuntimeError, match=r"called the guidance branch before it; legal: .*'cfg'"):
+        branch.guide(segment(FULL, guide, guidance, gain), None)
+    assert branch.ran == []
+
+
+every_kind = pytest.mark.parametrize(
+    ("mode", "guide", "guidance", "gain"),
+    [
+        (FULL, None, "cfg", 1.0),
+        (FULL, WEAK, "cfg", 1.0),
+        (WEAK, FULL, "cfg", 0.4),
+        (WEAK, None, "cfg", 2.5),
+        (FULL, WEAK, "weak", 1.0),
+        (WEAK, WEAKER, "weak", 0.4),
+        (WEAK, FULL, "weak", 1.0),
+        (WEAK, WEAKER, "weak", 0.0),
+    ],
+)
+
+
+@every_kind
+def test_two_calls_are_one_batch(branch, mode, guide, guidance, gain):
+    """Whether a pipeline calls the model once or twice, its branches are the same."""
+    one = segment(mode, guide, guidance, gain)
+    layout = branch.router.backbone.branches(branch.model, branch.batch, None)
+    batch = run_batch(branch.router, branch.forward, branch.batch, one, layout, packed=False)
+    conditional = branch.remember(mode)
+    found = branch.guide(one, conditional).sample
+    expected_c, expected_g = batch.sample.chunk(2)
+    torch.testing.assert_close(conditional.sample, expected_c, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found, expected_g, atol=1e-5, rtol=1e-5)
+
+
+class TwoCallDiT(DiTTransformer2DModel, CacheMixin):
+    """A DiT whose pipeline names its branches, as those of text-conditional models do."""
+
+
+@pytest.fixture
+def two_call(make_model, perturb):
+    torch.manual_seed(2)
+    model = TwoCallDiT.from_config(make_model().config).eval()
+    model.load_state_dict(make_model().state_dict())
+    handle = elastify(model, FlexiDiT(rank=4))
+    perturb(handle.sizes, seed=3)
+    return handle
+
+
+def step(handle, call, output, order=("cond", "uncond")):
+    """One step of a pipeline that calls the model once per branch."""
+    half = {"cond": slice(0, COUNT), "uncond": slice(COUNT, None)}
+    results = {}
+    for name in order:
+        with handle.model.cache_context(name):
+            own = {key: value[half[name]] for key, value in call.items()}
+            results[name] = output(handle.model, own)
+    return torch.cat([results["cond"], results["uncond"]])
+
+
+@every_kind
+def test_named_branches_are_one_batch(two_call, make_call, output, mode, guide, guidance, gain):
+    call = make_call(COUNT, guided=True)
+    two_call.schedule = constant(mode, guide, guidance, gain)
+    expected = output(two_call.model, call)
+    batch = two_call.report()
+    found = step(two_call, make_call(COUNT, 900, guided=True), output)  # a higher level: a new run
+    assert not torch.allclose(found, expected, atol=1e-3)
+    found = step(two_call, call, output)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    records = two_call.report().calls
+    assert [r.branch for r in records] == ["cond", "uncond"] * 2
+    assert [r.mode for r in records[2:]] == [mode, (guide or mode) if gain else None]
+    assert all(r.guide is None and r.rows == COUNT for r in records)
+    assert sum(r.macs for r in records[2:]) == pytest.approx(batch.macs)
+    assert sum(r.full_macs for r in records[2:]) == pytest.approx(batch.calls[0].full_macs)
+
+
+def test_a_named_guidance_branch_needs_the_conditional_one_of_its_own_step(
+    two_call, make_call, output
+):
+    call = make_call(COUNT, guided=True)
+    two_call.schedule = constant(FULL, WEAK, "weak")
+    with pytest.raises(RuntimeError, match="called the guidance branch before it"):
+        step(two_call, call, output, ("uncond", "cond"))
+    step(two_call, call, output)
+    with pytest.raises(RuntimeError, match="called the guidance branch before it"):
+        step(two_call, call, output, ("uncond", "cond"))  # the last step's does not count
+    two_call.schedule = constant(FULL, WEAK)
+    expected = output(two_call.model, call)
+    found = step(two_call, call, output, ("uncond", "cond"))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)

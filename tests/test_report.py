@@ -14,10 +14,17 @@ from elastic_dit.report import CallRecord, Stopwatch
 WEAK = Mode(2)
 
 
-def record(mode, macs, *, guide=None, level=0.5, rows=2):
+def record(mode, macs, *, guide=None, level=0.5, rows=2, branch=None):
     watch = Stopwatch(torch.device("cpu")).stop()
     return CallRecord(
-        level=level, mode=mode, guide=guide, rows=rows, macs=macs, full_macs=100.0, watch=watch
+        level=level,
+        mode=mode,
+        guide=guide,
+        branch=branch,
+        rows=rows,
+        macs=macs,
+        full_macs=100.0,
+        watch=watch,
     )
 
 
@@ -43,6 +50,14 @@ def test_json_and_table_say_the_same():
     first, second = str(report).splitlines()[1:3]
     assert first.split()[:6] == ["0", "0.750", "patch2", "full", "2", "2.500"]
     assert second.split()[:5] == ["1", "-", "full", "-", "2"]
+
+
+def test_calls_of_one_branch_say_which_and_may_have_run_nothing():
+    report = Report((record(WEAK, 25.0, branch="cond"), record(None, 0.0, branch="uncond")))
+    rows = json.loads(report.to_json())["calls"]
+    assert [(row["branch"], row["mode"]) for row in rows] == [("cond", "patch2"), ("uncond", None)]
+    assert str(report).splitlines()[2].split()[:5] == ["1", "0.500", "-", "-", "2"]
+    assert report.ratio == 0.125
 
 
 def test_a_stopwatch_stops():
@@ -84,7 +99,7 @@ def test_forced_calls_are_recorded(make_elastic, make_call, output):
 def test_other_resolutions_cost_what_they_cost(make_elastic, make_call, output):
     handle = make_elastic()
     output(handle.model, make_call(1, side=64))
-    larger = replace(handle.shape, grid=(16, 16))
+    larger = replace(handle.shape, grid=(1, 16, 16))
     assert handle.report().macs == larger.macs(FULL) > 4 * handle.shape.macs(FULL)
 
 

@@ -180,15 +180,18 @@ def cost(
     as_json: AsJson = False,
 ) -> None:
     """What a weak-first run costs, in closed form; MACs are per forward pass of one picture."""
+    from elastic_dit.backbones.published import published_shape
     from elastic_dit.cost import weak_first_cost
     from elastic_dit.reference import load_reference, reference_names
 
-    shape = None
     if model in reference_names():
         from elastic_dit.backbones import backbone_for
 
         transformer = load_reference(model).transformer
-        shape = backbone_for(transformer).shape(transformer)
+        backbone = backbone_for(transformer)
+        shape = backbone.shape(transformer, *backbone.default_size(transformer))
+    else:
+        shape = published_shape(model)
     facts = weak_first_cost(
         model,
         weak_fraction,
@@ -203,6 +206,30 @@ def cost(
     else:
         rows = [{"quantity": key, "value": value} for key, value in facts.items()]
         _print(rows, ("quantity", "value"), as_json=False)
+
+
+@app.command()
+def probe(
+    target: Annotated[
+        str, typer.Argument(help="A diffusers class, a published model, or a model's folder.")
+    ],
+    as_json: AsJson = False,
+) -> None:
+    """Say whether a model can be made elastic, and what its coarse modes would cost."""
+    from elastic_dit.probe import probe as look
+
+    facts = look(target)
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    rows = [{"fact": k, "value": _plain(v)} for k, v in facts.items() if k != "cost"]
+    _print(rows, ("fact", "value"), as_json=False)
+    if facts.get("cost"):
+        _print(facts["cost"], ("mode", "tokens", "macs", "ratio"), as_json=False)
+
+
+def _plain(value: object) -> object:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 
 @app.command()

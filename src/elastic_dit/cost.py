@@ -13,66 +13,95 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic_dit.mode import FULL, Mode
+from elastic_dit.ops.patching import coarse_grid
 from elastic_dit.schedule import Plan, Schedule
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Attention of some blocks: the products of queries with keys and of weights with values.
+
+    Args:
+        blocks: how many.        width: heads times head width.
+        kind: ``self`` (all tokens of a picture), ``joint`` (together with the text), ``cross`` (to
+            the text), ``spatial`` (within a frame) or ``temporal`` (across frames).
+    """
+
+    blocks: int
+    width: int
+    kind: str = "self"
+
+    def macs(self, frames: int, per_frame: int, text: int) -> float:
+        """Multiply-adds for ``frames`` x ``per_frame`` tokens and ``text`` text tokens."""
+        n = frames * per_frame
+        pairs = {
+            "self": n * n,
+            "joint": (n + text) ** 2,
+            "cross": n * text,
+            "spatial": n * per_frame,
+            "temporal": n * frames,
+        }
+        return 2 * self.blocks * self.width * pairs[self.kind]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerShape:
-    """What the cost of a plain DiT depends on.
+    """What the cost of a diffusion transformer depends on.
 
     Args:
-        width: model width d.        depth: number of blocks L.
-        grid: base tokens ``(height, width)``.
+        width: model width.
+        grid: base tokens ``(frames, height, width)``.
         patch_in, patch_out: numbers in one base patch, entering and leaving.
-        mlp_ratio: hidden width of the feed-forward over d.
-        time_features: width of the sinusoidal time embedding that each conditioning MLP reads.
-        conditioners: conditioning MLPs per forward pass (diffusers' DiT has one in every block, and
-            runs the first one again for the output).
-        low_rank: rank of the low-rank update on self-attention and feed-forward in coarse modes; 0
-            if merged or absent.
+        token_macs: multiply-adds of one token in the linear layers of all blocks.
+        attention: of all blocks.
+        text_tokens: text tokens of one picture.
+        text_macs: multiply-adds of one text token in the linear layers of all blocks.
+        text_once: those of them that depend on the prompt alone, not on the step.
+        picture_macs: what one picture costs once: modulation, conditioning, text projections.
+        adapted, adapted_text: inputs plus outputs of all layers that carry low-rank updates, as far
+            as picture tokens and text tokens go through them.
+        low_rank: rank of those updates in coarse modes; 0 if merged or absent.
     """
 
     width: int
-    depth: int
-    grid: tuple[int, int]
+    grid: tuple[int, int, int]
     patch_in: int
     patch_out: int
-    mlp_ratio: float = 4.0
-    time_features: int = 256
-    conditioners: int = 0
+    token_macs: float
+    attention: tuple[Attention, ...]
+    text_tokens: int = 0
+    text_macs: float = 0.0
+    text_once: float = 0.0
+    picture_macs: float = 0.0
+    adapted: int = 0
+    adapted_text: int = 0
     low_rank: int = 0
 
     def tokens(self, mode: Mode) -> int:
         """Tokens of one picture in a mode."""
-        _, kh, kw = mode.patch_scale
-        return math.ceil(self.grid[0] / kh) * math.ceil(self.grid[1] / kw)
+        return math.prod(coarse_grid(self.grid, mode.patch_scale))
 
     def block_macs(self, mode: Mode) -> float:
-        """Self-attention and feed-forward of all blocks: the accounting of the FlexiDiT paper."""
-        n, d = self.tokens(mode), self.width
-        return self.depth * (n * d * d * (4 + 2 * self.mlp_ratio) + 2 * n * n * d)
+        """Attention and feed-forward of all blocks: the accounting of the FlexiDiT paper."""
+        frames, height, width = coarse_grid(self.grid, mode.patch_scale)
+        attention = sum(
+            layer.macs(frames, height * width, self.text_tokens) for layer in self.attention
+        )
+        linear = self.tokens(mode) * self.token_macs + self.text_tokens * self.text_macs
+        return linear + attention
 
     def macs(self, mode: Mode) -> float:
         """Everything a forward pass of one picture multiplies."""
-        d, n = self.width, self.tokens(mode)
-        area = mode.patch_scale[1] * mode.patch_scale[2]
-        projections = n * area * (self.patch_in + self.patch_out) * d
-        modulation = self.depth * 6 * d * d + 2 * d * d
-        conditioning = self.conditioners * (self.time_features * d + d * d)
-        return (
-            self.block_macs(mode) + projections + modulation + conditioning + self._low_rank(mode)
-        )
+        grouped = self.tokens(mode) * math.prod(mode.patch_scale)
+        projections = grouped * (self.patch_in + self.patch_out) * self.width
+        adapted = self.tokens(mode) * self.adapted + self.text_tokens * self.adapted_text
+        low_rank = 0 if mode.is_full else self.low_rank * adapted
+        return self.block_macs(mode) + projections + self.picture_macs + low_rank
 
     def packing_macs(self, a: Mode, b: Mode) -> float:
-        """What attention multiplies in vain where two modes share one masked sequence."""
-        return self.depth * 4 * self.tokens(a) * self.tokens(b) * self.width
-
-    def _low_rank(self, mode: Mode) -> float:
-        if mode.is_full or not self.low_rank:
-            return 0.0
-        hidden = self.mlp_ratio * self.width
-        inputs_and_outputs = 4 * 2 * self.width + 2 * (self.width + hidden)
-        return self.depth * self.tokens(mode) * self.low_rank * inputs_and_outputs
+        """What self-attention multiplies in vain where two modes share one masked sequence."""
+        wasted = sum(2 * 2 * x.blocks * x.width for x in self.attention if x.kind == "self")
+        return wasted * self.tokens(a) * self.tokens(b)
 
     def with_low_rank(self, rank: int) -> TransformerShape:
         """The same network with unmerged low-rank updates of this rank in coarse modes."""
@@ -82,15 +111,21 @@ class TransformerShape:
 def dit_shape(
     *, width: int, depth: int, latent: int, patch: int, channels: int = 4, out_channels: int = 8
 ) -> TransformerShape:
-    """Shape of a `DiTTransformer2DModel` (square latents)."""
-    side = latent // patch
+    """A `DiTTransformer2DModel` (square latents).
+
+    Each of its blocks has a time embedding of its own (256 sinusoids into a two-layer perceptron),
+    and the first one's is computed again for the output.
+    """
+    side, d = latent // patch, width
     return TransformerShape(
-        width=width,
-        depth=depth,
-        grid=(side, side),
+        width=d,
+        grid=(1, side, side),
         patch_in=patch * patch * channels,
         patch_out=patch * patch * out_channels,
-        conditioners=depth + 1,
+        token_macs=depth * 12 * d * d,
+        attention=(Attention(depth, d),),
+        picture_macs=(6 * depth + 2) * d * d + (depth + 1) * (256 * d + d * d),
+        adapted=depth * 18 * d,
     )
 
 

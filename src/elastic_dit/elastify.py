@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from elastic_dit.backbones import Backbone, backbone_for
 from elastic_dit.budget import weak_first_for_budget
@@ -18,6 +21,7 @@ from elastic_dit.cost import TransformerShape
 from elastic_dit.engine import ENGINE, Engine
 from elastic_dit.methods import Method
 from elastic_dit.mode import FULL, Mode
+from elastic_dit.ops.patching import Triple
 from elastic_dit.report import Report
 from elastic_dit.schedule import Plan, Schedule
 
@@ -26,6 +30,7 @@ def elastify(
     target: Any,
     adapter: str | Path | Adapter | Method,
     *,
+    component: str | None = None,
     schedule: Schedule | None = None,
     merge: bool = False,
 ) -> Handle:
@@ -35,6 +40,8 @@ def elastify(
         target: a pipeline with a ``transformer``, or the transformer itself.
         adapter: a trained adapter (folder, hub id or object), or a method to start one from the
             base's weights.
+        component: which transformer of a pipeline with two (Wan 2.2), ``transformer`` or
+            ``transformer_2``; each has a handle of its own. The only one by default.
         schedule: replaces the adapter's default; a method starts with full mode throughout.
         merge: keep one more copy of the adapted weights per mode, so that coarse modes pay nothing
             for low-rank updates.
@@ -45,10 +52,10 @@ def elastify(
 
     Raises:
         ValueError: unsupported class, adapter of another base, damaged adapter, mode that does not
-            fit. Nothing has been changed then.
+            fit, a component that is missing or not named. Nothing has been changed then.
         FileNotFoundError: no such adapter.
     """
-    model, pipe = _resolve(target)
+    model, pipe = _resolve(target, component)
     backbone = backbone_for(model)
     loaded = adapter if isinstance(adapter, Adapter | Method) else load_adapter(adapter)
     method = loaded if isinstance(loaded, Method) else loaded.method
@@ -87,6 +94,12 @@ class Handle:
         if self.model.__dict__.get(ENGINE) is not self._engine:
             raise RuntimeError("this handle was removed or replaced; elastify again")
         return self._engine
+
+    @property
+    def _pipe(self) -> Any:
+        """The pipeline that was made elastic, None for a bare model."""
+        pipe = self._live().pipe
+        return None if pipe is None else pipe()
 
     @property
     def method(self) -> Method:
@@ -143,7 +156,18 @@ class Handle:
 
     @packed.setter
     def packed(self, packed: bool) -> None:
-        self._live().packed = packed
+        """Choose how branches of different modes run.
+
+        Raises:
+            ValueError: the model's class cannot pack.
+        """
+        engine = self._live()
+        if packed and not self.backbone.packs:
+            raise ValueError(
+                f"packed = True; legal for {self.backbone.model_class}: False (its branches run "
+                "one after the other)"
+            )
+        engine.packed = packed
 
     @property
     def shape(self) -> TransformerShape:
@@ -151,33 +175,60 @@ class Handle:
         return self._live().shape_of(self.model)
 
     def plan(
-        self, num_inference_steps: int, *, guidance: bool = True, scheduler: Any = None
+        self,
+        num_inference_steps: int,
+        *,
+        guidance: bool = True,
+        scheduler: Any = None,
+        grid: Triple | None = None,
+        text_tokens: int | None = None,
     ) -> Plan:
         """The modes and the cost of a run, before it is made.
+
+        Of a pipeline with two transformers, the steps of this one.
 
         Args:
             guidance: whether the run uses a guidance branch (a guidance scale above 1).
             scheduler: a diffusers scheduler; the pipeline's own by default. It is not changed.
+            grid: base tokens ``(frames, height, width)``; the model's native size by default.
+            text_tokens: text tokens of one prompt; the pipeline's usual number by default.
 
         Raises:
-            ValueError: no scheduler, or fewer than one step.
+            ValueError: no scheduler, fewer than one step, or none at which this model is called.
         """
-        engine = self._live()
-        pipe = engine.pipe() if engine.pipe is not None else None
+        pipe = self._pipe
         scheduler = scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
         if scheduler is None:
             raise ValueError("scheduler = None; a bare model has none of its own, so pass one")
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps = {num_inference_steps}; legal: >= 1")
         scheduler = copy.deepcopy(scheduler)
-        scheduler.set_timesteps(num_inference_steps)
-        levels = [engine.router.backbone.level_of(t) for t in scheduler.timesteps.tolist()]
-        return self.plan_levels(levels, guidance=guidance)
+        own_sigmas = self.backbone.own_sigmas
+        set_timesteps(scheduler, num_inference_steps, grid or self.shape.grid, own_sigmas)
+        called = _called_at(pipe, self.model, scheduler)
+        times = scheduler.timesteps[called].tolist()
+        if not times:
+            raise ValueError(
+                f"num_inference_steps = {num_inference_steps}; at none of them does the pipeline "
+                "call this transformer (boundary_ratio gives them all to the other one)"
+            )
+        levels = [t / scheduler.config.num_train_timesteps for t in times]
+        return self.plan_levels(levels, guidance=guidance, grid=grid, text_tokens=text_tokens)
 
-    def plan_levels(self, levels: Sequence[float], *, guidance: bool = True) -> Plan:
-        """`plan` for given noise levels, one per model call."""
+    def plan_levels(
+        self,
+        levels: Sequence[float],
+        *,
+        guidance: bool = True,
+        grid: Triple | None = None,
+        text_tokens: int | None = None,
+    ) -> Plan:
+        """`plan` for given noise levels, one per step."""
         engine = self._live()
-        shape = engine.shape_of(self.model)
+        usual_grid, usual_text = self.backbone.default_size(self.model)
+        text = usual_text if text_tokens is None else text_tokens
+        size = self.backbone.planned_size(grid or usual_grid, text, self._pipe)
+        shape = engine.shape_of(self.model, size)
         packing = shape.packing_macs if engine.packed else None
         return Plan.bind(engine.schedule, levels, shape.macs, guidance=guidance, packing=packing)
 
@@ -196,6 +247,7 @@ class Handle:
         if mode not in self.modes:
             raise ValueError(f"mode {mode.name!r}; legal: {', '.join(m.name for m in self.modes)}")
         engine.calls.clear()
+        engine.router.run += 1
         previous, engine.forced = engine.forced, mode
         try:
             yield
@@ -227,9 +279,16 @@ class Handle:
         self.remove()
 
 
-def handle_of(target: Any) -> Handle | None:
-    """The handle of an elastic pipeline or model (a copy of one included), or None."""
-    model, _ = _resolve(target)
+def handle_of(target: Any, *, component: str | None = None) -> Handle | None:
+    """The handle of an elastic pipeline or model (a copy of one included), or None.
+
+    Args:
+        component: which transformer of a pipeline with two.
+
+    Raises:
+        ValueError: a component that is missing or not named.
+    """
+    model, _ = _resolve(target, component)
     engine = model.__dict__.get(ENGINE)
     return None if engine is None else Handle(model, engine)
 
@@ -240,16 +299,63 @@ def stock_class(model: nn.Module) -> type:
     return type(model) if engine is None else engine.stock
 
 
-def _resolve(target: Any) -> tuple[nn.Module, Any]:
+def set_timesteps(scheduler: Any, steps: int, grid: Triple, own_sigmas: bool = False) -> None:
+    """Timesteps of a run of a latent with this base grid, as pipelines ask for them.
+
+    A scheduler with dynamic shifting needs the number of image tokens.
+
+    Args:
+        own_sigmas: whether the pipeline passes evenly spaced sigmas of its own, from 1 down to
+            ``1 / steps``.
+    """
+    facts, given = scheduler.config, {}
+    if facts.get("use_dynamic_shifting", False):
+        low, high = facts.get("base_image_seq_len", 256), facts.get("max_image_seq_len", 4096)
+        least, most = facts.get("base_shift", 0.5), facts.get("max_shift", 1.15)
+        given["mu"] = least + (math.prod(grid) - low) * (most - least) / (high - low)
+    if own_sigmas and not facts.get("use_flow_sigmas", False):
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **given)
+    else:
+        scheduler.set_timesteps(steps, **given)
+
+
+def _called_at(pipe: Any, model: nn.Module, scheduler: Any) -> Tensor:
+    """Whether a pipeline calls this transformer, for each of the scheduler's timesteps."""
+    always = torch.ones_like(scheduler.timesteps, dtype=torch.bool)
+    models = _transformers(pipe)
+    if len(models) < 2:
+        return always
+    first, ratio = always, pipe.config.get("boundary_ratio")
+    if ratio is not None:
+        first = scheduler.timesteps >= ratio * scheduler.config.num_train_timesteps
+    return first if models["transformer"] is model else ~first
+
+
+def _transformers(pipe: Any) -> dict[str, nn.Module]:
+    """The transformers of a pipeline by component."""
+    found = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2")}
+    return {
+        name: getattr(model, "_orig_mod", model)
+        for name, model in found.items()
+        if isinstance(model, nn.Module)
+    }
+
+
+def _resolve(target: Any, component: str | None) -> tuple[nn.Module, Any]:
+    """The transformer to change, and the pipeline if it was given one."""
     if isinstance(target, nn.Module):
+        if component is not None:
+            raise ValueError(f"component = {component!r}; legal for a bare model: None")
         return getattr(target, "_orig_mod", target), None
-    model = getattr(target, "transformer", None)
-    if not isinstance(model, nn.Module):
-        raise ValueError(
-            f"{type(target).__name__} has no transformer; "
-            "legal: a diffusers DiT pipeline or its model"
-        )
-    return getattr(model, "_orig_mod", model), target
+    models, name = _transformers(target), type(target).__name__
+    if not models:
+        raise ValueError(f"{name} has no transformer; legal: a diffusers DiT pipeline or its model")
+    if component is None and len(models) == 1:
+        (component,) = models
+    if component not in models:
+        legal = ", ".join(map(repr, models))
+        raise ValueError(f"component = {component!r}; legal for this {name}: {legal}")
+    return models[component], target
 
 
 def _check_schedule(schedule: Schedule, method: Method) -> None:

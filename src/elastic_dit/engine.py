@@ -7,39 +7,51 @@ the old ones. `Engine.install` and `Engine.uninstall` are inverses, and both may
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import warnings
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from elastic_dit.backbones import Backbone
 from elastic_dit.backbones.base import Call
 from elastic_dit.checkpoint import Adapter, check_tensors
 from elastic_dit.cost import TransformerShape
-from elastic_dit.guidance import run_segment
+from elastic_dit.guidance import Remembered, run_batch, run_guidance
 from elastic_dit.methods import Method
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.report import CallRecord, Stopwatch
 from elastic_dit.routing import (
+    ROUTER,
     AttentionSeam,
     EmbedSeam,
     LowRankSeam,
     ModulationSeam,
     OutputSeam,
+    RotarySeam,
     Router,
+    TextKey,
+    TextSeam,
     rebind_hooks,
     remembered_in_checkpoints,
     restore_class,
     swap_class,
 )
-from elastic_dit.schedule import Schedule
+from elastic_dit.schedule import Schedule, Segment
 
 ENGINE = "_elastic_engine"
 SIZES = "elastic"
+ROUNDING = 2**-7
+"""Relative error of a time that was divided and rounded in bfloat16 (2^-9 each time), with room."""
+
+CACHES = ("FirstBlockCache", "MagCache", "TaylorSeerCache")
+"""Step caches of diffusers whose state can be kept per branch and mode."""
 
 LowRankPair = tuple[nn.Linear, nn.ParameterDict, nn.ParameterDict]
 
@@ -51,8 +63,14 @@ class Engine:
     Attributes:
         pairs: adapted linear layers with their low-rank factors by mode, under the stock names.
         base: the base's own tensors under the stock names, if the method trains them.
+        adapted: the modules that hold adapted layers.
         other_weights: while installed the base's own weights, else the adapter's; swapped by
             `install` and `uninstall`.
+        context: name and facts of the ``cache_context`` that the pipeline has opened: its branch.
+        exact_levels: the scheduler's timesteps and their noise levels.
+        remembered: the conditional call of the present step, if its guidance call needs it.
+        prompts: those of the present run, if text layers are kept.
+        repeated: rows of the present call whose text layers are.
     """
 
     router: Router
@@ -60,16 +78,25 @@ class Engine:
     stock: type
     pairs: dict[str, LowRankPair]
     base: dict[str, Tensor]
+    adapted: list[nn.Module]
     other_weights: dict[str, Tensor] = field(default_factory=dict)
     schedule: Schedule = field(default_factory=Schedule.constant)
     packed: bool = False
+    keep_text: bool = False
     budget: float | None = None
     forced: Mode | None = None
     pipe: Any = None
     calls: list[CallRecord] = field(default_factory=list)
     swapped: list[nn.Module] = field(default_factory=list)
+    hooks: list[tuple[nn.Module, RemovableHandle]] = field(default_factory=list)
     seen_timesteps: Any = None
+    exact_levels: tuple[Any, list[float]] = (None, [])
     warned: bool = False
+    context: tuple[str, dict[str, Any]] | None = None
+    remembered: Remembered | None = None
+    prompts: list[TextKey] = field(default_factory=list)
+    repeated: int = 0
+    shapes: dict[tuple[Any, ...], TransformerShape] = field(default_factory=dict)
     compiled: Any = None
 
     @classmethod
@@ -90,10 +117,11 @@ class Engine:
             )
         sizes = method.build(model, backbone)
         pairs = _low_rank_pairs(model, backbone, method)
-        embed, _ = backbone.modules(model)
-        router = Router(backbone, sizes, embed, low_rank=method.low_rank)
+        router = Router(backbone, sizes, backbone.patch(model))
         base = model.state_dict(keep_vars=True) if method.trains_base else {}
-        engine = cls(router, method, type(model), pairs, dict(base))
+        parents = {name.rpartition(".")[0] for name in pairs}
+        adapted = [model.get_submodule(name) for name in sorted(parents)]
+        engine = cls(router, method, type(model), pairs, dict(base), adapted)
         if adapter is None:
             return engine
         expected = engine.new_tensors()
@@ -101,7 +129,9 @@ class Engine:
         with torch.no_grad():
             for name, value in expected.items():
                 value.copy_(adapter.tensors[name])
-        engine.other_weights = {k: adapter.tensors[f"base.{k}"].to(v) for k, v in base.items()}
+        engine.other_weights = {  # copies: a loaded tensor may be a view of its file
+            k: torch.empty_like(v).copy_(adapter.tensors[f"base.{k}"]) for k, v in base.items()
+        }
         return engine
 
     def new_tensors(self) -> dict[str, Tensor]:
@@ -115,101 +145,254 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied model must not call the compiled forward of the original.
-        return {**self.__dict__, "compiled": None}
+        return {**self.__dict__, "compiled": None, "remembered": None}
 
     def run(self, model: nn.Module, call: Call) -> Any:
-        """One call of the elastic model."""
-        forward = self.compiled or functools.partial(self.stock.forward, model)
-        sample = call[self.router.backbone.sample_argument]
-        count = sample.shape[0]
-        watch = Stopwatch(sample.device)
-        if self.forced is not None:
-            self.router.mode = self.forced
-            with remembered_in_checkpoints(model, self.router):
-                output = forward(**call)
-            self._record(model, None, self.forced, None, count, watch)
-            return output
-        level = self.router.backbone.level(call)
-        segment = self.schedule.at(level)
-        branches = self.router.backbone.branches(model, call)
-        if branches is None and segment.weak_guidance and not self.warned:
+        """One call of the elastic model.
+
+        Raises:
+            ValueError: the call has no single noise level, or its latent is too small for a mode.
+            RuntimeError: the weights or arguments of the call do not allow a coarse mode.
+        """
+        backbone, router = self.router.backbone, self.router
+        sample = call[backbone.sample]
+        count, size = sample.shape[0], backbone.size(model, call)
+        router.grid, shape = size[0], self.shape_of(model, size)
+        self._keep_seams(model)
+        record = functools.partial(self._record, shape, count, Stopwatch(sample.device))
+        with remembered_in_checkpoints(model, router):
+            if self.forced is not None:
+                output = self._forward(model, call, self.forced)
+                record(None, self.forced, None)
+                return output
+            level = self._level(call)
+            if self._starts_run(level):
+                self.calls.clear()
+                self.prompts.clear()
+                self.remembered = None
+                self.router.run += 1
+            segment = self.schedule.at(level)
+            if self.context is not None and self.context[0] in backbone.contexts:
+                forward = functools.partial(self._forward, model)
+                output = run_guidance(router, forward, call, segment, self.remembered)
+                self.remembered = None
+                record(level, segment.guide_mode if segment.gain else None, None)
+                return output
+            output, guide, guided = self._conditional(model, call, segment)
+            record(level, segment.mode, guide, guided=guided)
+        return output
+
+    def _conditional(
+        self, model: nn.Module, call: Call, segment: Segment
+    ) -> tuple[Any, Mode | None, bool]:
+        """A call with the conditional branch, and the guidance branch if both are in one batch."""
+        backbone, forward = self.router.backbone, functools.partial(self._forward, model)
+        pipe = self.pipe() if self.pipe is not None else None
+        branches = backbone.branches(model, call, pipe)
+        # One call per branch: nothing has used the conditional call of the step before.
+        alone = branches is None and (self.context is None or self.remembered is not None)
+        if segment.weak_guidance and alone and not self.warned:
             warnings.warn(
-                "the schedule asks for weak guidance, but the batch has no guidance rows",
-                stacklevel=4,
+                "the schedule asks for weak guidance, but this call has no guidance branch",
+                stacklevel=5,
             )
             self.warned = True
-        with remembered_in_checkpoints(model, self.router):
-            output = run_segment(self.router, forward, call, segment, branches, packed=self.packed)
+        output = run_batch(
+            self.router, forward, call, segment, branches, packed=self.packed and backbone.packs
+        )
+        if self.context is not None and (segment.weak_guidance or segment.gain != 1):
+            prediction = output.sample if call.get("return_dict", True) else output[0]
+            self.remembered = Remembered(call, prediction)
         guide = None if branches is None or segment.gain == 0 else segment.guide_mode
-        self._record(model, level, segment.mode, guide, count, watch, guided=branches is not None)
-        return output
+        return output, guide, branches is not None
+
+    def _check_coarse(self, model: nn.Module, call: Call, mode: Mode) -> None:
+        """Refuse a coarse mode that this call, or what was put on the model, does not allow."""
+        backbone = self.router.backbone
+        backbone.check_grid(self.router.grid, mode)
+        backbone.check_call(call, mode)
+        if any(getattr(module, "fused_projections", False) for module in self.adapted):
+            raise RuntimeError(
+                "fused query, key and value projections have no low-rank updates; call "
+                "unfuse_qkv_projections() before using a coarse mode"
+            )
+        if getattr(model, "_parallel_config", None) is not None:
+            raise RuntimeError(
+                f"context parallelism splits the base tokens, and mode {mode.name!r} has others; "
+                "legal together with it: full mode"
+            )
+
+    def _forward(self, model: nn.Module, call: Call, mode: Mode) -> Any:
+        """The stock forward in a mode (of all rows, unless the router has a packed layout)."""
+        router = self.router
+        router.mode = mode
+        for each in (mode,) if router.layout is None else [part.mode for part in router.layout]:
+            if not each.is_full:
+                self._check_coarse(model, call, each)
+        if router.sizes.routes(mode):
+            call = router.backbone.prepare(call, router, mode)
+        router.text = self._prompt(call) if self._keeps_text() else None
+        router.running = True
+        try:
+            with self._cache_state(model, mode):
+                return (self.compiled or functools.partial(self.stock.forward, model))(**call)
+        finally:
+            router.running, router.text = False, None
+
+    def _keeps_text(self) -> bool:
+        return self.keep_text and self.forced is None and self.compiled is None
+
+    def _prompt(self, call: Call) -> TextKey | None:
+        """The prompt of a call, for layers that see nothing else."""
+        prompt = call.get(self.router.backbone.condition[0])
+        if not torch.is_tensor(prompt) or self.router.layout is not None:
+            return None
+        key = TextKey(prompt, self.router.run)
+        if any(key.same(known) for known in self.prompts):
+            self.repeated += len(prompt)
+        else:
+            self.prompts.append(key)
+        return key
+
+    def _cache_state(self, model: nn.Module, mode: Mode) -> contextlib.AbstractContextManager[None]:
+        """The state of a step cache that belongs to this branch and mode.
+
+        Raises:
+            RuntimeError: the cache in use has one state for all patch sizes.
+        """
+        if not getattr(model, "is_cache_enabled", False):
+            return contextlib.nullcontext()
+        cache = type(model._cache_config).__name__.removesuffix("Config")
+        if not mode.is_full and cache not in CACHES:
+            raise RuntimeError(
+                f"{cache} keeps one state for all patch sizes; legal together with mode "
+                f"{mode.name!r}: {', '.join(CACHES)}"
+            )
+        if self.context is None:
+            return contextlib.nullcontext()
+        name, facts = self.context
+        return self.stock.cache_context(model, f"{name}@{mode.name}", **facts)
 
     def _record(
         self,
-        model: nn.Module,
-        level: float | None,
-        mode: Mode,
-        guide: Mode | None,
+        shape: TransformerShape,
         count: int,
         watch: Stopwatch,
+        level: float | None,
+        mode: Mode | None,
+        guide: Mode | None,
         *,
         guided: bool = False,
     ) -> None:
-        if self._starts_run(level):
-            self.calls.clear()
-        shape = self.shape_of(model, self.router.grid)
+        """Keep what a call ran; ``mode`` is None where it only repeated a prediction."""
         pictures = count // 2 if guided else count
-        spent = shape.macs(mode)
-        if guide is not None:
+        kept, self.repeated = self.repeated * shape.text_tokens * shape.text_once, 0
+        spent = shape.macs(mode) if mode is not None else 0.0
+        if mode is not None and guide is not None:
             spent += shape.macs(guide)
-            if self.packed and guide != mode:
+            if self.packed and self.router.backbone.packs and guide != mode:
                 spent += shape.packing_macs(mode, guide)
         self.calls.append(
             CallRecord(
                 level=level,
                 mode=mode,
                 guide=guide,
+                branch=None if self.context is None else self.context[0],
                 rows=count,
-                macs=pictures * spent,
+                macs=pictures * spent - kept,
                 full_macs=count * shape.macs(FULL),
                 watch=watch.stop(),
             )
         )
 
+    def _level(self, call: Call) -> float:
+        """Noise level of a call, as exact as the scheduler of the pipeline knows it.
+
+        Some pipelines (FLUX) cast the time to the dtype of the latents, and a rounded level may lie
+        on the other side of a segment's edge than the planned one.
+        """
+        level = self.router.backbone.level(call)
+        scheduler, timesteps = self._scheduler()
+        if timesteps is None:
+            return level
+        if timesteps is not self.exact_levels[0]:
+            times = timesteps.tolist()
+            exact = [t / scheduler.config.num_train_timesteps for t in times]
+            self.exact_levels = timesteps, exact
+        nearest = min(self.exact_levels[1], key=lambda exact: abs(exact - level))
+        return nearest if abs(nearest - level) <= ROUNDING * level else level
+
+    def _scheduler(self) -> tuple[Any, Any]:
+        """The present scheduler of the pipeline and its timesteps; None for a bare model."""
+        pipe = self.pipe() if self.pipe is not None else None
+        scheduler = getattr(pipe, "scheduler", None)
+        return scheduler, getattr(scheduler, "timesteps", None)
+
     def _starts_run(self, level: float | None) -> bool:
         """A run starts when the scheduler has new timesteps, or the noise level goes up again."""
-        pipe = self.pipe() if self.pipe is not None else None
-        timesteps = getattr(getattr(pipe, "scheduler", None), "timesteps", None)
+        _, timesteps = self._scheduler()
         if timesteps is not None and timesteps is not self.seen_timesteps:
             self.seen_timesteps = timesteps
             return True
         last = self.calls[-1].level if self.calls else None
         return level is not None and last is not None and level > last
 
-    def shape_of(self, model: nn.Module, grid: tuple[int, int] | None = None) -> TransformerShape:
-        """What the cost of the elastic model depends on."""
-        shape = self.router.backbone.shape(model)
+    def shape_of(self, model: nn.Module, size: tuple[Any, ...] | None = None) -> TransformerShape:
+        """What the cost of the elastic model depends on.
+
+        Args:
+            size: base grid and text tokens, as `Backbone.size` returns them; the backbone's usual
+                ones by default.
+
+        Raises:
+            ValueError: a grid that is not three whole numbers above zero.
+        """
+        backbone = self.router.backbone
+        key: tuple[Any, ...] = backbone.default_size(model) if size is None else size
+        if len(key[0]) != 3 or any(side < 1 for side in key[0]):
+            raise ValueError(f"grid = {key[0]}; legal: (frames, height, width), each >= 1")
+        if key not in self.shapes:
+            self.shapes[key] = backbone.shape(model, *key)
         rank = 0 if self.router.merged else self.method.low_rank
-        return replace(shape, low_rank=rank, grid=grid or shape.grid)
+        return self.shapes[key].with_low_rank(rank)
 
     def install(self, model: nn.Module) -> None:
         """Attach the new parameters and swap classes; the inverse of `uninstall`."""
         backbone = self.router.backbone
         self._exchange_weights()
         model.add_module(SIZES, self.router.sizes)
-        embed, output = backbone.modules(model)
-        self._swap(embed, EmbedSeam)
-        self._swap(output, OutputSeam)
+        self._keep_seams(model)
         for module in backbone.modulation_layers(model):
             self._swap(module, ModulationSeam)
         for module in backbone.attention_layers(model):
             self._swap(module, AttentionSeam)
+        for module, hook in backbone.block_hooks(model):
+            module.__dict__[ROUTER] = self.router
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            self.hooks.append((module, handle))
+        for module in backbone.text_layers(model):
+            self._swap(module, TextSeam)
         for layer, A, B in self.pairs.values():
             layer.coarse_A, layer.coarse_B = A, B
             self._swap(layer, LowRankSeam)
         model.__class__ = _elastic_class(self.stock)
         model.__dict__[ENGINE] = self
         rebind_hooks(model)
+
+    def _keep_seams(self, model: nn.Module) -> None:
+        """Swap the modules that make and end tokens, wherever they are now.
+
+        Somebody may have put another module in their place: PEFT wraps a layer when a LoRA for it
+        is loaded, and puts the layer back when the LoRA goes.
+        """
+        backbone = self.router.backbone
+        seams: dict[str, type] = {backbone.embed: EmbedSeam, backbone.output: OutputSeam}
+        if backbone.rotary is not None:
+            seams[backbone.rotary] = RotarySeam
+        for name, mixin in seams.items():
+            module = model.get_submodule(name)
+            if ROUTER not in module.__dict__:
+                self._swap(module, mixin)
 
     def _swap(self, module: nn.Module, mixin: type) -> None:
         swap_class(module, mixin, self.router)
@@ -220,6 +403,10 @@ class Engine:
         for module in reversed(self.swapped):
             restore_class(module)
         self.swapped.clear()
+        for module, handle in self.hooks:
+            handle.remove()
+            del module.__dict__[ROUTER]
+        self.hooks.clear()
         for layer, _, _ in self.pairs.values():
             del layer.coarse_A, layer.coarse_B
         del model._modules[SIZES]
@@ -237,6 +424,7 @@ class Engine:
 @functools.cache
 def _elastic_class(stock: type) -> type:
     signature = inspect.signature(stock.forward)
+    cached = getattr(stock, "cache_context", lambda *_, **__: contextlib.nullcontext())
 
     @functools.wraps(stock.forward)  # caches and modular pipelines read the signature
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -249,8 +437,20 @@ def _elastic_class(stock: type) -> type:
         engine: Engine = self.__dict__[ENGINE]
         engine.compiled = torch.compile(functools.partial(stock.forward, self), *args, **kwargs)
 
+    @contextlib.contextmanager
+    def cache_context(self: nn.Module, name: str, **facts: Any) -> Iterator[None]:
+        """Stock context, where the class has one; its name also tells the branch."""
+        engine: Engine = self.__dict__[ENGINE]
+        previous, engine.context = engine.context, (name, facts)
+        try:
+            with cached(self, name, **facts):
+                yield
+        finally:
+            engine.context = previous
+
     # The stock name goes into saved configs and is what caches and loaders look for.
-    parts = {"forward": forward, "compile": compile, "__module__": __name__}
+    parts: dict[str, Any] = {"forward": forward, "compile": compile, "cache_context": cache_context}
+    parts["__module__"] = __name__
     return type(stock.__name__, (stock,), parts)
 
 

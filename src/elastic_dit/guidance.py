@@ -1,27 +1,40 @@
-"""Guidance when the two branches of a batched call run in different modes (FlexiDiT section 3.4).
+"""Guidance when the two branches of a run use different modes (FlexiDiT section 3.4).
 
 A stock pipeline computes ``g + s (c - g)`` from the conditional prediction c and the guidance
 prediction g. Weak-model guidance gives it a g that comes from the weak mode on the *true*
 condition. A gain other than 1 is folded into g, ``g' = c + gain (g - c)``, so that the pipeline's
 own scale s acts as ``1 + gain (s - 1)`` and no pipeline changes.
+
+Some pipelines put both branches into one call, others make two.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from elastic_dit.backbones.base import Branches, Call, rows
+from elastic_dit.mode import Mode
 from elastic_dit.routing import Part, Router
 from elastic_dit.schedule import Segment
 
-Forward = Callable[..., Any]
+Forward = Callable[[Call, Mode], Any]
+"""Runs the stock forward on a call, in a mode."""
 
 
-def run_segment(
+@dataclass(frozen=True)
+class Remembered:
+    """The conditional call of a step, for the guidance call that follows it."""
+
+    call: Call
+    sample: Tensor
+
+
+def run_batch(
     router: Router,
     forward: Forward,
     call: Call,
@@ -30,10 +43,9 @@ def run_segment(
     *,
     packed: bool,
 ) -> Any:
-    """One model call in the modes of a segment.
+    """One model call that holds all branches, in the modes of a segment.
 
     Args:
-        forward: the stock forward.
         branches: which rows guide which; None if all rows are conditional.
         packed: run branches of different modes in one packed call instead of two.
 
@@ -41,18 +53,14 @@ def run_segment(
         What the stock forward returns, for all rows in their order.
     """
     if branches is None:
-        router.mode = segment.mode
-        return forward(**call)
+        return forward(call, segment.mode)
     same = segment.guide_mode == segment.mode
     if same and segment.gain == 1:
-        router.mode = segment.mode
-        return forward(**call)
-    name = router.backbone.sample_argument
-    total = call[name].shape[0]
+        return forward(call, segment.mode)
+    total = call[router.backbone.sample].shape[0]
     conditional = rows(call, branches.conditional, total)
     if segment.gain == 0:
-        router.mode = segment.mode
-        c = _sample(forward, conditional)
+        c = _sample(forward, conditional, segment.mode)
         return _wrap(router, call, _interleave(branches, c, c))
     guide = rows(call, branches.guidance, total)
     if segment.weak_guidance:
@@ -60,38 +68,65 @@ def run_segment(
     if packed and not same:
         c, g = _packed(router, forward, conditional, guide, segment)
     else:
-        router.mode = segment.mode
-        c = _sample(forward, conditional)
-        router.mode = segment.guide_mode
-        g = _sample(forward, guide)
+        c = _sample(forward, conditional, segment.mode)
+        g = _sample(forward, guide, segment.guide_mode)
     if segment.gain != 1:
         g = torch.lerp(c, g, segment.gain)
     return _wrap(router, call, _interleave(branches, c, g))
 
 
+def run_guidance(
+    router: Router, forward: Forward, call: Call, segment: Segment, conditional: Remembered | None
+) -> Any:
+    """The guidance branch of a pipeline that calls the model once per branch.
+
+    Args:
+        conditional: the conditional call of the same step, if there was one.
+
+    Raises:
+        RuntimeError: the segment needs the conditional call, and there was none before this one.
+    """
+    if segment.gain == 1 and not segment.weak_guidance:
+        return forward(call, segment.guide_mode)
+    if conditional is None:
+        raise RuntimeError(
+            "weak-model guidance and a gain need the conditional prediction first, but this "
+            "pipeline called the guidance branch before it; legal: guidance 'cfg' with gain 1"
+        )
+    if segment.gain == 0:
+        return _wrap(router, call, conditional.sample)
+    if segment.weak_guidance:
+        call = router.backbone.give_condition(call, conditional.call)
+    g = _sample(forward, call, segment.guide_mode)
+    return _wrap(router, call, torch.lerp(conditional.sample, g, segment.gain))
+
+
 def _packed(
     router: Router, forward: Forward, conditional: Call, guide: Call, segment: Segment
 ) -> tuple[Tensor, Tensor]:
-    latent = conditional[router.backbone.sample_argument]
-    count = latent.shape[0]
-    joined = {
-        key: torch.cat([value, guide[key]])
-        if torch.is_tensor(value) and value.ndim and value.shape[0] == count
-        else value
-        for key, value in conditional.items()
-    }
-    router.grid = router.backbone.grid(router.embed, latent)
+    count = conditional[router.backbone.sample].shape[0]
+
+    def join(value: Any, other: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: join(inner, other[key]) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [join(*pair) for pair in zip(value, other, strict=True)]
+        if torch.is_tensor(value) and value.ndim and value.shape[0] == count:
+            return torch.cat([value, other])
+        return value
+
+    joined = join(conditional, guide)
     modes = (segment.mode, segment.guide_mode)
     router.layout = tuple(Part(mode, count, router.tokens(mode)) for mode in modes)
     try:
-        sample = _sample(forward, joined)
+        sample = _sample(forward, joined, segment.mode)
     finally:
         router.layout = None
     return sample[:count], sample[count:]
 
 
-def _sample(forward: Forward, call: Call) -> Tensor:
-    return forward(**{**call, "return_dict": False})[0]
+def _sample(forward: Forward, call: Call, mode: Mode) -> Tensor:
+    return forward({**call, "return_dict": False}, mode)[0]
 
 
 def _interleave(branches: Branches, c: Tensor, g: Tensor) -> Tensor:

@@ -45,13 +45,17 @@ class CallRecord:
     """One model call that was made.
 
     Args:
-        guide: mode of the guidance branch, None if there was none.
+        mode: of the call, of its conditional branch if it held both; None where a guidance call
+            only repeated the conditional prediction.
+        guide: mode of the guidance branch in the same call, None if there was none.
+        branch: what the pipeline called the branch, if it calls the model once per branch.
         macs, full_macs: multiply-adds of all rows, as run and as full mode would have cost.
     """
 
     level: float | None
-    mode: Mode
+    mode: Mode | None
     guide: Mode | None
+    branch: str | None = None
     rows: int
     macs: float
     full_macs: float
@@ -86,7 +90,8 @@ class Report:
             {
                 "index": index,
                 "level": call.level,
-                "mode": call.mode.name,
+                "branch": call.branch,
+                "mode": call.mode.name if call.mode else None,
                 "guide": call.guide.name if call.guide else None,
                 "rows": call.rows,
                 "macs": call.macs,
@@ -107,8 +112,9 @@ class Report:
         for index, call in enumerate(self.calls):
             level = "-" if call.level is None else f"{call.level:.3f}"
             guide = call.guide.name if call.guide else "-"
+            mode = call.mode.name if call.mode else "-"
             lines.append(
-                f"{index:>4} {level:>6} {call.mode.name:>8} {guide:>8} {call.rows:>5} "
+                f"{index:>4} {level:>6} {mode:>8} {guide:>8} {call.rows:>5} "
                 f"{call.macs / 1e9:>10.3f} {call.watch.seconds * 1e3:>9.1f}"
             )
         lines.append(

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -24,12 +25,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_dit.mode import FULL, Mode
+from elastic_dit.ops.patching import Triple, coarse_grid
 
 if TYPE_CHECKING:
     from elastic_dit.backbones.base import Backbone
     from elastic_dit.methods.base import Sizes
 
 ROUTER = "_elastic_router"
+TEXT = "_elastic_text"
+BRANCHES = 2
+"""Prompts whose text layers are kept at a time: a run's own and its negative one."""
 
 
 @dataclass(frozen=True)
@@ -46,36 +51,58 @@ class Part:
         return self.rows * self.tokens
 
 
+@dataclass(frozen=True)
+class TextKey:
+    """A prompt's tensor in one run. Holding it keeps its memory from being used again."""
+
+    tensor: Tensor
+    run: int
+
+    def same(self, other: TextKey) -> bool:
+        """Whether both are the same memory with the same content, in the same run."""
+        return self._facts == other._facts
+
+    @functools.cached_property
+    def _facts(self) -> tuple[object, ...]:
+        return self.run, versions(self.tensor), self.tensor.shape, self.tensor.stride()
+
+
 @dataclass(eq=False)
 class Router:
     """What a model's swapped submodules read: plain state, set outside any compiled region.
 
     Attributes:
-        embed: the module that makes tokens.
+        patch: latent frames, rows and columns of one base token.
         mode: of the present forward pass, when all rows share one.
         layout: the parts of a packed batch, else None.
         joined: inside attention, packed tokens are regrouped by picture.
-        grid: base grid ``(height, width)`` of the present call.
-        low_rank: rank of the updates of self-attention and feed-forward; 0 for none.
+        grid: base grid ``(frames, height, width)`` of the present call.
+        run: number of the present run; what was computed in another may be stale.
+        running: the engine has started the present forward pass.
+        lengths: of the text and of the whole sequence of each row, where a class joins them row by
+            row.
+        text: what the text layers' outputs depend on, if they are to be kept for a whole run.
         merged: use weights with the low-rank update added in (one more copy per mode) instead of
             unmerged updates.
     """
 
     backbone: Backbone
     sizes: Sizes
-    embed: nn.Module
+    patch: Triple = (1, 1, 1)
     mode: Mode = FULL
     layout: tuple[Part, ...] | None = None
     joined: bool = False
-    grid: tuple[int, int] = (0, 0)
+    running: bool = False
+    run: int = 0
+    text: TextKey | None = None
+    lengths: tuple[list[int], list[int]] | None = None
+    grid: Triple = (1, 0, 0)
     merged: bool = False
-    low_rank: int = 0
     tables: dict[Any, Tensor] = field(default_factory=dict)
 
     def tokens(self, mode: Mode) -> int:
         """Tokens of one picture of the present grid."""
-        _, kh, kw = mode.patch_scale
-        return -(-self.grid[0] // kh) * -(-self.grid[1] // kw)
+        return math.prod(coarse_grid(self.grid, mode.patch_scale))
 
     def pack(self, pieces: list[Tensor]) -> Tensor:
         """``(rows, tokens, D)`` per part -> ``(all tokens, 1, D)``."""
@@ -92,29 +119,49 @@ class Router:
 
 
 class EmbedSeam(nn.Module):
-    """Mixed into the module that makes tokens (and adds positions)."""
+    """Mixed into the module that makes tokens (and, in some classes, adds positions)."""
 
-    def forward(self, latent: Tensor) -> Tensor:
-        """Base tokens in full mode; grouped tokens at the centres of their groups otherwise."""
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Base tokens in full mode; grouped tokens at the centres of their groups otherwise.
+
+        The latent is the last of the inputs; where there are others, rows are not packed.
+
+        Raises:
+            RuntimeError: the forward pass did not come through the elastic model.
+        """
         router: Router = self.__dict__[ROUTER]
-        router.grid = router.backbone.grid(self, latent)
+        if not router.running:
+            raise RuntimeError(
+                "this model's forward was replaced after elastify, so that no mode is chosen; "
+                "replace it before elastify, or on the diffusers class"
+            )
         if router.layout is None:
-            return self._tokens(router, latent, router.mode)
-        pieces = latent.split([part.rows for part in router.layout])
+            return self._tokens(router, router.mode, *inputs)
+        pieces = inputs[-1].split([part.rows for part in router.layout])
         return router.pack(
             [
-                self._tokens(router, x, part.mode)
+                self._tokens(router, part.mode, x)
                 for x, part in zip(pieces, router.layout, strict=True)
             ]
         )
 
-    def _tokens(self, router: Router, latent: Tensor, mode: Mode) -> Tensor:
+    def _tokens(self, router: Router, mode: Mode, *inputs: Tensor) -> Tensor:
         if not router.sizes.routes(mode):
-            return super().forward(latent)  # pyrefly: ignore[missing-attribute]
-        vectors = router.backbone.patch_vectors(self, latent)
-        tokens = router.sizes.embed(vectors, mode)
-        positions = router.backbone.positions(self, router, mode)
-        return (tokens + positions).to(tokens.dtype)
+            return super().forward(*inputs)  # pyrefly: ignore[missing-attribute]
+        tokens = router.backbone.tokens(self, router, mode, inputs[-1])
+        return router.backbone.beside(self, tokens, *inputs[:-1])
+
+
+class RotarySeam(nn.Module):
+    """Mixed into the module that makes the rotary phases of a grid."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Stock phases in full mode; those of the groups' centres otherwise."""
+        router: Router = self.__dict__[ROUTER]
+        stock = functools.partial(super().forward, **kwargs)  # pyrefly: ignore[missing-attribute]
+        if not router.sizes.routes(router.mode):
+            return stock(*args)
+        return router.backbone.phases(self, router, router.mode, stock, args)
 
 
 class OutputSeam(nn.Module):
@@ -136,46 +183,57 @@ class OutputSeam(nn.Module):
     def _vectors(self, router: Router, hidden: Tensor, mode: Mode) -> Tensor:
         if not router.sizes.routes(mode):
             return super().forward(hidden)  # pyrefly: ignore[missing-attribute]
-        return router.sizes.project(hidden, mode, router.grid)
+        stock = super().forward  # pyrefly: ignore[missing-attribute]
+        return router.backbone.base_vectors(router, mode, stock, hidden)
 
 
 class ModulationSeam(nn.Module):
-    """Mixed into a linear layer that modulates all tokens of a picture: repeats its output."""
+    """Mixed into a module that modulates all tokens of a picture: repeats what it returns."""
 
-    def forward(self, conditioning: Tensor) -> Tensor:
-        """``(pictures, D)`` -> ``(pictures, X)``, or one row per packed token."""
-        modulation = super().forward(conditioning)  # pyrefly: ignore[missing-attribute]
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Modulation of each picture, or one row of it per packed token."""
+        modulation = super().forward(*args, **kwargs)  # pyrefly: ignore[missing-attribute]
         layout = self.__dict__[ROUTER].layout
         if layout is None:
             return modulation
-        pieces = modulation.split([part.rows for part in layout])
-        return torch.cat(
-            [
-                x.repeat_interleave(part.tokens, dim=0)
-                for x, part in zip(pieces, layout, strict=True)
-            ]
-        )
+        if isinstance(modulation, tuple):
+            return tuple(_per_token(x, layout) for x in modulation)
+        return _per_token(modulation, layout)
+
+
+def _per_token(modulation: Tensor, layout: tuple[Part, ...]) -> Tensor:
+    pieces = modulation.split([part.rows for part in layout])
+    return torch.cat(
+        [x.repeat_interleave(part.tokens, dim=0) for x, part in zip(pieces, layout, strict=True)]
+    )
 
 
 class AttentionSeam(nn.Module):
-    """Mixed into self-attention: regroups packed tokens by picture, block-diagonally masked."""
+    """Mixed into attention: regroups packed tokens by picture.
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Stock attention unless the batch is packed.
+    Self-attention is block-diagonally masked; attention that also sees text, or whose processor
+    knows no masks, runs part by part.
+    """
 
-        Raises:
-            RuntimeError: query, key and value are fused, but adapted one by one.
-        """
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Stock attention unless the batch is packed."""
         router: Router = self.__dict__[ROUTER]
-        coarse = router.layout is not None or not router.mode.is_full
-        if coarse and router.low_rank and getattr(self, "fused_projections", False):
-            raise RuntimeError(
-                "fused query, key and value projections have no low-rank updates; call "
-                "unfuse_qkv_projections() before using a coarse mode"
-            )
         stock = super().forward  # pyrefly: ignore[missing-attribute]
         if router.layout is None:
-            return stock(hidden_states, *args, **kwargs)
+            if encoder_hidden_states is not None:
+                kwargs["encoder_hidden_states"] = encoder_hidden_states
+            if attention_mask is not None:
+                kwargs["attention_mask"] = attention_mask
+            return stock(hidden_states, **kwargs)
+        if encoder_hidden_states is not None or not router.backbone.masks_attention:
+            text, mask = encoder_hidden_states, attention_mask
+            return _part_by_part(router, stock, hidden_states, text, mask, kwargs)
         rows = router.layout[0].rows
         lengths = [part.tokens for part in router.layout]
         joined = torch.cat(router.unpack(hidden_states), dim=1)
@@ -184,10 +242,63 @@ class AttentionSeam(nn.Module):
         )
         router.joined = True
         try:
-            out = stock(hidden_states=joined, attention_mask=mask.expand(rows, -1, -1))
+            out = stock(joined, attention_mask=mask.expand(rows, -1, -1), **kwargs)
         finally:
             router.joined = False
         return router.pack(list(out.split(lengths, dim=1)))
+
+
+def _part_by_part(
+    router: Router,
+    stock: Callable[..., Any],
+    packed: Tensor,
+    text: Tensor | None,
+    mask: Tensor | None,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Attention of each part by itself; returns what the stock layer returns."""
+    layout, mode, pieces = router.layout, router.mode, router.unpack(packed)
+    assert layout is not None
+    sizes = [part.rows for part in layout]
+    texts = [None] * len(layout) if text is None else text.split(sizes)
+    masks = [None] * len(layout) if mask is None else mask.split(sizes)
+    outputs = []
+    router.layout = None
+    try:
+        for part, x, own_text, own_mask in zip(layout, pieces, texts, masks, strict=True):
+            router.mode = part.mode
+            own = {"encoder_hidden_states": own_text, "attention_mask": own_mask}
+            given = {name: value for name, value in own.items() if value is not None}
+            outputs.append(stock(x, **given, **kwargs))
+    finally:
+        router.layout, router.mode = layout, mode
+    if isinstance(outputs[0], tuple):  # joint attention returns the text's tokens too
+        images, texts = zip(*outputs, strict=True)
+        return router.pack(list(images)), torch.cat(texts)
+    return router.pack(outputs)
+
+
+class TextSeam(nn.Module):
+    """Mixed into a layer that only sees the prompt: keeps its output for the rest of a run."""
+
+    weight: Tensor
+
+    def forward(self, text: Tensor) -> Tensor:
+        """Stock output, computed once per prompt while the router names one."""
+        router: Router = self.__dict__[ROUTER]
+        stock = super().forward  # pyrefly: ignore[missing-attribute]
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return stock(text)
+        if router.text is None or router.layout is not None:
+            return stock(text)
+        kept: list[tuple[TextKey, object, Tensor]] = self.__dict__.setdefault(TEXT, [])
+        version = versions(self.weight)
+        for key, weights, output in kept:
+            if key.same(router.text) and weights == version:
+                return output
+        output = stock(text)
+        kept[:] = [*kept[-(BRANCHES - 1) :], (router.text, version, output)]
+        return output
 
 
 class LowRankSeam(nn.Module):
@@ -217,7 +328,7 @@ class LowRankSeam(nn.Module):
         if mode is FULL or mode.name not in self.coarse_A:  # the first is quicker to see
             return super().forward(x)  # pyrefly: ignore[missing-attribute]
         if self._may_merge(router):
-            return F.linear(x, self._merged(mode), self.bias)
+            return F.linear(x, self._merged(mode, router.run), self.bias)
         return super().forward(x) + self._update(x, mode)  # pyrefly: ignore[missing-attribute]
 
     def _spread(
@@ -243,11 +354,11 @@ class LowRankSeam(nn.Module):
     def _update(self, x: Tensor, mode: Mode) -> Tensor:
         return F.linear(F.linear(x, self.coarse_A[mode.name]), self.coarse_B[mode.name])
 
-    def _merged(self, mode: Mode) -> Tensor:
+    def _merged(self, mode: Mode, run: int) -> Tensor:
         A, B = self.coarse_A[mode.name], self.coarse_B[mode.name]
-        # In-place changes of any of the three (a user's fused LoRA, a training step) make the copy
-        # stale.
-        version = versions(self.weight, A, B)
+        # A change of any of the three makes the copy stale. PEFT fuses a LoRA without a trace in
+        # the version, so that a copy is good for one run only.
+        version = run, versions(self.weight, A, B)
         cache = self.__dict__.setdefault("_elastic_merged", {})
         if cache.get(mode, (None,))[0] != version:
             cache[mode] = (version, torch.addmm(self.weight, B, A).detach())
@@ -312,7 +423,7 @@ def swap_class(module: nn.Module, mixin: type, router: Router) -> None:
 def restore_class(module: nn.Module) -> None:
     """Undo `swap_class` exactly."""
     module.__class__ = type(module).__bases__[1]
-    for key in (ROUTER, "_elastic_merged"):
+    for key in (ROUTER, "_elastic_merged", TEXT):
         module.__dict__.pop(key, None)
     rebind_hooks(module)
 

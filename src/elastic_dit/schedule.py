@@ -256,6 +256,7 @@ class Plan:
         *,
         guidance: bool,
         packing: Callable[[Mode, Mode], float] | None = None,
+        kept: float = 0.0,
     ) -> Plan:
         """Bind a schedule to the noise levels of a run's model calls.
 
@@ -263,6 +264,7 @@ class Plan:
             macs: multiply-adds of one forward pass of one picture in a mode.
             guidance: whether the run has a guidance branch.
             packing: what two branches of different modes cost more in one packed call.
+            kept: what each branch saves after the first step, where something is kept for a run.
 
         Raises:
             ValueError: no timesteps.
@@ -273,7 +275,8 @@ class Plan:
         for index, level in enumerate(levels):
             segment = schedule.at(level)
             guide = segment.guide_mode if guidance and segment.gain > 0 else None
-            cost = macs(segment.mode) + (macs(guide) if guide is not None else 0.0)
+            branches = [segment.mode] if guide is None else [segment.mode, guide]
+            cost = sum(macs(mode) for mode in branches) - bool(index) * kept * len(branches)
             if packing is not None and guide is not None and guide != segment.mode:
                 cost += packing(segment.mode, guide)
             steps.append(

@@ -8,7 +8,7 @@ import torch
 from elastic_dit import FULL, Mode
 from elastic_dit.backbones import BACKBONES, backbone_for
 from elastic_dit.backbones.dit import DiTBackbone
-from elastic_dit.ops.patching import kernel_to_group
+from elastic_dit.ops.patching import to_grouped
 from elastic_dit.routing import Router
 
 BACKBONE = DiTBackbone()
@@ -16,7 +16,7 @@ BACKBONE = DiTBackbone()
 
 def test_the_class_is_found_by_its_name(model):
     assert isinstance(backbone_for(model), DiTBackbone)
-    assert set(BACKBONES) == {"DiTTransformer2DModel"}
+    assert BACKBONES["DiTTransformer2DModel"] is DiTBackbone
 
 
 def test_an_unknown_class_is_refused_and_the_nearest_named():
@@ -28,14 +28,19 @@ def test_an_unknown_class_is_refused_and_the_nearest_named():
         backbone_for(DitTransformerModel())
 
 
-def test_patch_vectors_are_what_the_embedding_convolves(model):
-    x = torch.randn(2, 1, 32, 24)
-    vectors = BACKBONE.patch_vectors(model.pos_embed, x)
+@pytest.mark.parametrize("sides", [(32, 24), (30, 27)])  # a stride leaves out what is over
+def test_vectors_are_what_the_embedding_convolves(make_model, sides):
+    model = make_model(in_channels=3)
+    x = torch.randn(2, 3, *sides)
+    grid = BACKBONE.grid(model, {"hidden_states": x})
+    router = Router(BACKBONE, torch.nn.Module(), grid=grid, patch=BACKBONE.patch(model))
+    vectors = BACKBONE.vectors(model.pos_embed, x, router)
+    assert grid == (1, sides[0] // 4, sides[1] // 4) == tuple(vectors.shape[1:4])
     weight, bias = BACKBONE.embed_kernel(model)
-    found = vectors @ kernel_to_group(weight, 1).T + bias
-    expected = model.pos_embed.proj(x).permute(0, 2, 3, 1)
+    assert weight.shape == (32, 3, 1, 4, 4)
+    found = vectors @ to_grouped(weight, (1, 1, 1), BACKBONE.embed_layout).T + bias
+    expected = model.pos_embed.proj(x).permute(0, 2, 3, 1)[:, None]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    assert BACKBONE.grid(model.pos_embed, x) == (8, 6) == tuple(vectors.shape[1:3])
 
 
 def test_output_rows_and_load_patch_are_inverse(make_model):
@@ -45,8 +50,8 @@ def test_output_rows_and_load_patch_are_inverse(make_model):
         for parameter in (*other.pos_embed.parameters(), *other.proj_out_2.parameters()):
             parameter.zero_()
     weight, bias = BACKBONE.output_rows(model)
-    assert weight.shape == (4, 4, 6, 32)
-    assert bias.shape == (4, 4, 6)
+    assert weight.shape == (32, 6, 1, 4, 4)
+    assert bias.shape == (1, 6, 1, 4, 4)
     BACKBONE.load_patch(other, BACKBONE.embed_kernel(model), (weight, bias))
     state, expected = other.state_dict(), model.state_dict()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
@@ -55,7 +60,7 @@ def test_output_rows_and_load_patch_are_inverse(make_model):
 @pytest.mark.parametrize("side", [8, 12, 5])
 def test_positions_at_scale_one_are_the_stock_table(model, side):
     embed = model.pos_embed
-    router = Router(BACKBONE, torch.nn.Module(), embed, grid=(side, side))
+    router = Router(BACKBONE, torch.nn.Module(), grid=(1, side, side))
     zero = torch.zeros(1, 1, side * 4, side * 4)
     expected = embed(zero) - embed.proj.bias
     found = BACKBONE.positions(embed, router, FULL)
@@ -63,7 +68,7 @@ def test_positions_at_scale_one_are_the_stock_table(model, side):
 
 
 def test_coarse_positions_are_between_the_fine_ones(model):
-    router = Router(BACKBONE, torch.nn.Module(), model.pos_embed, grid=(8, 8))
+    router = Router(BACKBONE, torch.nn.Module(), grid=(1, 8, 8))
     table = BACKBONE.positions(model.pos_embed, router, Mode(2))
     assert table.shape == (1, 16, 32)
     # Sine of the lowest frequencies is nearly linear: centre = mean of the four covered.
@@ -81,14 +86,14 @@ def test_low_rank_layers_are_all_linear_layers_of_attention_and_feed_forward(mod
 
 
 def test_branches_are_recognised_by_the_null_class(model, make_call):
-    guided = BACKBONE.branches(model, make_call(3, guided=True))
+    guided = BACKBONE.branches(model, make_call(3, guided=True), None)
     assert guided is not None
     assert (guided.conditional, guided.guidance) == (slice(0, 3), slice(3, 6))
     for labels in ([1, 2, 3, 4], [10, 10, 1, 2], [10, 10, 10, 10], [1, 10, 2, 10], [1, 2, 3, 10]):
         call = make_call(4) | {"class_labels": torch.tensor(labels)}
-        assert BACKBONE.branches(model, call) is None
-    assert BACKBONE.branches(model, make_call(3)) is None
-    assert BACKBONE.branches(model, make_call(2) | {"class_labels": None}) is None
+        assert BACKBONE.branches(model, call, None) is None
+    assert BACKBONE.branches(model, make_call(3), None) is None
+    assert BACKBONE.branches(model, make_call(2) | {"class_labels": None}, None) is None
 
 
 def test_the_level_is_the_time_over_a_thousand(make_call):
@@ -100,18 +105,23 @@ def test_the_level_is_the_time_over_a_thousand(make_call):
         BACKBONE.level({"timestep": torch.tensor([1.0, 5.0])})
 
 
-@pytest.mark.parametrize("scale", [3, 5, 16])
+@pytest.mark.parametrize("scale", [9, 16, (1, 9, 1), (1, 1, 9)])
 def test_a_patch_that_does_not_fit_is_refused(model, scale):
-    words = f"'patch{scale}' does not fit the 8x8 base grid .*legal: full, patch2, patch4, patch8"
+    name = Mode(scale).name
+    words = f"'{name}' does not fit the 1x8x8 base grid .*legal: at most 1x8x8 base patches"
     with pytest.raises(ValueError, match=words):
         BACKBONE.check(model, {FULL, Mode(scale)})
 
 
-def test_only_square_patches(model):
-    for scale in ((2, 1, 1), (1, 2, 4)):
-        with pytest.raises(ValueError, match=f"{Mode(scale).name}.*square pictures; legal: patchK"):
-            BACKBONE.check(model, {Mode(scale)})
-    BACKBONE.check(model, {FULL, Mode(2), Mode(8)})
+def test_patches_that_leave_a_ragged_border_or_are_not_square_fit(model):
+    BACKBONE.check(model, {FULL} | {Mode(k) for k in range(2, 9)})
+    BACKBONE.check(model, {Mode((1, 2, 4)), Mode((1, 8, 1)), Mode((1, 3, 5))})
+
+
+@pytest.mark.parametrize("scale", [(2, 1, 1), (2, 2, 2)])
+def test_a_picture_has_no_frames_to_join(model, scale):
+    with pytest.raises(ValueError, match=f"{Mode(scale).name}' joins frames; .*legal: patchK, pat"):
+        BACKBONE.check(model, {FULL, Mode(2), Mode(scale)})
 
 
 def test_identity_tells_bases_apart(make_model):

@@ -161,7 +161,7 @@ def test_a_batch_without_a_noisy_enough_picture_has_a_gradient(adapter_recipe):
         ("adapter.base=/nowhere", FileNotFoundError, "adapter.base = '/nowhere' holds no model"),
         ("adapter.recipe=full", ValueError, "recipe = 'full'; legal: 'lora', 'shared'"),
         ("adapter.rank=0", ValueError, "rank = 0; legal: a whole number >= 1"),
-        ("adapter.scales=[2, 3]", ValueError, r"'patch3' does not fit the 4x4 .*full, patch2"),
+        ("adapter.scales=[2, 5]", ValueError, "'patch5' does not fit the 1x4x4 .*at most 1x4x4"),
         ("adapter.scales=[2]", ValueError, r"min_levels = \[0.0, 0.4\] .*legal: 1 numbers"),
         ("adapter.colour=1", ValueError, r"\[adapter\] has no key 'colour'; legal keys: base"),
     ],

@@ -1,21 +1,26 @@
 """The contract: what we must know of a diffusers model class to make it elastic.
 
-A backbone is knowledge, not a model: which submodules make tokens, turn them back, modulate and
-attend; how the base patch vector is laid out; what the call's arguments mean. One file each.
+A backbone is knowledge, not a model: which submodules make tokens and turn them back, how the base
+patch vector is laid out, what the call's arguments mean. Most of it is class attributes; the
+methods have defaults that fit most classes. One file each.
 """
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from elastic_dit.cost import TransformerShape
 from elastic_dit.mode import Mode
+from elastic_dit.ops.patching import Triple, coarse_grid, from_base, to_grouped
 from elastic_dit.routing import Router
 
 Call = dict[str, Any]
@@ -23,6 +28,10 @@ Call = dict[str, Any]
 
 Model = Any
 """A live diffusers model or submodule; `nn.Module` as a type would hide its attributes."""
+
+
+BlockHook = Callable[[nn.Module, tuple, dict[str, Any]], tuple[tuple, dict[str, Any]] | None]
+"""``hook(module, args, kwargs)`` as `torch.nn.Module.register_forward_pre_hook` takes it."""
 
 
 @dataclass(frozen=True)
@@ -38,104 +47,329 @@ class Backbone(ABC):
 
     Attributes:
         model_class: name of the diffusers class.
-        embed, output: names of the submodules that make tokens and turn them into base patch
-            vectors.
-        sample_argument: name of the call's argument that holds the latent.
+        embed, output: submodules that make tokens and turn them into base patch vectors.
+        rotary: submodule that makes the rotary phases of image tokens, if their grid is the only
+            thing it depends on.
+        sample: argument of the call that holds the latent.
+        condition: arguments that carry the prompt or class; None for one that has none.
+        facts: entries of the config that an adapter must share with its base.
+        embed_layout, output_layout: order of channels and pixels inside a base patch vector.
+        axes: latent axes that coarse patches may cover: ``hw``, or ``thw`` for video.
+        conditional_first: which half of a guided batch is the conditional one; None if the pipeline
+            calls the model once per branch.
+        contexts: the guidance branch's names in ``cache_context``, if it is called by itself.
+        time_scale: time of pure noise, as the model is given it.
+        own_sigmas: whether the pipeline gives its scheduler sigmas from 1 down to ``1 / steps``.
+        low_rank: layers of self-attention and feed-forward by block list.
+        residuals: arguments that hold something per base token (ControlNet's residuals), which
+            coarse modes refuse.
+        packs: whether branches of different modes can share one packed call.
+        masks_attention: whether the stock attention processors obey an attention mask.
     """
 
     model_class: str
     embed: str
     output: str
-    sample_argument: str = "hidden_states"
+    rotary: str | None = None
+    sample: str = "hidden_states"
+    condition: tuple[str, ...] = ("encoder_hidden_states",)
+    facts: tuple[str, ...] = ()
+    embed_layout: str = "Cthw"
+    output_layout: str = "thwC"
+    axes: str = "hw"
+    conditional_first: bool | None = False
+    contexts: tuple[str, ...] = ("uncond",)
+    time_scale: float = 1000.0
+    own_sigmas: bool = False
+    low_rank: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    residuals: tuple[str, ...] = ()
+    packs: bool = False
+    masks_attention: bool = False
 
     @abstractmethod
-    def grid(self, embed: Model, latent: Tensor) -> tuple[int, int]:
-        """Base grid ``(height, width)`` of a latent."""
+    def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
+        """What the model's cost depends on; may take more of what `size` returns."""
 
     @abstractmethod
-    def patch_vectors(self, embed: Model, latent: Tensor) -> Tensor:
-        """Latent -> base patch vectors ``(B, H, W, c)``."""
+    def default_size(self, model: Model) -> tuple[Triple, int]:
+        """Base grid and number of text tokens where nothing else is said."""
 
-    @abstractmethod
-    def positions(self, embed: Model, router: Router, mode: Mode) -> Tensor:
-        """Position vectors ``(1, n, D)`` of a mode's tokens on the router's grid."""
+    def size(self, model: Model, call: Call) -> tuple[Any, ...]:
+        """What the cost of a call depends on beside the model: base grid, text tokens."""
+        return self.grid(model, call), self.text_tokens(call)
 
-    @abstractmethod
+    def planned_size(self, grid: Triple, text_tokens: int, pipe: Any) -> tuple[Any, ...]:
+        """What `size` will return in a run of a pipeline (None for a bare model)."""
+        return grid, text_tokens
+
+    def patch(self, model: Model) -> Triple:
+        """Latent frames, rows and columns of one base token."""
+        size = model.config.patch_size
+        return (1, size, size) if isinstance(size, int) else tuple(size)
+
+    def grid(self, model: Model, call: Call) -> Triple:
+        """Base grid ``(frames, height, width)`` of a call."""
+        sides = call[self.sample].shape[2:]
+        frames, height, width = sides if len(sides) == 3 else (1, *sides)
+        t, h, w = self.patch(model)
+        return frames // t, height // h, width // w
+
+    def text_tokens(self, call: Call) -> int:
+        """Text tokens of one picture."""
+        text = call.get("encoder_hidden_states")
+        return 0 if text is None else text.shape[1]
+
+    def vectors(self, module: Model, latent: Tensor, router: Router) -> Tensor:
+        """What the token-making module is given -> base patch vectors ``(B, T, H, W, c)``."""
+        if latent.ndim == 3:  # packed by the pipeline, one vector per token
+            return latent.unflatten(1, router.grid)
+        if latent.ndim == 4:
+            latent = latent[:, :, None]
+        t, h, w = router.patch
+        B, C, frames, height, width = latent.shape
+        T, H, W = frames // t, height // h, width // w
+        x = latent[:, :, : T * t, : H * h, : W * w].reshape(B, C, T, t, H, h, W, w)
+        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+
+    def tokens(self, module: Model, router: Router, mode: Mode, latent: Tensor) -> Tensor:
+        """What the token-making module returns, in a mode that does not use its own weights."""
+        tokens = router.sizes.embed(self.vectors(module, latent, router), mode)
+        positions = self.positions(module, router, mode)
+        return tokens if positions is None else (tokens + positions).to(tokens.dtype)
+
+    def positions(self, module: Model, router: Router, mode: Mode) -> Tensor | None:
+        """Position vectors ``(1, n, D)`` that the token-making module adds, if it does."""
+        return None
+
+    def beside(self, module: Model, tokens: Tensor, *others: Tensor) -> Tensor:
+        """What the token-making module returns: tokens, and what it makes of its other inputs."""
+        return tokens
+
+    def phases(
+        self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
+    ) -> Any:
+        """Rotary phases of a mode's tokens, as the stock rotary module would return them."""
+        raise NotImplementedError(f"{self.model_class} names no rotary module")
+
+    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
+        """Arguments that depend on the grid, rewritten for a mode that routes its tokens."""
+        return call
+
+    def output_grid(self, grid: Triple) -> Triple:
+        """Base grid of one row of what enters the output layer."""
+        return grid
+
+    def base_vectors(
+        self, router: Router, mode: Mode, stock: Callable[[Tensor], Tensor], hidden: Tensor
+    ) -> Tensor:
+        """What the output layer returns, in a mode that does not use its own weights."""
+        return router.sizes.project(hidden, mode, self.output_grid(router.grid))
+
+    def block_hooks(self, model: Model) -> Iterator[tuple[nn.Module, BlockHook]]:
+        """Forward pre-hooks of blocks that are given something of the base grid's size.
+
+        A hook finds the router in ``module.__dict__[ROUTER]``, so that it survives a copy.
+        """
+        return iter(())
+
     def embed_kernel(self, model: Model) -> tuple[Tensor, Tensor]:
-        """Weight ``(D, C, p, p)`` and bias ``(D,)`` of the base patch embedding."""
+        """Weight ``(D, C, pt, ph, pw)`` and bias ``(D,)`` of the base patch embedding."""
+        module = model.get_submodule(self.embed)
+        layer = getattr(module, "proj", module)
+        patch, weight = self.patch(model), layer.weight
+        if weight.ndim == 2:
+            kernel = from_base(
+                weight, weight.shape[1] // math.prod(patch), patch, self.embed_layout
+            )
+        else:
+            kernel = weight.reshape(*weight.shape[:2], *patch)
+        return kernel, weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
 
-    @abstractmethod
     def output_rows(self, model: Model) -> tuple[Tensor, Tensor]:
-        """Weight ``(p, p, C, D)`` and bias ``(p, p, C)`` of the base output projection."""
+        """Weight ``(D, C, pt, ph, pw)`` and bias ``(1, C, pt, ph, pw)`` of the base output."""
+        layer, patch = model.get_submodule(self.output), self.patch(model)
+        bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+        channels = len(bias) // math.prod(patch)
+        rows = from_base(layer.weight.T, channels, patch, self.output_layout)
+        return rows, from_base(bias[None], channels, patch, self.output_layout)
 
-    @abstractmethod
+    @torch.no_grad()
     def load_patch(
         self, model: Model, embed: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]
     ) -> None:
         """Write a base patch embedding and output projection, formed as those two above."""
+        module, last = model.get_submodule(self.embed), model.get_submodule(self.output)
+        layer, one = getattr(module, "proj", module), (1, 1, 1)
+        kernel = to_grouped(embed[0], one, self.embed_layout)
+        layer.weight.copy_(kernel if layer.weight.ndim == 2 else embed[0].view_as(layer.weight))
+        last.weight.copy_(to_grouped(output[0], one, self.output_layout).T)
+        if layer.bias is not None:
+            layer.bias.copy_(embed[1])
+        if last.bias is not None:
+            last.bias.copy_(to_grouped(output[1], one, self.output_layout)[0])
 
-    @abstractmethod
+    def adapted_macs(self, model: Model, pattern: str = "") -> int:
+        """Inputs plus outputs of the layers that low-rank updates go to, by name."""
+        layers = self.low_rank_layers(model)
+        return sum(x.in_features + x.out_features for name, x in layers if re.search(pattern, name))
+
     def low_rank_layers(self, model: Model) -> Iterator[tuple[str, nn.Linear]]:
         """Linear layers of self-attention and feed-forward, with their names."""
+        for blocks, names in self.low_rank:
+            for index, block in enumerate(model.get_submodule(blocks)):
+                for name in names:
+                    yield f"{blocks}.{index}.{name}", block.get_submodule(name)
 
-    @abstractmethod
+    def text_layers(self, model: Model) -> Iterator[nn.Module]:
+        """Layers in the blocks whose input depends on the prompt alone, not on the step."""
+        return iter(())
+
     def modulation_layers(self, model: Model) -> Iterator[nn.Module]:
-        """Linear layers whose output modulates all tokens of a picture."""
+        """Modules whose output modulates all tokens of a picture (for packing)."""
+        return iter(())
 
-    @abstractmethod
     def attention_layers(self, model: Model) -> Iterator[nn.Module]:
-        """Self-attention modules."""
+        """Attention modules that image tokens go through (for packing)."""
+        return iter(())
 
-    @abstractmethod
-    def level_of(self, time: float) -> float:
-        """Noise level in [0, 1] of the time the model is given."""
-
-    @abstractmethod
     def level(self, call: Call) -> float:
         """Noise level in [0, 1] of a call.
 
         Raises:
             ValueError: the call gives no time, or rows of one batch have different ones.
         """
+        time = call.get("timestep")
+        if time is None:
+            raise ValueError(
+                "timestep = None; an elastic model chooses its mode by the timestep, so give one"
+            )
+        time = torch.as_tensor(time).detach()
+        if time.ndim == 2:  # one per token: first frames that are given have no noise
+            time = time.amax(dim=1)
+        times = time.reshape(-1).tolist()
+        if min(times) != max(times):
+            raise ValueError(
+                f"timesteps of a batch go from {min(times)} to {max(times)}; legal: one per batch "
+                "(set a mode yourself with handle.using(mode) to train on mixed ones)"
+            )
+        return self.level_of(times[0])
 
-    @abstractmethod
-    def branches(self, model: Model, call: Call) -> Branches | None:
-        """The guidance layout of a batched call, None if all rows are conditional."""
+    def level_of(self, time: float) -> float:
+        """Noise level in [0, 1] of the time the model is given."""
+        return time / self.time_scale
 
-    @abstractmethod
+    def branches(self, model: Model, call: Call, pipe: Any) -> Branches | None:
+        """The guidance layout of a batched call, None if all rows are conditional.
+
+        Pipelines that guide in one batch give both halves the same latents.
+        """
+        sample = call[self.sample]
+        count, half = len(sample), len(sample) // 2
+        if self.conditional_first is None or count % 2:
+            return None
+        if getattr(pipe, "do_classifier_free_guidance", True) is False:
+            return None
+        if not torch.equal(sample[:half], sample[half:]):
+            return None
+        first, second = slice(0, half), slice(half, count)
+        return Branches(first, second) if self.conditional_first else Branches(second, first)
+
     def give_condition(self, call: Call, condition: Call) -> Call:
         """``call`` with the condition of ``condition`` (for weak-model guidance)."""
+        return call | {name: condition[name] for name in self.condition if name in condition}
 
-    @abstractmethod
-    def shape(self, model: Model) -> TransformerShape:
-        """What the model's cost depends on."""
-
-    @abstractmethod
     def identity(self, model: Model) -> dict[str, Any]:
         """The facts an adapter must share with its base: class, width, depth, patch, channels."""
+        facts = {name: getattr(model.config, name) for name in self.facts}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}
+        return {"class": self.model_class, **plain}
 
-    @abstractmethod
     def wrap_output(self, sample: Tensor) -> Any:
         """The stock output object."""
+        return Transformer2DModelOutput(sample=sample)
 
-    @abstractmethod
     def check(self, model: Model, modes: set[Mode]) -> None:
         """Refuse modes that this model cannot run.
 
         Raises:
             ValueError: naming the mode and why.
         """
+        for mode in modes:
+            if "t" not in self.axes and mode.patch_scale[0] != 1:
+                raise ValueError(
+                    f"mode {mode.name!r} joins frames; {self.model_class} has tokens of one frame "
+                    "each; legal: patchK, patch1xHxW"
+                )
 
-    def modules(self, model: Model) -> tuple[nn.Module, nn.Module]:
-        """The token-making and the token-ending submodule."""
-        return model.get_submodule(self.embed), model.get_submodule(self.output)
+    def check_call(self, call: Call, mode: Mode) -> None:
+        """Refuse arguments that only fit base tokens.
+
+        Raises:
+            ValueError: naming the argument and the mode.
+        """
+        for name in self.residuals:
+            if call.get(name) is not None:
+                raise ValueError(
+                    f"{name} holds something for each base token, and mode {mode.name!r} has other "
+                    "tokens; legal together with it: full mode"
+                )
+
+    def check_grid(self, grid: Triple, mode: Mode) -> None:
+        """Refuse a latent smaller than one coarse patch.
+
+        Raises:
+            ValueError: naming the mode, the grid and the largest legal scale.
+        """
+        if any(k > max(side, 1) for k, side in zip(mode.patch_scale, grid, strict=True)):
+            t, h, w = grid
+            raise ValueError(
+                f"mode {mode.name!r} does not fit the {t}x{h}x{w} base grid of this latent; "
+                f"legal: at most {t}x{h}x{w} base patches per token"
+            )
+
+    def as_volume(self, tokens: Tensor, router: Router, mode: Mode) -> Tensor:
+        """``(B, n, D)`` -> ``(B, D, t, h, w)``, what a patch convolution returns."""
+        return tokens.transpose(1, 2).unflatten(2, coarse_grid(router.grid, mode.patch_scale))
 
 
 def rows(call: Call, index: slice, total: int) -> Call:
-    """The arguments of some rows of a batched call."""
-    return {
-        key: value[index]
-        if torch.is_tensor(value) and value.ndim and value.shape[0] == total
-        else value
-        for key, value in call.items()
-    }
+    """The arguments of some rows of a batched call, inside lists and dictionaries too."""
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: cut(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [cut(inner) for inner in value]
+        if torch.is_tensor(value) and value.ndim and value.shape[0] == total:
+            return value[index]
+        return value
+
+    return {key: cut(value) for key, value in call.items()}
+
+
+def linear_macs(module: Model, pattern: str = "", *, but: str | None = None) -> int:
+    """Inputs times outputs of all linear layers whose names match, and do not match ``but``."""
+    return sum(
+        layer.in_features * layer.out_features
+        for name, layer in module.named_modules()
+        if hasattr(layer, "out_features")
+        and "lora_" not in name
+        and re.search(pattern, name)
+        and not (but and re.search(but, name))
+    )
+
+
+def with_other_pictures(shape: TransformerShape, tokens: int) -> TransformerShape:
+    """The same network with ``tokens`` of reference pictures in its joint sequence (full mode)."""
+    each = shape.token_macs - shape.text_macs + (shape.patch_in + shape.patch_out) * shape.width
+    return replace(
+        shape,
+        text_tokens=shape.text_tokens + tokens,
+        picture_macs=shape.picture_macs + tokens * each,
+    )
+
+
+def pair(size: int | list[int] | tuple[int, ...], patch: int) -> tuple[int, int]:
+    """Base tokens per axis of a latent side or pair of sides."""
+    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
+    return height // patch, width // patch

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from elastic_dit.backbones.base import Backbone
 from elastic_dit.mode import Mode
+from elastic_dit.ops.patching import Triple
 
 
 class Sizes(nn.Module, ABC):
@@ -24,11 +25,11 @@ class Sizes(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, vectors: Tensor, mode: Mode) -> Tensor:
-        """Base patch vectors ``(B, H, W, c)`` -> tokens ``(B, n, D)`` without positions."""
+        """Base patch vectors ``(B, T, H, W, c)`` -> tokens ``(B, n, D)`` without positions."""
 
     @abstractmethod
-    def project(self, hidden: Tensor, mode: Mode, grid: tuple[int, int]) -> Tensor:
-        """Final hidden states ``(B, n, D)`` -> base patch vectors ``(B, H*W, c_out)``."""
+    def project(self, hidden: Tensor, mode: Mode, grid: Triple) -> Tensor:
+        """Final hidden states ``(B, n, D)`` -> base patch vectors ``(B, T*H*W, c_out)``."""
 
 
 class Method(ABC):

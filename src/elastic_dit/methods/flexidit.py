@@ -5,12 +5,13 @@ has its own embedding, de-embedding, size marker and low-rank updates of self-at
 feed-forward, distilled from the base itself. *shared* (section 4.1): one underlying patch weight is
 projected to every size and all weights are trained.
 
-Shape legend: D model width, C channels, p base patch, q = k p coarse patch, u underlying patch, c =
-C p p.
+Shape legend: D model width, C channels, p base patch, q = k p coarse patch, u underlying patch
+(all three along time, height, width), c = the length of one base patch vector.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,11 +24,11 @@ from elastic_dit.methods.base import Method, Sizes
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import (
     RESIZES,
+    Triple,
     group,
-    kernel_to_group,
-    output_to_group,
     resize_embedding,
     resize_output,
+    to_grouped,
     ungroup,
 )
 from elastic_dit.routing import versions
@@ -39,18 +40,20 @@ class FlexiDiT(Method):
 
     Args:
         recipe: ``lora`` or ``shared``.
-        scales: coarse sizes in base patches per axis; 2 and 4 are the paper's range.
+        scales: coarse sizes in base patches per axis, a number for height and width alike or ``(t,
+            h, w)``; 2 and 4 are the paper's range, ``(2, 1, 1)`` its temporal patch for video.
         rank: of the low-rank updates (lora); 32 and 64 in the paper, less for narrow models.
         resize: how base weights start the new sizes; ``pinv`` or ``box`` (see
             `elastic_dit.ops.patching`).
-        underlying: underlying patch in base patches per axis (shared); 2 in the paper.
+        underlying: underlying patch in base patches along height and width (shared); 2 in the
+            paper.
 
     Raises:
         ValueError: a value out of range.
     """
 
     recipe: str = "lora"
-    scales: tuple[int, ...] = (2, 4)
+    scales: tuple[int | Triple, ...] = (2, 4)
     rank: int = 32
     resize: str = "pinv"
     underlying: int = 2
@@ -60,13 +63,15 @@ class FlexiDiT(Method):
     recipes = ("lora", "shared")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scales", tuple(self.scales))
         if self.recipe not in self.recipes:
             raise ValueError(f"recipe = {self.recipe!r}; legal: 'lora', 'shared'")
-        whole = all(type(k) is int and k >= 2 for k in self.scales)
-        if not self.scales or not whole or len(set(self.scales)) != len(self.scales):
+        scales = tuple(tuple(k) if isinstance(k, list) else k for k in self.scales)
+        object.__setattr__(self, "scales", scales)
+        legal = scales and all(_legal_scale(k) for k in scales)
+        if not legal or len(set(self.modes)) < len(scales):
             raise ValueError(
-                f"scales = {self.scales}; legal: different whole numbers >= 2, at least one"
+                f"scales = {self.scales}; legal: at least one, all different, each a whole number "
+                ">= 2 or three whole numbers (t, h, w) >= 1, not all 1"
             )
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"rank = {self.rank!r}; legal: a whole number >= 1")
@@ -88,19 +93,25 @@ class FlexiDiT(Method):
         return self.recipe == "shared"
 
     def build(self, model: nn.Module, backbone: Backbone) -> Sizes:
-        kernel, _ = backbone.embed_kernel(model)
-        p = kernel.shape[-1]
-        for k in self.scales if self.recipe == "shared" else ():
-            if max(k, self.underlying) % min(k, self.underlying):
-                raise ValueError(
-                    f"scales = {self.scales} with underlying = {self.underlying} (base patch {p}); "
-                    "legal: of each scale and the underlying size one divides the other"
-                )
+        for mode in self.modes if self.recipe == "shared" else ():
+            for k in mode.patch_scale[1:]:
+                if max(k, self.underlying) % min(k, self.underlying):
+                    raise ValueError(
+                        f"scales = {self.scales} with underlying = {self.underlying}; legal: of "
+                        "each scale and the underlying size one divides the other"
+                    )
         sizes = LoraSizes if self.recipe == "lora" else SharedSizes
         return sizes(self, model, backbone)
 
     def to_config(self) -> dict[str, Any]:
         return asdict(self)
+
+
+def _legal_scale(scale: object) -> bool:
+    if isinstance(scale, tuple):
+        whole = len(scale) == 3 and all(type(k) is int and k >= 1 for k in scale)
+        return whole and scale != (1, 1, 1)
+    return type(scale) is int and scale >= 2
 
 
 class LoraSizes(Sizes):
@@ -110,27 +121,30 @@ class LoraSizes(Sizes):
         super().__init__()
         kernel, bias = (x.detach() for x in backbone.embed_kernel(model))
         rows, row_bias = (x.detach() for x in backbone.output_rows(model))
-        width, p = kernel.shape[0], kernel.shape[-1]
         self.patch_embeds, self.proj_outs = nn.ModuleDict(), nn.ModuleDict()
         self.size_embeds = nn.ParameterDict()
         for mode in method.modes:
-            k = mode.patch_scale[-1]
-            embed_weight = kernel_to_group(resize_embedding(kernel, k * p, method.resize), k)
-            self.patch_embeds[mode.name] = _linear(embed_weight, bias)
-            out_weight = output_to_group(resize_output(rows, k * p, method.resize), k)
-            out_bias = output_to_group(resize_output(row_bias, k * p, method.resize), k)
-            self.proj_outs[mode.name] = _linear(out_weight, out_bias)
-            self.size_embeds[mode.name] = nn.Parameter(torch.zeros(width).to(kernel))
+            scale = mode.patch_scale
+            size = _times(scale, kernel.shape[2:])
+            embed = resize_embedding(kernel, size, method.resize)
+            embed = to_grouped(embed, scale, backbone.embed_layout)
+            self.patch_embeds[mode.name] = _linear(embed, bias)
+            out, out_bias = (
+                to_grouped(resize_output(x, size, method.resize), scale, backbone.output_layout)
+                for x in (rows, row_bias)
+            )
+            self.proj_outs[mode.name] = _linear(out.T, out_bias[0])
+            self.size_embeds[mode.name] = nn.Parameter(torch.zeros(len(kernel)).to(kernel))
 
     def routes(self, mode: Mode) -> bool:
         return not mode.is_full
 
     def embed(self, vectors: Tensor, mode: Mode) -> Tensor:
-        grouped = group(vectors, mode.patch_scale[-1])
+        grouped = group(vectors, mode.patch_scale)
         return self.patch_embeds[mode.name](grouped) + self.size_embeds[mode.name]
 
-    def project(self, hidden: Tensor, mode: Mode, grid: tuple[int, int]) -> Tensor:
-        return ungroup(self.proj_outs[mode.name](hidden), *grid, mode.patch_scale[-1])
+    def project(self, hidden: Tensor, mode: Mode, grid: Triple) -> Tensor:
+        return ungroup(self.proj_outs[mode.name](hidden), grid, mode.patch_scale)
 
 
 class SharedSizes(Sizes):
@@ -149,9 +163,10 @@ class SharedSizes(Sizes):
         super().__init__()
         kernel, bias = (x.detach() for x in backbone.embed_kernel(model))
         rows, row_bias = (x.detach() for x in backbone.output_rows(model))
-        width, p = kernel.shape[0], kernel.shape[-1]
-        u = method.underlying * p
-        self.patch, self.kind = p, method.resize
+        width, patch = len(kernel), kernel.shape[2:]
+        u = _times((1, method.underlying, method.underlying), patch)
+        self.patch, self.kind = (patch[0], patch[1], patch[2]), method.resize
+        self.layouts = backbone.embed_layout, backbone.output_layout
         self.live = False
         self.flex_embed = nn.Parameter(resize_embedding(kernel, u, "box"))
         self.flex_bias = nn.Parameter(bias.clone())
@@ -167,16 +182,16 @@ class SharedSizes(Sizes):
         return self.live or not mode.is_full
 
     def embed(self, vectors: Tensor, mode: Mode) -> Tensor:
-        grouped = group(vectors, mode.patch_scale[-1])
+        grouped = group(vectors, mode.patch_scale)
         tokens = F.linear(grouped, self._projected(mode)[0], self.flex_bias)
         if mode.is_full:
             return tokens
         gain, shift = self.size_gains[mode.name], self.size_shifts[mode.name]
         return tokens * gain + shift + self.size_embeds[mode.name]
 
-    def project(self, hidden: Tensor, mode: Mode, grid: tuple[int, int]) -> Tensor:
+    def project(self, hidden: Tensor, mode: Mode, grid: Triple) -> Tensor:
         _, weight, bias = self._projected(mode)
-        return ungroup(F.linear(hidden, weight, bias), *grid, mode.patch_scale[-1])
+        return ungroup(F.linear(hidden, weight, bias), grid, mode.patch_scale)
 
     def write_base(self, model: nn.Module, backbone: Backbone) -> None:
         """Materialise ``w(p_base)`` and ``v(p_base)`` into the stock modules."""
@@ -194,17 +209,23 @@ class SharedSizes(Sizes):
         cache = self.__dict__.setdefault("_projections", {})
         version = versions(*sources)
         if torch.is_grad_enabled() or cache.get(mode, (None,))[0] != version:
-            k = mode.patch_scale[-1]
-            q = k * self.patch
+            scale, (into, out) = mode.patch_scale, self.layouts
+            q = _times(scale, self.patch)
+            bias = to_grouped(resize_output(self.flex_out_bias, q, self.kind), scale, out)
             made = (
-                kernel_to_group(resize_embedding(self.flex_embed, q, self.kind), k),
-                output_to_group(resize_output(self.flex_out, q, self.kind), k),
-                output_to_group(resize_output(self.flex_out_bias, q, self.kind), k),
+                to_grouped(resize_embedding(self.flex_embed, q, self.kind), scale, into),
+                to_grouped(resize_output(self.flex_out, q, self.kind), scale, out).T,
+                bias[0],
             )
             if torch.is_grad_enabled():
                 return made
             cache[mode] = (version, made)
         return cache[mode][1]
+
+
+def _times(scale: Sequence[int], patch: Sequence[int]) -> Triple:
+    t, h, w = (k * p for k, p in zip(scale, patch, strict=True))
+    return t, h, w
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -1,58 +1,68 @@
 """Coarse tokens are groups of base tokens (FlexiDiT section 3; PPFlow section 3).
 
-One coarse token covers ``k x k`` base patches. Its embedding is one linear map of the ``k*k`` base
-patch vectors, its de-embedding one linear map back, so the base model's own patchify and
+One coarse token covers ``kt x kh x kw`` base patches. Its embedding is one linear map of the base
+patch vectors it covers, its de-embedding one linear map back, so the base model's own patchify and
 un-patchify never change.
 
-Shape legend: B batch, H W base grid, h w coarse grid, N tokens, k patches per axis, p pixels per
-base patch and axis, q pixels of another patch size, C channels, c = the length of one base patch
-vector, D model width.
+Shape legend: B batch, T H W base grid, t h w coarse grid, N tokens, k patches per axis, p pixels
+per base patch and axis (``(pt, ph, pw)``), q the same of another patch size, C channels, c = the
+length of one base patch vector, D model width. Pictures have T = pt = kt = 1.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Triple = tuple[int, int, int]
+
+Resize = Callable[[int, int, str], Tensor]
+
 RESIZES = ("box", "pinv")
 
 
-def coarse_grid(height: int, width: int, k: int) -> tuple[int, int]:
+def coarse_grid(grid: Triple, scale: Triple) -> Triple:
     """Coarse grid of a base grid; a ragged border becomes a group of its own."""
-    return math.ceil(height / k), math.ceil(width / k)
+    t, h, w = (math.ceil(side / k) for side, k in zip(grid, scale, strict=True))
+    return t, h, w
 
 
-def group(x_BHWc: Tensor, k: int) -> Tensor:
-    """Join each ``k x k`` neighbourhood of base tokens into one vector, row-major inside.
+def group(x_BTHWc: Tensor, scale: Triple) -> Tensor:
+    """Join the base vectors that each coarse token covers, row-major inside.
 
-    A border that ``k`` does not divide is filled by repeating the last row and column.
+    A border that the scale does not divide is filled by repeating the last frame, row and column.
 
     Returns:
-        ``(B, h*w, k*k*c)``
+        ``(B, t*h*w, kt*kh*kw*c)``
     """
-    B, H, W, c = x_BHWc.shape
-    h, w = coarse_grid(H, W, k)
-    if (h * k, w * k) != (H, W):
-        x_BcHW = F.pad(x_BHWc.permute(0, 3, 1, 2), (0, w * k - W, 0, h * k - H), mode="replicate")
-        x_BHWc = x_BcHW.permute(0, 2, 3, 1)
-    x = x_BHWc.reshape(B, h, k, w, k, c).permute(0, 1, 3, 2, 4, 5)
-    return x.reshape(B, h * w, k * k * c)
+    B, *grid, c = x_BTHWc.shape
+    (t, h, w), (kt, kh, kw) = coarse_grid((grid[0], grid[1], grid[2]), scale), scale
+    for axis, (side, whole) in enumerate(zip(grid, (t * kt, h * kh, w * kw), strict=True), start=1):
+        if whole != side:
+            last = x_BTHWc.narrow(axis, side - 1, 1)
+            sizes = [-1] * 5
+            sizes[axis] = whole - side
+            x_BTHWc = torch.cat([x_BTHWc, last.expand(sizes)], dim=axis)
+    x = x_BTHWc.reshape(B, t, kt, h, kh, w, kw, c).permute(0, 1, 3, 5, 2, 4, 6, 7)
+    return x.reshape(B, t * h * w, kt * kh * kw * c)
 
 
-def ungroup(x_BNkc: Tensor, height: int, width: int, k: int) -> Tensor:
+def ungroup(x_BNkc: Tensor, grid: Triple, scale: Triple) -> Tensor:
     """The inverse of `group`; the filled border is cut off.
 
     Returns:
-        ``(B, H*W, c)``
+        ``(B, T*H*W, c)``
     """
     B, _, kkc = x_BNkc.shape
-    h, w = coarse_grid(height, width, k)
-    c = kkc // (k * k)
-    x = x_BNkc.reshape(B, h, w, k, k, c).permute(0, 1, 3, 2, 4, 5).reshape(B, h * k, w * k, c)
-    return x[:, :height, :width].reshape(B, height * width, c)
+    (t, h, w), (kt, kh, kw) = coarse_grid(grid, scale), scale
+    c = kkc // (kt * kh * kw)
+    x = x_BNkc.reshape(B, t, h, w, kt, kh, kw, c).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    x = x.reshape(B, t * kt, h * kh, w * kw, c)[:, : grid[0], : grid[1], : grid[2]]
+    return x.reshape(B, -1, c)
 
 
 def interpolation_matrix(p: int, q: int, kind: str) -> Tensor:
@@ -120,41 +130,40 @@ def _check_sizes(p: int, q: int, kind: str) -> None:
         )
 
 
-def resize_embedding(weight_DCpp: Tensor, q: int, kind: str = "pinv") -> Tensor:
-    """Embedding kernel ``(D, C, p, p)`` for patch size ``q``, computed in float64."""
-    matrix = embed_resize(weight_DCpp.shape[-1], q, kind).to(weight_DCpp.device)
-    resized = torch.einsum("yp,xq,dcpq->dcyx", matrix, matrix, weight_DCpp.double())
-    return resized.to(weight_DCpp.dtype)
+def resize_embedding(weight_DCp: Tensor, size: Triple, kind: str = "pinv") -> Tensor:
+    """Embedding kernel ``(D, C, pt, ph, pw)`` for patches of ``size``, computed in float64."""
+    return _resize(weight_DCp, size, embed_resize, kind)
 
 
-def resize_output(weight_ppX: Tensor, q: int, kind: str = "pinv") -> Tensor:
-    """Output rows ``(p, p, ...)``, weight or bias, for patch size ``q``: ``(q, q, ...)``."""
-    matrix = output_resize(weight_ppX.shape[0], q, kind).to(weight_ppX.device)
-    resized = torch.einsum("yp,xq,pq...->yx...", matrix, matrix, weight_ppX.double())
-    return resized.to(weight_ppX.dtype)
+def resize_output(rows_XCp: Tensor, size: Triple, kind: str = "pinv") -> Tensor:
+    """Output rows ``(X, C, pt, ph, pw)``, weight (X = D) or bias (X = 1), for ``size``."""
+    return _resize(rows_XCp, size, output_resize, kind)
 
 
-def kernel_to_group(weight_DCqq: Tensor, k: int) -> Tensor:
-    """Kernel over a coarse patch -> matrix ``(D, k*k*c)`` over grouped base patch vectors.
+def _resize(weight: Tensor, size: Triple, matrix_of: Resize, kind: str) -> Tensor:
+    resized = weight.double()
+    for axis, q in enumerate(size, start=2):
+        matrix = matrix_of(weight.shape[axis], q, kind).to(resized.device)
+        resized = torch.tensordot(resized, matrix, dims=([axis], [1])).movedim(-1, axis)
+    return resized.to(weight.dtype)
 
-    The base patch vector is laid out ``(C, p, p)``, as a flattened convolution kernel is.
+
+def to_grouped(weight_XCq: Tensor, scale: Triple, layout: str) -> Tensor:
+    """Kernel or rows over a coarse patch -> matrix ``(X, kt*kh*kw*c)`` over grouped base vectors.
+
+    Args:
+        weight_XCq: ``(X, C, kt*pt, kh*ph, kw*pw)``.
+        layout: order of the axes inside one base vector: ``Cthw`` or ``thwC``.
     """
-    D, C, q, _ = weight_DCqq.shape
-    p = q // k
-    return (
-        weight_DCqq.reshape(D, C, k, p, k, p)
-        .permute(0, 2, 4, 1, 3, 5)
-        .reshape(D, k * k * C * p * p)
-    )
+    X, C, *size = weight_XCq.shape
+    (qt, qh, qw), (kt, kh, kw) = size, scale
+    split = weight_XCq.reshape(X, C, kt, qt // kt, kh, qh // kh, kw, qw // kw)
+    axes = {"C": 1, "t": 3, "h": 5, "w": 7}
+    return split.permute(0, 2, 4, 6, *(axes[axis] for axis in layout)).reshape(X, -1)
 
 
-def output_to_group(weight_qqX: Tensor, k: int) -> Tensor:
-    """Output rows over a coarse patch ``(q, q, C, ...)`` -> rows over grouped base vectors.
-
-    Returns:
-        ``(k*k*c, ...)``, the base vectors laid out ``(p, p, C)``.
-    """
-    q, _, C, *rest = weight_qqX.shape
-    p = q // k
-    split = weight_qqX.reshape(k, p, k, p, C, *rest)
-    return split.movedim(2, 1).reshape(k * k * p * p * C, *rest)
+def from_base(matrix_Xc: Tensor, channels: int, patch: Triple, layout: str) -> Tensor:
+    """Matrix ``(X, c)`` over one base vector -> kernel or rows ``(X, C, pt, ph, pw)``."""
+    sizes = {"C": channels, "t": patch[0], "h": patch[1], "w": patch[2]}
+    split = matrix_Xc.reshape(len(matrix_Xc), *(sizes[axis] for axis in layout))
+    return split.permute(0, *(1 + layout.index(axis) for axis in "Cthw"))

@@ -18,8 +18,9 @@ from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
+from elastic_dit.backbones.dit import DiTBackbone
 from elastic_dit.checks import require
-from elastic_dit.ops.patching import resize_embedding, resize_output
+from elastic_dit.ops.patching import resize_embedding, resize_output, to_grouped
 from elastic_dit.ops.positions import group_centres, sincos_2d
 from elastic_dit.training.config import Recipe, from_table
 from elastic_dit.training.objectives import noisy_batch
@@ -166,12 +167,12 @@ def grow(model: Any, coarse: Any) -> None:
         raise ValueError(
             f"base.init_from differs in {sorted(differing)}; legal: only patch_size may differ"
         )
-    patch, coarse_patch = model.config.patch_size, coarse.config.patch_size
+    patch = model.config.patch_size
     state = coarse.state_dict()
-    kernel = state["pos_embed.proj.weight"]
-    state["pos_embed.proj.weight"] = resize_embedding(kernel, patch)
-    for name in ("proj_out_2.weight", "proj_out_2.bias"):
-        value = state[name]
-        grid = value.reshape(coarse_patch, coarse_patch, model.out_channels, *value.shape[1:])
-        state[name] = resize_output(grid, patch).reshape(-1, *value.shape[1:])
+    backbone, size = DiTBackbone(), (1, patch, patch)
+    embed = resize_embedding(backbone.embed_kernel(coarse)[0], size)
+    rows, bias = (resize_output(x, size) for x in backbone.output_rows(coarse))
+    state["pos_embed.proj.weight"] = embed[:, :, 0]
+    state["proj_out_2.weight"] = to_grouped(rows, (1, 1, 1), backbone.output_layout).T
+    state["proj_out_2.bias"] = to_grouped(bias, (1, 1, 1), backbone.output_layout)[0]
     model.load_state_dict(state)

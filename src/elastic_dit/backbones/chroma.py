@@ -1,0 +1,49 @@
+"""`ChromaTransformer2DModel` (Chroma): FLUX with a masked prompt and one network for modulation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from elastic_dit.backbones.base import Call, Model, linear_macs
+from elastic_dit.backbones.flux import FluxBackbone
+from elastic_dit.cost import TransformerShape
+from elastic_dit.mode import Mode
+from elastic_dit.ops.patching import Triple, group
+from elastic_dit.routing import Router
+
+
+class ChromaBackbone(FluxBackbone):
+    """The attention mask covers text and picture.
+
+    The pipeline calls twice per step but opens no `cache_context`, so both branches run in the
+    conditional branch's mode unless the caller opens one.
+    """
+
+    model_class = "ChromaTransformer2DModel"
+    condition = ("encoder_hidden_states", "attention_mask", "txt_ids")
+    facts = (
+        "num_layers",
+        "num_single_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "in_channels",
+        "joint_attention_dim",
+        "approximator_hidden_dim",
+        "approximator_layers",
+    )
+
+    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
+        call = super().prepare(call, router, mode)
+        mask, text = call.get("attention_mask"), self.text_tokens(call)
+        if mask is None:
+            return call
+        image = group(mask[:, text:].unflatten(1, router.grid)[..., None], mode.patch_scale)
+        return call | {"attention_mask": torch.cat([mask[:, :text], image.amax(dim=2)], dim=1)}
+
+    def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
+        shape = super().shape(model, grid, text_tokens)
+        vectors = len(model.time_text_embed.mod_proj)  # one per shift, scale and gate of all blocks
+        modulation = vectors * linear_macs(model.distilled_guidance_layer)
+        return replace(shape, picture_macs=shape.picture_macs + modulation)

@@ -1,0 +1,103 @@
+"""`CogView4Transformer2DModel` (CogView4): joint attention, one set of weights for both streams.
+
+Text and picture pass the same layers with modulations of their own. Rotary positions stretch every
+picture over one table of 256 x 256 whole places, several radians apart, so a centre between two
+tokens gets phases made for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_dit.backbones.base import Backbone, Call, Model, linear_macs
+from elastic_dit.cost import Attention, TransformerShape
+from elastic_dit.mode import Mode
+from elastic_dit.ops.patching import Triple
+from elastic_dit.ops.positions import group_centres
+from elastic_dit.routing import Router
+
+MODULATION = r"\.norm1\.linear"
+ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
+
+
+class CogView4Backbone(Backbone):
+    """Two calls per step."""
+
+    model_class = "CogView4Transformer2DModel"
+    embed = "patch_embed.proj"
+    output = "proj_out"
+    rotary = "rope"
+    condition = ("encoder_hidden_states", "attention_mask")
+    facts = (
+        "num_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "patch_size",
+        "in_channels",
+        "out_channels",
+        "text_embed_dim",
+    )
+    output_layout = "Cthw"
+    conditional_first = None
+    low_rank = (("transformer_blocks", (*ATTENTION, "ff.net.0.proj", "ff.net.2")),)
+
+    def phases(
+        self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
+    ) -> Any:
+        device, half = args[0].device, module.dim // 2
+        exponents = torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
+        frequencies = 1.0 / module.theta**exponents
+        rows, columns = (
+            torch.outer(places(side, k, size).to(frequencies), frequencies)
+            for side, k, size in zip(
+                router.grid[1:], mode.patch_scale[1:], module.rope_axes_dim, strict=True
+            )
+        )
+        row = rows.repeat_interleave(len(columns), dim=0)
+        angles = torch.cat([row, columns.repeat(len(rows), 1)] * 2, dim=1)
+        return angles.cos(), angles.sin()
+
+    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
+        if call.get("image_rotary_emb") is not None and not mode.is_full:
+            raise ValueError(
+                "image_rotary_emb holds phases of base tokens, which mode "
+                f"{mode.name!r} has not; legal: None, or full mode"
+            )
+        return call
+
+    def default_size(self, model: Model) -> tuple[Triple, int]:
+        side = model.config.sample_size // model.config.patch_size
+        return (1, side, side), 128  # prompts are padded to the next multiple of 16 only
+
+    def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
+        config, blocks = model.config, model.transformer_blocks
+        d = config.num_attention_heads * config.attention_head_dim
+        token, adapted = linear_macs(blocks, but=MODULATION), self.adapted_macs(model)
+        return TransformerShape(
+            width=d,
+            grid=grid,
+            patch_in=config.patch_size**2 * config.in_channels,
+            patch_out=model.proj_out.out_features,
+            token_macs=token,
+            attention=(Attention(config.num_layers, d, "joint"),),
+            text_tokens=text_tokens,
+            text_macs=token,
+            picture_macs=linear_macs(blocks, MODULATION)
+            + linear_macs(model, r"^(time_condition_embed|norm_out)\.")
+            + text_tokens * linear_macs(model.patch_embed.text_proj),
+            adapted=adapted,
+            adapted_text=adapted,
+        )
+
+
+def places(length: int, k: int, size: int) -> Tensor:
+    """Places of group centres on a table of ``size``, between those of the two tokens next to it.
+
+    A token's own place is rounded down.
+    """
+    centres = group_centres(length, k)
+    return (centres.floor() * size // length + centres.ceil() * size // length) / 2

@@ -1,0 +1,130 @@
+"""`LTXVideoTransformer3DModel` (LTX-Video, 2501.00103): tokens packed by the pipeline.
+
+One latent vector is a token already (32 x 32 pixels, 8 frames). Rotary positions are seconds and
+pixels, made from the grid's sides or from coordinates of every token. Their highest frequency makes
+many turns between neighbours, so phases are never averaged; coordinates are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic_dit.backbones.base import Backbone, Call, Model, linear_macs
+from elastic_dit.cost import Attention, TransformerShape
+from elastic_dit.mode import Mode
+from elastic_dit.ops.patching import Triple, group
+from elastic_dit.ops.positions import coordinate_centres, group_centres
+from elastic_dit.routing import Router
+
+TEXT = r"attn2\.to_[kv]$"
+ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
+
+
+class LTXBackbone(Backbone):
+    """Cross-attention; unconditional rows first; given frames may have times of their own."""
+
+    model_class = "LTXVideoTransformer3DModel"
+    embed = "proj_in"
+    output = "proj_out"
+    rotary = "rope"
+    condition = ("encoder_hidden_states", "encoder_attention_mask")
+    facts = (
+        "num_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "patch_size",
+        "patch_size_t",
+        "in_channels",
+        "out_channels",
+        "caption_channels",
+    )
+    output_layout = "Cthw"
+    axes = "thw"
+    low_rank = (("transformer_blocks", (*ATTENTION, "ff.net.0.proj", "ff.net.2")),)
+
+    def patch(self, model: Model) -> Triple:
+        return model.config.patch_size_t, model.config.patch_size, model.config.patch_size
+
+    def grid(self, model: Model, call: Call) -> Triple:
+        tokens, coordinates = call[self.sample].shape[1], call.get("video_coords")
+        frames, height, width = (call.get(name) or 0 for name in ("num_frames", "height", "width"))
+        if frames * height * width == tokens or coordinates is None:
+            return frames, height, width
+        return grid_of_coordinates(coordinates[0])
+
+    def check_grid(self, grid: Triple, mode: Mode) -> None:
+        if grid[:2] == (1, 1):
+            raise ValueError(
+                f"video_coords name {grid[2]} tokens that form no single grid (given frames among "
+                "them, say); legal: full mode"
+            )
+        super().check_grid(grid, mode)
+
+    def phases(
+        self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
+    ) -> Any:
+        hidden, _, _, _, interpolation, coordinates = args
+        if coordinates is not None:
+            centres = coordinate_centres(coordinates, router.grid, mode.patch_scale)
+            return stock(hidden, video_coords=centres)
+        units = module.base_num_frames, module.base_height, module.base_width
+        if interpolation is not None:
+            patch = module.patch_size_t, module.patch_size, module.patch_size
+            units = [s * p for s, p in zip(interpolation, patch, strict=True)]
+        axes = [
+            group_centres(side, k, hidden.device).float() * unit
+            for side, k, unit in zip(router.grid, mode.patch_scale, units, strict=True)
+        ]
+        return stock(hidden, video_coords=torch.cartesian_prod(*axes).T.expand(len(hidden), -1, -1))
+
+    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
+        if not times_of_tokens(call):
+            return call
+        # A group is as noisy as its noisiest token; given frames only fill groups of their own.
+        grouped = group(call["timestep"].unflatten(1, router.grid)[..., None], mode.patch_scale)
+        return call | {"timestep": grouped.amax(dim=2)}
+
+    def default_size(self, model: Model) -> tuple[Triple, int]:
+        return (21, 16, 22), 128
+
+    def size(self, model: Model, call: Call) -> tuple[Any, ...]:
+        return *super().size(model, call), times_of_tokens(call)
+
+    def shape(
+        self, model: Model, grid: Triple, text_tokens: int, times_per_token: bool = False
+    ) -> TransformerShape:
+        config, blocks = model.config, model.transformer_blocks
+        d, depth = config.num_attention_heads * config.attention_head_dim, config.num_layers
+        times = linear_macs(model.time_embed)
+        return TransformerShape(
+            width=d,
+            grid=grid,
+            patch_in=config.in_channels,
+            patch_out=model.proj_out.out_features,
+            token_macs=linear_macs(blocks, but=TEXT) + times_per_token * times,
+            attention=(Attention(depth, d), Attention(depth, d, "cross")),
+            text_tokens=text_tokens,
+            text_macs=linear_macs(blocks, TEXT),
+            picture_macs=(not times_per_token) * times
+            + text_tokens * linear_macs(model.caption_projection),
+            adapted=self.adapted_macs(model),
+        )
+
+
+def times_of_tokens(call: Call) -> bool:
+    """Whether each token has a time of its own."""
+    return call["timestep"].ndim == 2 and call["timestep"].shape[1] > 1
+
+
+def grid_of_coordinates(coordinates_3N: Tensor) -> Triple:
+    """Sides of a grid whose tokens are named row-major; ``(1, 1, N)`` if they form none."""
+    axes = [axis.unique() for axis in coordinates_3N]
+    whole = math.prod(map(len, axes)) == coordinates_3N.shape[1]
+    if whole and torch.equal(torch.cartesian_prod(*axes).T, coordinates_3N):
+        return len(axes[0]), len(axes[1]), len(axes[2])
+    return 1, 1, coordinates_3N.shape[1]

@@ -1,0 +1,126 @@
+"""`Lumina2Transformer2DModel` (Lumina-Image 2.0, 2503.21758): one sequence, joined row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from elastic_dit.backbones.base import Backbone, Call, Model, linear_macs, pair
+from elastic_dit.cost import Attention, TransformerShape
+from elastic_dit.mode import Mode
+from elastic_dit.ops.patching import Triple, coarse_grid
+from elastic_dit.ops.positions import rotary_centres
+from elastic_dit.routing import Router
+
+MODULATION = r"\.norm1\.linear"
+ADAPTED = (
+    "attn.to_q",
+    "attn.to_k",
+    "attn.to_v",
+    "attn.to_out.0",
+    "feed_forward.linear_1",
+    "feed_forward.linear_2",
+    "feed_forward.linear_3",
+)
+
+
+class Lumina2Backbone(Backbone):
+    """Refiners of text and of picture, then one sequence of both without the text's padding.
+
+    The rotary module also cuts the latent into patches and tells the rows' lengths. Time runs from
+    0, noise, to 1. The pipeline calls twice per step but opens no `cache_context`, so both branches
+    run in the conditional branch's mode unless the caller opens one.
+    """
+
+    model_class = "Lumina2Transformer2DModel"
+    embed = "x_embedder"
+    output = "norm_out.linear_2"
+    rotary = "rope_embedder"
+    condition = ("encoder_hidden_states", "encoder_attention_mask")
+    facts = (
+        "num_layers",
+        "num_refiner_layers",
+        "num_attention_heads",
+        "num_kv_heads",
+        "hidden_size",
+        "patch_size",
+        "in_channels",
+        "out_channels",
+        "cap_feat_dim",
+    )
+    embed_layout = "thwC"
+    conditional_first = None
+    own_sigmas = True
+    low_rank = (("noise_refiner", ADAPTED), ("layers", ADAPTED))
+
+    def phases(
+        self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
+    ) -> Any:
+        (latent, mask), p = args, module.patch_size
+        vectors, text, _, _, lengths, _ = stock(latent, mask)
+        coarse = coarse_grid(router.grid, mode.patch_scale)
+        whole = [n * k for n, k in zip(coarse, mode.patch_scale, strict=True)]
+        blank = latent.new_empty(1, 1, 1, 1).expand(*latent.shape[:2], whole[1] * p, whole[2] * p)
+        table = stock(blank, mask)[2].transpose(0, 1).unflatten(0, whole)
+        image = rotary_centres(table, mode.patch_scale).flatten(0, 2).transpose(0, 1)
+        joint = [torch.cat([a[:n], b]) for a, b, n in zip(text, image, lengths, strict=True)]
+        totals = [len(phases) for phases in joint]
+        router.lengths = lengths, totals
+        return vectors, text, image, pad_sequence(joint, batch_first=True), lengths, totals
+
+    def base_vectors(
+        self, router: Router, mode: Mode, stock: Callable[[Tensor], Tensor], hidden: Tensor
+    ) -> Tensor:
+        assert router.lengths is not None
+        (texts, totals), tokens = router.lengths, router.tokens(mode)
+        image = torch.stack([x[n : n + tokens] for x, n in zip(hidden, texts, strict=True)])
+        vectors = super().base_vectors(router, mode, stock, image)
+        base = vectors.shape[1]
+        joint = F.pad(stock(hidden[:, : max(texts)]), (0, 0, 0, base))
+        for row, text in enumerate(texts):
+            joint[row, text : text + base] = vectors[row]
+            # The stock un-patchify reads this very list, which so far counts coarse tokens.
+            totals[row] = text + base
+        return joint
+
+    def level_of(self, time: float) -> float:
+        return 1 - time
+
+    def default_size(self, model: Model) -> tuple[Triple, int]:
+        return (1, *pair(model.config.sample_size, model.config.patch_size)), 256
+
+    def size(self, model: Model, call: Call) -> tuple[Any, ...]:
+        longest = int(call["encoder_attention_mask"].sum(dim=1).max())
+        return self.grid(model, call), longest, self.text_tokens(call)
+
+    def shape(
+        self, model: Model, grid: Triple, text_tokens: int, padded: int | None = None
+    ) -> TransformerShape:
+        config, d, area = model.config, model.config.hidden_size, self.patch(model)[1] ** 2
+        layers, noise, text = model.layers, model.noise_refiner, model.context_refiner
+        padded, both = padded or text_tokens, linear_macs(layers, but=MODULATION)
+        refining = padded * linear_macs(text) + 2 * len(text) * d * padded**2
+        once = linear_macs(layers, MODULATION) + linear_macs(noise, MODULATION)
+        embedder, norm_out = model.time_caption_embed, model.norm_out
+        return TransformerShape(
+            width=d,
+            grid=grid,
+            patch_in=area * config.in_channels,
+            patch_out=norm_out.linear_2.out_features,
+            token_macs=linear_macs(noise, but=MODULATION) + both,
+            attention=(Attention(len(noise), d), Attention(len(layers), d, "joint")),
+            text_tokens=text_tokens,
+            text_macs=both + linear_macs(norm_out, "linear_2"),
+            picture_macs=once
+            + refining
+            + linear_macs(embedder, "^timestep")
+            + padded * linear_macs(embedder, "^caption")
+            + linear_macs(norm_out, "linear_1"),
+            adapted=self.adapted_macs(model),
+            adapted_text=self.adapted_macs(model, "^layers"),
+        )

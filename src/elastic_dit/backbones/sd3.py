@@ -1,0 +1,69 @@
+"""`SD3Transformer2DModel` (Stable Diffusion 3 and 3.5, 2403.03206): joint attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from elastic_dit.backbones.base import Model, linear_macs, pair
+from elastic_dit.backbones.patch_embed import PatchEmbedBackbone
+from elastic_dit.cost import Attention, TransformerShape
+from elastic_dit.ops.patching import Triple
+
+TEXT = r"\.(attn\.(add_|to_add_out)|ff_context)"
+MODULATION = r"\.norm1(_context)?\.linear"
+IMAGE = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
+
+
+class SD3Backbone(PatchEmbedBackbone):
+    """Text and picture tokens attend together; the position table is cropped from the middle."""
+
+    model_class = "SD3Transformer2DModel"
+    output = "proj_out"
+    condition = ("encoder_hidden_states", "pooled_projections")
+    facts = (
+        "num_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "patch_size",
+        "in_channels",
+        "out_channels",
+        "joint_attention_dim",
+        "dual_attention_layers",
+    )
+    low_rank = (("transformer_blocks", IMAGE),)
+    residuals = ("block_controlnet_hidden_states",)
+    packs = True
+
+    def modulation_layers(self, model: Model) -> Iterator[nn.Module]:
+        for block in model.transformer_blocks:
+            yield block.norm1.linear
+        yield model.norm_out.linear
+
+    def attention_layers(self, model: Model) -> Iterator[nn.Module]:
+        for block in model.transformer_blocks:
+            yield block.attn
+            if block.attn2 is not None:
+                yield block.attn2
+
+    def default_size(self, model: Model) -> tuple[Triple, int]:
+        return (1, *pair(model.config.sample_size, model.config.patch_size)), 333
+
+    def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
+        config, d, blocks = model.config, model.inner_dim, model.transformer_blocks
+        area, dual = config.patch_size**2, len(config.dual_attention_layers)
+        conditioning = linear_macs(model.time_text_embed) + linear_macs(model.norm_out)
+        text_in = text_tokens * linear_macs(model, "^context_embedder$")
+        return TransformerShape(
+            width=d,
+            grid=grid,
+            patch_in=area * config.in_channels,
+            patch_out=area * model.out_channels,
+            token_macs=linear_macs(blocks, but=f"{TEXT}|{MODULATION}"),
+            attention=(Attention(config.num_layers, d, "joint"), Attention(dual, d)),
+            text_tokens=text_tokens,
+            text_macs=linear_macs(blocks, TEXT),
+            picture_macs=linear_macs(blocks, MODULATION) + conditioning + text_in,
+            adapted=self.adapted_macs(model),
+        )

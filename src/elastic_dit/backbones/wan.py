@@ -1,0 +1,108 @@
+"""`WanTransformer3DModel` (Wan 2.1 and 2.2): video, cross-attention, rotary positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from elastic_dit.backbones.base import Backbone, Call, Model, linear_macs
+from elastic_dit.cost import Attention, TransformerShape
+from elastic_dit.mode import Mode
+from elastic_dit.ops.patching import Triple, group
+from elastic_dit.ops.positions import real_rotary_centres
+from elastic_dit.routing import Router
+
+KEYS = r"attn2\.to_[kv]$"
+TEXT = r"attn2\.(to_[kv]|add_[kv]_proj)$"
+
+
+class WanBackbone(Backbone):
+    """Two calls per step; 2.2 5B gives each token a time of its own (the first frame has none)."""
+
+    model_class = "WanTransformer3DModel"
+    embed = "patch_embedding"
+    output = "proj_out"
+    rotary = "rope"
+    condition = ("encoder_hidden_states", "encoder_hidden_states_image")
+    facts = (
+        "num_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "patch_size",
+        "in_channels",
+        "out_channels",
+        "ffn_dim",
+        "text_dim",
+    )
+    axes = "thw"
+    conditional_first = None
+    low_rank = (
+        (
+            "blocks",
+            (
+                "attn1.to_q",
+                "attn1.to_k",
+                "attn1.to_v",
+                "attn1.to_out.0",
+                "ffn.net.0.proj",
+                "ffn.net.2",
+            ),
+        ),
+    )
+
+    def tokens(self, module: Model, router: Router, mode: Mode, latent: Tensor) -> Tensor:
+        return self.as_volume(super().tokens(module, router, mode, latent), router, mode)
+
+    def phases(
+        self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
+    ) -> Any:
+        cos, sin = (table[0, :, 0] for table in stock(*args))
+        centres = real_rotary_centres(cos.float(), sin.float(), router.grid, mode.patch_scale)
+        return tuple(table[None, :, None].to(cos) for table in centres)
+
+    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
+        time = call["timestep"]
+        if time.ndim != 2:
+            return call
+        # A group is as noisy as its noisiest token; given frames only fill groups of their own.
+        grouped = group(time.unflatten(1, router.grid)[..., None], mode.patch_scale)
+        return call | {"timestep": grouped.amax(dim=2)}
+
+    def text_layers(self, model: Model) -> Iterator[nn.Module]:
+        for block in model.blocks:
+            yield block.attn2.to_k
+            yield block.attn2.to_v
+
+    def default_size(self, model: Model) -> tuple[Triple, int]:
+        return (21, 30, 52), 512
+
+    def size(self, model: Model, call: Call) -> tuple[Any, ...]:
+        return *super().size(model, call), call["timestep"].ndim == 2
+
+    def planned_size(self, grid: Triple, text_tokens: int, pipe: Any) -> tuple[Any, ...]:
+        per_token = pipe is not None and pipe.config.get("expand_timesteps", False)
+        return grid, text_tokens, per_token
+
+    def shape(
+        self, model: Model, grid: Triple, text_tokens: int, times_per_token: bool = False
+    ) -> TransformerShape:
+        config, embedder = model.config, model.condition_embedder
+        d, depth = config.num_attention_heads * config.attention_head_dim, config.num_layers
+        times = linear_macs(embedder, "^time")
+        return TransformerShape(
+            width=d,
+            grid=grid,
+            patch_in=math.prod(self.patch(model)) * config.in_channels,
+            patch_out=model.proj_out.out_features,
+            token_macs=linear_macs(model.blocks, but=TEXT) + times_per_token * times,
+            attention=(Attention(depth, d), Attention(depth, d, "cross")),
+            text_tokens=text_tokens,
+            text_once=linear_macs(model.blocks, KEYS),
+            text_macs=linear_macs(model.blocks, TEXT),
+            picture_macs=(not times_per_token) * times
+            + text_tokens * linear_macs(embedder, "^text_embedder"),
+            adapted=self.adapted_macs(model),
+        )
