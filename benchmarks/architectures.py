@@ -1,91 +1,151 @@
-"""Real architectures with random weights: stock diffusers against our modes, on a GPU, in bf16.
+"""Real architectures with random weights: stock diffusers against our modes.
 
-    python benchmarks/architectures.py [--models dit-xl-2-256 dit-xl-2-512] [--batch 1 8]
+    python benchmarks/architectures.py [--models flux-1-dev-1024 ...] [--batch 1]
+    python benchmarks/architectures.py --reduced
 
-Seconds (median of interleaved rounds), peak memory and FLOPs of one guided forward pass, eager and
-compiled. Writes benchmarks/results/architectures.json. `--tiny` is a dry run on any machine.
+Seconds (median of interleaved rounds), peak memory and FLOPs of one forward pass, in bfloat16 on a
+GPU, eager and compiled. Writes benchmarks/results/architectures.json.
+
+`--reduced` needs no GPU: the same classes with a few narrow blocks and a short sequence, in
+float32. Its ratios say what full mode adds to the stock forward, not how fast a real model is.
+Writes benchmarks/results/overhead-<cpu|cuda>.json.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiTTransformer2DModel
 
-from elastic_dit import FULL, FlexiDiT, Mode, elastify
+from elastic_dit import FULL, FlexiDiT, Mode, Schedule, elastify
+from elastic_dit.backbones.published import MODELS, Published
 from elastic_dit.bench import interleave, peak_memory
 from elastic_dit.evaluation.record import write_results
 
 RESULTS = Path(__file__).parent / "results"
-# heads, head width, blocks, latent side
-MODELS = {
-    "dit-xl-2-256": (16, 72, 28, 32),
-    "dit-xl-2-512": (16, 72, 28, 64),
-    "tiny": (2, 16, 2, 16),
+DIT = {
+    "num_attention_heads": 16,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "out_channels": 8,
+    "num_layers": 28,
+    "patch_size": 2,
+    "num_embeds_ada_norm": 1000,
+}
+KNOWN = {
+    "dit-xl-2-256": Published("DiTTransformer2DModel", {**DIT, "sample_size": 32}, (1, 16, 16), 0),
+    "dit-xl-2-512": Published("DiTTransformer2DModel", {**DIT, "sample_size": 64}, (1, 32, 32), 0),
+    **MODELS,
+}
+DEFAULT = (
+    "dit-xl-2-256",
+    "dit-xl-2-512",
+    "pixart-sigma-1024",
+    "flux-1-dev-1024",
+    "wan-2.1-1.3b-480p",
+)
+REDUCED = {
+    "dit-xl-2-256": {"num_layers": 4},
+    "flux-1-dev-1024": {"num_attention_heads": 8, "num_layers": 2, "num_single_layers": 4},
+    "wan-2.1-1.3b-480p": {"num_attention_heads": 8, "num_layers": 4, "ffn_dim": 4096},
+}
+REDUCED_GRIDS = {
+    "dit-xl-2-256": (1, 16, 16),
+    "flux-1-dev-1024": (1, 16, 16),
+    "wan-2.1-1.3b-480p": (2, 12, 12),
 }
 MODES = (FULL, Mode(2), Mode(4))
 
 
-def build(name: str, device: str, dtype: torch.dtype) -> DiTTransformer2DModel:
-    heads, head_dim, layers, side = MODELS[name]
-    torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=head_dim,
-        in_channels=4,
-        out_channels=8,
-        num_layers=layers,
-        sample_size=side,
-        patch_size=2,
-        num_embeds_ada_norm=1000,
-    )
-    return model.to(device, dtype).eval()
+def inputs(known: Published, model: Any, batch: int, device: str) -> dict[str, Any]:
+    """A call at the published size, with random latents and text."""
+    (frames, height, width), text = known.grid, known.text_tokens
+    config, dtype = model.config, model.dtype
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, device=device, dtype=dtype)
+
+    def image(*frame: int) -> torch.Tensor:
+        return random(batch, config.in_channels, *frame, 2 * height, 2 * width)
+
+    times = torch.full((batch,), 500.0, device=device)
+    if known.model_class == "DiTTransformer2DModel":
+        labels = torch.arange(batch, device=device)
+        return {"hidden_states": image(), "timestep": times, "class_labels": labels}
+    if known.model_class == "FluxTransformer2DModel":
+        places = torch.cartesian_prod(torch.arange(height), torch.arange(width))
+        ids = torch.cat([torch.zeros(len(places), 1), places], dim=1)
+        return {
+            "hidden_states": random(batch, height * width, config.in_channels),
+            "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
+            "pooled_projections": random(batch, config.pooled_projection_dim),
+            "timestep": times / 1000,
+            "img_ids": ids.to(device),
+            "txt_ids": torch.zeros(text, 3, device=device),
+            "guidance": torch.full((batch,), 3.5, device=device),
+        }
+    if known.model_class == "SD3Transformer2DModel":
+        return {
+            "hidden_states": image(),
+            "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
+            "pooled_projections": random(batch, config.pooled_projection_dim),
+            "timestep": times,
+        }
+    text_width = config.text_dim if "text_dim" in config else config.caption_channels
+    call = {"encoder_hidden_states": random(batch, text, text_width), "timestep": times}
+    if known.model_class == "PixArtTransformer2DModel":
+        return call | {"hidden_states": image(), "added_cond_kwargs": {}}
+    return call | {"hidden_states": image(frames)}
 
 
 @torch.no_grad()
 def bench(
-    name: str, batch: int, *, compiled: bool, device: str, rounds: int
+    known: Published, batch: int, *, compiled: bool, device: str, rounds: int, modes: tuple
 ) -> list[dict[str, Any]]:
+    """One forward pass of the stock model and of each mode, in turn."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    stock, elastic = build(name, device, dtype), build(name, device, dtype)
-    handle = elastify(elastic, FlexiDiT(), merge=True)
+    built = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = getattr(diffusers, known.model_class)(**known.config)
+        built.append(model.to(dtype).eval())
+    stock, elastic = built
+    handle = elastify(elastic, FlexiDiT())
+    call = inputs(known, stock, batch, device)
     if compiled:
         stock.compile()
         elastic.compile()
-    side = MODELS[name][3]
-    x = torch.randn(2 * batch, 4, side, side, device=device, dtype=dtype)
-    t = torch.full((2 * batch,), 500, device=device)
-    y = torch.cat([torch.arange(batch), torch.full((batch,), 1000)]).to(device)
 
-    def call(model, mode=None):
-        def run():
-            if mode is None:
-                return model(x, timestep=t, class_labels=y)
-            with handle.using(mode):
-                return model(x, timestep=t, class_labels=y)
+    def run(model: Any, mode: Mode | None = None) -> Any:
+        def forward() -> None:
+            if mode is not None:
+                handle.schedule = Schedule.constant(mode)
+            model(**call)
 
-        return run
+        return forward
 
-    runs = {"stock": call(stock)} | {mode.name: call(elastic, mode) for mode in MODES}
+    runs = {"stock": run(stock)} | {mode.name: run(elastic, mode) for mode in modes}
     timings = interleave(runs, rounds=rounds, warmup=3)
-    macs = handle.shape.macs
+    size = handle.backbone.size(elastic, call)
+    shape = handle.backbone.shape(elastic, *size).with_low_rank(handle.method.low_rank)
     rows = []
-    for run, timing in timings.items():
-        mode = FULL if run == "stock" else Mode.parse(run)
+    for name, timing in timings.items():
+        mode = FULL if name == "stock" else Mode.parse(name)
         rows.append(
             {
-                "model": name,
                 "batch": batch,
                 "compiled": compiled,
-                "run": run,
+                "run": name,
                 "seconds": timing.median,
                 "time_ratio": timing.ratio_to(timings["stock"]),
-                "flops_ratio": macs(mode) / macs(FULL),
-                "tflops": 2 * macs(mode) * 2 * batch / 1e12,
-                "peak_bytes": peak_memory(runs[run]),
+                "flops_ratio": shape.macs(mode) / shape.macs(FULL),
+                "tflops": 2 * shape.macs(mode) * batch / 1e12,
+                "peak_bytes": peak_memory(runs[name]),
             }
         )
         print({k: v for k, v in rows[-1].items() if k != "peak_bytes"}, flush=True)
@@ -94,27 +154,32 @@ def bench(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--models", nargs="+", default=["dit-xl-2-256", "dit-xl-2-512"], choices=MODELS
-    )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--models", nargs="+", default=list(DEFAULT), choices=KNOWN)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument(
-        "--tiny", action="store_true", help="dry run: a tiny model, eager, any device"
-    )
+    parser.add_argument("--reduced", action="store_true", help="what full mode adds; any device")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not arguments.tiny:
-        raise SystemExit("real architectures need a GPU; use --tiny for a dry run")
+    if arguments.reduced:
+        rows = []
+        for name, changes in REDUCED.items():
+            known = KNOWN[name]
+            small = replace(known, config=known.config | changes, grid=REDUCED_GRIDS[name])
+            options = {"device": device, "rounds": arguments.rounds, "modes": (FULL,)}
+            print(name, flush=True)
+            rows += [{"model": name, **r} for r in bench(small, 1, compiled=False, **options)]
+        write_results(RESULTS / f"overhead-{device}.json", {"rows": rows})
+        return
+    if device == "cpu":
+        raise SystemExit("real architectures need a GPU; --reduced runs anywhere")
     rows = []
-    for name in ["tiny"] if arguments.tiny else arguments.models:
+    for name in arguments.models:
         for batch in arguments.batch:
-            for compiled in (False,) if arguments.tiny else (False, True):
-                rows += bench(
-                    name, batch, compiled=compiled, device=device, rounds=arguments.rounds
-                )
-                if not arguments.tiny:
-                    write_results(RESULTS / "architectures.json", {"rows": rows})
+            for compiled in (False, True):
+                options = {"device": device, "rounds": arguments.rounds, "modes": MODES}
+                found = bench(KNOWN[name], batch, compiled=compiled, **options)
+                rows += [{"model": name, **row} for row in found]
+                write_results(RESULTS / "architectures.json", {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python recipes/assemble_reference.py mnist --runs runs --data <folder or hub id>
 
-Takes <runs>/<name>-base, -classifier, -flexidit-lora and -flexidit-shared, writes
+Takes <runs>/<name>-base, -classifier, -flexidit-lora (and -lora-start) and -flexidit-shared, writes
 src/elastic_dit/reference/<name>/ in half precision, and measures the held-out set once.
 """
 
@@ -52,6 +52,9 @@ def main() -> None:
     (target / "classifier" / "training.json").unlink()
     facts["classifier"] = _facts(card)
 
+    start = runs / f"{name}-flexidit-lora-start" / "export"
+    if start.is_dir():  # trained in two parts
+        facts["flexidit-lora-start"] = _facts(load_adapter(start).notes["training"])
     for recipe in ("lora", "shared"):
         export = runs / f"{name}-flexidit-{recipe}" / "export"
         if export.is_dir():

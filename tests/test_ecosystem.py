@@ -414,3 +414,50 @@ def test_context_parallelism_refuses_coarse_modes_only():
     run(handle, call, FULL)
     with pytest.raises(RuntimeError, match=r"context parallel.*full mode"):
         run(handle, call, WEAK)
+
+
+# Saving
+
+
+@names
+def test_an_elastic_model_saves_as_the_stock_model_with_its_adapter_inside(name, tmp_path):
+    handle, call = elastic(name), call_of(name)
+    stock = type(CASES[name].model())
+    expected = {mode: run(handle, call, mode) for mode in (FULL, WEAK)}
+    handle.model.save_pretrained(tmp_path)
+    assert handle_of(handle.model) is not None
+    again = stock.from_pretrained(tmp_path)
+    assert torch.equal(run(again, call), expected[FULL])
+    assert set(again.state_dict()) == set(CASES[name].model().state_dict())
+    handle = elastify(again, tmp_path / "elastic")
+    for mode in (FULL, WEAK):
+        assert torch.equal(run(handle, call, mode), expected[mode])
+
+
+@names
+def test_the_generated_class_builds_stock_models(name, tmp_path):
+    """Test suites and EMA build ``type(model)(**config)`` and load it with ``from_pretrained``."""
+    handle, call = elastic(name), call_of(name)
+    cls, stock = type(handle.model), CASES[name].model()
+    built = cls(**dict(stock.config)).eval()
+    built.load_state_dict(stock.state_dict())
+    assert torch.equal(run(built, call), run(stock, call))
+    built.save_pretrained(tmp_path)
+    assert torch.equal(run(cls.from_pretrained(tmp_path), call), run(stock, call))
+    with built.cache_context("cond"):
+        run(built, call)
+
+
+@names
+def test_an_average_of_weights_is_kept_as_diffusers_does(name):
+    from diffusers.training_utils import EMAModel
+
+    handle, call = elastic(name), call_of(name)
+    average = EMAModel(handle.model.parameters(), decay=0.5)
+    before = run(handle, call, WEAK)
+    shake(handle.model, is_new, seed=9)
+    average.step(handle.model.parameters())
+    average.store(handle.model.parameters())
+    average.copy_to(handle.model.parameters())
+    assert not torch.equal(run(handle, call, WEAK), before)
+    average.restore(handle.model.parameters())

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +16,7 @@ from elastic_dit.backbones import Backbone, backbone_for
 from elastic_dit.budget import weak_first_for_budget
 from elastic_dit.checkpoint import Adapter, check_base, load_adapter
 from elastic_dit.cost import TransformerShape
-from elastic_dit.engine import ENGINE, Engine
+from elastic_dit.engine import ENGINE, TRANSFORMERS, Engine
 from elastic_dit.methods import Method
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.ops.patching import Triple
@@ -97,9 +95,8 @@ class Handle:
 
     @property
     def _pipe(self) -> Any:
-        """The pipeline that was made elastic, None for a bare model."""
-        pipe = self._live().pipe
-        return None if pipe is None else pipe()
+        """The pipeline that the model is part of, if it was given with one."""
+        return self._engine.pipe_of(self.model)
 
     @property
     def method(self) -> Method:
@@ -170,6 +167,28 @@ class Handle:
         engine.packed = packed
 
     @property
+    def keep_text(self) -> bool:
+        """Compute layers that only see the prompt (keys and values of cross-attention) once a run.
+
+        The results are the same. Compiled models compute them at every step.
+        """
+        return self._engine.keep_text
+
+    @keep_text.setter
+    def keep_text(self, keep: bool) -> None:
+        """Choose whether text layers are kept.
+
+        Raises:
+            ValueError: the model's class has no layers that only see the prompt.
+        """
+        if keep and not any(True for _ in self.backbone.text_layers(self.model)):
+            raise ValueError(
+                f"keep_text = True; legal for {self.backbone.model_class}: False (its text tokens "
+                "change from step to step)"
+            )
+        self._live().keep_text = keep
+
+    @property
     def shape(self) -> TransformerShape:
         """What the cost depends on."""
         return self._live().shape_of(self.model)
@@ -203,8 +222,7 @@ class Handle:
         if num_inference_steps < 1:
             raise ValueError(f"num_inference_steps = {num_inference_steps}; legal: >= 1")
         scheduler = copy.deepcopy(scheduler)
-        own_sigmas = self.backbone.own_sigmas
-        set_timesteps(scheduler, num_inference_steps, grid or self.shape.grid, own_sigmas)
+        self.backbone.set_timesteps(scheduler, num_inference_steps, grid or self.shape.grid, pipe)
         called = _called_at(pipe, self.model, scheduler)
         times = scheduler.timesteps[called].tolist()
         if not times:
@@ -230,7 +248,16 @@ class Handle:
         size = self.backbone.planned_size(grid or usual_grid, text, self._pipe)
         shape = engine.shape_of(self.model, size)
         packing = shape.packing_macs if engine.packed else None
-        return Plan.bind(engine.schedule, levels, shape.macs, guidance=guidance, packing=packing)
+        keeps = engine.keep_text and engine.compiled is None
+        return Plan.bind(
+            engine.schedule,
+            levels,
+            shape.macs,
+            guidance=guidance,
+            packing=packing,
+            kept=shape.text_tokens * shape.text_once if keeps else 0.0,
+            together=self.backbone.conditional_first is not None,
+        )
 
     def report(self) -> Report:
         """What the last run really did."""
@@ -256,16 +283,7 @@ class Handle:
 
     def adapter(self, **notes: Any) -> Adapter:
         """The present weights as an adapter."""
-        engine = self._live()
-        tensors = engine.new_tensors() | {f"base.{k}": v for k, v in engine.base.items()}
-        identity = engine.router.backbone.identity(self.model)
-        return Adapter(
-            method=engine.method,
-            base=identity,
-            tensors=tensors,
-            schedule=engine.schedule,
-            notes=notes,
-        )
+        return self._live().adapter(self.model, **notes)
 
     def remove(self) -> None:
         """Restore the stock model, bit for bit. Safe to call twice."""
@@ -299,26 +317,6 @@ def stock_class(model: nn.Module) -> type:
     return type(model) if engine is None else engine.stock
 
 
-def set_timesteps(scheduler: Any, steps: int, grid: Triple, own_sigmas: bool = False) -> None:
-    """Timesteps of a run of a latent with this base grid, as pipelines ask for them.
-
-    A scheduler with dynamic shifting needs the number of image tokens.
-
-    Args:
-        own_sigmas: whether the pipeline passes evenly spaced sigmas of its own, from 1 down to
-            ``1 / steps``.
-    """
-    facts, given = scheduler.config, {}
-    if facts.get("use_dynamic_shifting", False):
-        low, high = facts.get("base_image_seq_len", 256), facts.get("max_image_seq_len", 4096)
-        least, most = facts.get("base_shift", 0.5), facts.get("max_shift", 1.15)
-        given["mu"] = least + (math.prod(grid) - low) * (most - least) / (high - low)
-    if own_sigmas and not facts.get("use_flow_sigmas", False):
-        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **given)
-    else:
-        scheduler.set_timesteps(steps, **given)
-
-
 def _called_at(pipe: Any, model: nn.Module, scheduler: Any) -> Tensor:
     """Whether a pipeline calls this transformer, for each of the scheduler's timesteps."""
     always = torch.ones_like(scheduler.timesteps, dtype=torch.bool)
@@ -333,7 +331,7 @@ def _called_at(pipe: Any, model: nn.Module, scheduler: Any) -> Tensor:
 
 def _transformers(pipe: Any) -> dict[str, nn.Module]:
     """The transformers of a pipeline by component."""
-    found = {name: getattr(pipe, name, None) for name in ("transformer", "transformer_2")}
+    found = {name: getattr(pipe, name, None) for name in TRANSFORMERS}
     return {
         name: getattr(model, "_orig_mod", model)
         for name, model in found.items()

@@ -11,8 +11,10 @@ import contextlib
 import functools
 import inspect
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ from elastic_dit.routing import (
     remembered_in_checkpoints,
     restore_class,
     swap_class,
+    versions,
 )
 from elastic_dit.schedule import Schedule, Segment
 
@@ -49,6 +52,9 @@ ENGINE = "_elastic_engine"
 SIZES = "elastic"
 ROUNDING = 2**-7
 """Relative error of a time that was divided and rounded in bfloat16 (2^-9 each time), with room."""
+
+TRANSFORMERS = ("transformer", "transformer_2")
+"""Components of a pipeline that may be made elastic."""
 
 CACHES = ("FirstBlockCache", "MagCache", "TaylorSeerCache")
 """Step caches of diffusers whose state can be kept per branch and mode."""
@@ -67,8 +73,10 @@ class Engine:
         other_weights: while installed the base's own weights, else the adapter's; swapped by
             `install` and `uninstall`.
         context: name and facts of the ``cache_context`` that the pipeline has opened: its branch.
-        exact_levels: the scheduler's timesteps and their noise levels.
+        exact_levels: the scheduler's timesteps, and their noise levels as told and as they are.
         remembered: the conditional call of the present step, if its guidance call needs it.
+        previous: latent, its state and noise level of the call before, where only that tells the
+            branch.
         prompts: those of the present run, if text layers are kept.
         repeated: rows of the present call whose text layers are.
     """
@@ -90,10 +98,11 @@ class Engine:
     swapped: list[nn.Module] = field(default_factory=list)
     hooks: list[tuple[nn.Module, RemovableHandle]] = field(default_factory=list)
     seen_timesteps: Any = None
-    exact_levels: tuple[Any, list[float]] = (None, [])
+    exact_levels: tuple[Any, list[tuple[float, float]]] = (None, [])
     warned: bool = False
     context: tuple[str, dict[str, Any]] | None = None
     remembered: Remembered | None = None
+    previous: tuple[weakref.ref[Tensor], Any] | None = None
     prompts: list[TextKey] = field(default_factory=list)
     repeated: int = 0
     shapes: dict[tuple[Any, ...], TransformerShape] = field(default_factory=dict)
@@ -143,6 +152,17 @@ class Engine:
                 tensors[f"{name}.coarse_B.{mode}"] = B[mode]
         return tensors
 
+    def adapter(self, model: nn.Module, **notes: Any) -> Adapter:
+        """The present weights as an adapter."""
+        base = {f"base.{name}": tensor for name, tensor in self.base.items()}
+        return Adapter(
+            method=self.method,
+            base=self.router.backbone.identity(model),
+            tensors=self.new_tensors() | base,
+            schedule=self.schedule,
+            notes=notes,
+        )
+
     def __getstate__(self) -> dict[str, Any]:
         # A copied model must not call the compiled forward of the original.
         return {**self.__dict__, "compiled": None, "remembered": None}
@@ -158,6 +178,7 @@ class Engine:
         sample = call[backbone.sample]
         count, size = sample.shape[0], backbone.size(model, call)
         router.grid, shape = size[0], self.shape_of(model, size)
+        self.repeated = 0
         self._keep_seams(model)
         record = functools.partial(self._record, shape, count, Stopwatch(sample.device))
         with remembered_in_checkpoints(model, router):
@@ -165,14 +186,14 @@ class Engine:
                 output = self._forward(model, call, self.forced)
                 record(None, self.forced, None)
                 return output
-            level = self._level(call)
-            if self._starts_run(level):
+            level = self._level(model, call)
+            if self._starts_run(model, level):
                 self.calls.clear()
                 self.prompts.clear()
-                self.remembered = None
+                self.remembered = self.previous = None
                 self.router.run += 1
             segment = self.schedule.at(level)
-            if self.context is not None and self.context[0] in backbone.contexts:
+            if self._is_guidance(model, sample, level):
                 forward = functools.partial(self._forward, model)
                 output = run_guidance(router, forward, call, segment, self.remembered)
                 self.remembered = None
@@ -187,10 +208,11 @@ class Engine:
     ) -> tuple[Any, Mode | None, bool]:
         """A call with the conditional branch, and the guidance branch if both are in one batch."""
         backbone, forward = self.router.backbone, functools.partial(self._forward, model)
-        pipe = self.pipe() if self.pipe is not None else None
-        branches = backbone.branches(model, call, pipe)
+        branches = backbone.branches(model, call, self.pipe_of(model))
+        separate = backbone.conditional_first is None and self.pipe_of(model) is not None
+        separate = separate or self.context is not None
         # One call per branch: nothing has used the conditional call of the step before.
-        alone = branches is None and (self.context is None or self.remembered is not None)
+        alone = branches is None and (not separate or self.remembered is not None)
         if segment.weak_guidance and alone and not self.warned:
             warnings.warn(
                 "the schedule asks for weak guidance, but this call has no guidance branch",
@@ -200,11 +222,34 @@ class Engine:
         output = run_batch(
             self.router, forward, call, segment, branches, packed=self.packed and backbone.packs
         )
-        if self.context is not None and (segment.weak_guidance or segment.gain != 1):
+        if separate and (segment.weak_guidance or segment.gain != 1):
             prediction = output.sample if call.get("return_dict", True) else output[0]
             self.remembered = Remembered(call, prediction)
         guide = None if branches is None or segment.gain == 0 else segment.guide_mode
         return output, guide, branches is not None
+
+    def _is_guidance(self, model: nn.Module, latent: Tensor, level: float) -> bool:
+        """Whether a call is the guidance branch of a pipeline that calls once per branch.
+
+        The pipeline's ``cache_context`` tells. One that opens none gives the same latent again.
+        """
+        backbone = self.router.backbone
+        if self.context is not None:
+            return self.context[0] in backbone.contexts
+        if backbone.conditional_first is not None or self.pipe_of(model) is None:
+            return False
+        seen = (versions(latent), level)
+        before, self.previous = self.previous, (weakref.ref(latent), seen)
+        if before is None or before[0]() is not latent or before[1] != seen:
+            return False
+        self.previous = None
+        return True
+
+    def pipe_of(self, model: nn.Module) -> Any:
+        """The pipeline, if it is alive and this very model is in it (a copy's is another one)."""
+        pipe = self.pipe() if self.pipe is not None else None
+        owned = (getattr(pipe, name, None) for name in TRANSFORMERS)
+        return pipe if any(getattr(x, "_orig_mod", x) is model for x in owned) else None
 
     def _check_coarse(self, model: nn.Module, call: Call, mode: Mode) -> None:
         """Refuse a coarse mode that this call, or what was put on the model, does not allow."""
@@ -240,7 +285,8 @@ class Engine:
             router.running, router.text = False, None
 
     def _keeps_text(self) -> bool:
-        return self.keep_text and self.forced is None and self.compiled is None
+        kept = self.keep_text and self.forced is None and self.compiled is None
+        return kept and not torch.is_grad_enabled()
 
     def _prompt(self, call: Call) -> TextKey | None:
         """The prompt of a call, for layers that see nothing else."""
@@ -286,7 +332,7 @@ class Engine:
     ) -> None:
         """Keep what a call ran; ``mode`` is None where it only repeated a prediction."""
         pictures = count // 2 if guided else count
-        kept, self.repeated = self.repeated * shape.text_tokens * shape.text_once, 0
+        kept = self.repeated * shape.text_tokens * shape.text_once
         spent = shape.macs(mode) if mode is not None else 0.0
         if mode is not None and guide is not None:
             spent += shape.macs(guide)
@@ -305,32 +351,31 @@ class Engine:
             )
         )
 
-    def _level(self, call: Call) -> float:
+    def _level(self, model: nn.Module, call: Call) -> float:
         """Noise level of a call, as exact as the scheduler of the pipeline knows it.
 
         Some pipelines (FLUX) cast the time to the dtype of the latents, and a rounded level may lie
         on the other side of a segment's edge than the planned one.
         """
         level = self.router.backbone.level(call)
-        scheduler, timesteps = self._scheduler()
+        scheduler, timesteps = self._scheduler(model)
         if timesteps is None:
             return level
         if timesteps is not self.exact_levels[0]:
-            times = timesteps.tolist()
-            exact = [t / scheduler.config.num_train_timesteps for t in times]
-            self.exact_levels = timesteps, exact
-        nearest = min(self.exact_levels[1], key=lambda exact: abs(exact - level))
-        return nearest if abs(nearest - level) <= ROUNDING * level else level
+            scale = scheduler.config.num_train_timesteps
+            levels = [(t / 1000, t / scale) for t in timesteps.tolist()]  # as told, as it is
+            self.exact_levels = timesteps, levels
+        told, exact = min(self.exact_levels[1], key=lambda pair: abs(pair[0] - level))
+        return exact if abs(told - level) <= ROUNDING * level else level
 
-    def _scheduler(self) -> tuple[Any, Any]:
+    def _scheduler(self, model: nn.Module) -> tuple[Any, Any]:
         """The present scheduler of the pipeline and its timesteps; None for a bare model."""
-        pipe = self.pipe() if self.pipe is not None else None
-        scheduler = getattr(pipe, "scheduler", None)
+        scheduler = getattr(self.pipe_of(model), "scheduler", None)
         return scheduler, getattr(scheduler, "timesteps", None)
 
-    def _starts_run(self, level: float | None) -> bool:
+    def _starts_run(self, model: nn.Module, level: float | None) -> bool:
         """A run starts when the scheduler has new timesteps, or the noise level goes up again."""
-        _, timesteps = self._scheduler()
+        _, timesteps = self._scheduler(model)
         if timesteps is not None and timesteps is not self.seen_timesteps:
             self.seen_timesteps = timesteps
             return True
@@ -423,24 +468,35 @@ class Engine:
 
 @functools.cache
 def _elastic_class(stock: type) -> type:
+    """A subclass of a diffusers class whose calls go through the engine, if it has one."""
     signature = inspect.signature(stock.forward)
     cached = getattr(stock, "cache_context", lambda *_, **__: contextlib.nullcontext())
 
     @functools.wraps(stock.forward)  # caches and modular pipelines read the signature
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        engine: Engine | None = self.__dict__.get(ENGINE)
+        if engine is None:  # built from the class, not by elastify
+            return stock.forward(self, *args, **kwargs)
         call = dict(signature.bind(self, *args, **kwargs).arguments)
         call.pop("self")
-        return self.__dict__[ENGINE].run(self, call)
+        return engine.run(self, call)
 
     def compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Compile the stock forward, once per mode; choosing the mode stays outside the graph."""
-        engine: Engine = self.__dict__[ENGINE]
-        engine.compiled = torch.compile(functools.partial(stock.forward, self), *args, **kwargs)
+        engine: Engine | None = self.__dict__.get(ENGINE)
+        if engine is None:
+            stock.compile(self, *args, **kwargs)
+        else:
+            engine.compiled = torch.compile(functools.partial(stock.forward, self), *args, **kwargs)
 
     @contextlib.contextmanager
     def cache_context(self: nn.Module, name: str, **facts: Any) -> Iterator[None]:
         """Stock context, where the class has one; its name also tells the branch."""
-        engine: Engine = self.__dict__[ENGINE]
+        engine: Engine | None = self.__dict__.get(ENGINE)
+        if engine is None:
+            with cached(self, name, **facts):
+                yield
+            return
         previous, engine.context = engine.context, (name, facts)
         try:
             with cached(self, name, **facts):
@@ -448,9 +504,28 @@ def _elastic_class(stock: type) -> type:
         finally:
             engine.context = previous
 
+    def save_pretrained(self: Any, folder: str | Path, *args: Any, **kwargs: Any) -> None:
+        """Save the stock model, and the adapter in a folder ``elastic`` inside."""
+        engine: Engine | None = self.__dict__.get(ENGINE)
+        if engine is None:
+            stock.save_pretrained(self, folder, *args, **kwargs)
+            return
+        adapter = engine.adapter(self)
+        engine.uninstall(self)
+        try:
+            self.save_pretrained(folder, *args, **kwargs)
+        finally:
+            engine.install(self)
+        adapter.save(Path(folder) / SIZES)
+
     # The stock name goes into saved configs and is what caches and loaders look for.
-    parts: dict[str, Any] = {"forward": forward, "compile": compile, "cache_context": cache_context}
-    parts["__module__"] = __name__
+    parts: dict[str, Any] = {
+        "forward": forward,
+        "compile": compile,
+        "cache_context": cache_context,
+        "save_pretrained": save_pretrained,
+        "__module__": __name__,
+    }
     return type(stock.__name__, (stock,), parts)
 
 

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 
 ROUTER = "_elastic_router"
 TEXT = "_elastic_text"
-BRANCHES = 2
-"""Prompts whose text layers are kept at a time: a run's own and its negative one."""
+PROMPTS = 3
+"""Prompts whose text layers are kept: a run's own, its negative one, and both in one batch."""
 
 
 @dataclass(frozen=True)
@@ -53,18 +53,27 @@ class Part:
 
 @dataclass(frozen=True)
 class TextKey:
-    """A prompt's tensor in one run. Holding it keeps its memory from being used again."""
+    """A prompt's tensor in one run. Holding it keeps its memory from being used again.
+
+    Attributes:
+        facts: what changes with memory, content or run; read at once, since the tensor may be
+            written to later.
+    """
 
     tensor: Tensor
     run: int
+    facts: tuple[object, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        facts = self.run, versions(self.tensor), self.tensor.shape, self.tensor.stride()
+        object.__setattr__(self, "facts", facts)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TextKey, (self.tensor, self.run)  # a copied tensor has memory of its own
 
     def same(self, other: TextKey) -> bool:
         """Whether both are the same memory with the same content, in the same run."""
-        return self._facts == other._facts
-
-    @functools.cached_property
-    def _facts(self) -> tuple[object, ...]:
-        return self.run, versions(self.tensor), self.tensor.shape, self.tensor.stride()
+        return self.facts == other.facts
 
 
 @dataclass(eq=False)
@@ -297,7 +306,7 @@ class TextSeam(nn.Module):
             if key.same(router.text) and weights == version:
                 return output
         output = stock(text)
-        kept[:] = [*kept[-(BRANCHES - 1) :], (router.text, version, output)]
+        kept[:] = [*kept[-(PROMPTS - 1) :], (router.text, version, output)]
         return output
 
 

@@ -218,6 +218,16 @@ def _segment_from(row: Any) -> Segment:
     )
 
 
+def _prompts(segment: Segment, *, guided: bool, together: bool) -> list[tuple[str, ...]]:
+    """The prompts of a step's model calls, each with all that are in its batch."""
+    own, null = "prompt", "null"
+    if not guided:
+        return [(own,)]
+    if together and segment.guide_mode == segment.mode and segment.gain == 1:
+        return [(own, null)]
+    return [(own,), (own if segment.weak_guidance else null,)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanStep:
     """One model call of a run, before it is made.
@@ -257,6 +267,7 @@ class Plan:
         guidance: bool,
         packing: Callable[[Mode, Mode], float] | None = None,
         kept: float = 0.0,
+        together: bool = False,
     ) -> Plan:
         """Bind a schedule to the noise levels of a run's model calls.
 
@@ -264,21 +275,26 @@ class Plan:
             macs: multiply-adds of one forward pass of one picture in a mode.
             guidance: whether the run has a guidance branch.
             packing: what two branches of different modes cost more in one packed call.
-            kept: what each branch saves after the first step, where something is kept for a run.
+            kept: what a branch saves whose prompt was seen before, where text layers are kept.
+            together: whether branches of the same mode share one call.
 
         Raises:
             ValueError: no timesteps.
         """
         if not len(levels):
             raise ValueError("a plan needs at least one timestep")
-        steps = []
+        steps, seen = [], set()
         for index, level in enumerate(levels):
             segment = schedule.at(level)
             guide = segment.guide_mode if guidance and segment.gain > 0 else None
             branches = [segment.mode] if guide is None else [segment.mode, guide]
-            cost = sum(macs(mode) for mode in branches) - bool(index) * kept * len(branches)
+            cost = sum(macs(mode) for mode in branches)
             if packing is not None and guide is not None and guide != segment.mode:
                 cost += packing(segment.mode, guide)
+            else:  # a packed call keeps no text
+                for prompt in _prompts(segment, guided=guide is not None, together=together):
+                    cost -= kept * len(prompt) * (prompt in seen)
+                    seen.add(prompt)
             steps.append(
                 PlanStep(index=index, level=level, mode=segment.mode, guide=guide, macs=cost)
             )

@@ -5,6 +5,8 @@ The transformers are those of `tests.backbones.tiny`; tokenizers are made of a d
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,6 +39,8 @@ class PipeCase:
         grid, text: base grid of such a run, and text tokens of one picture.
         guided, unguided: arguments that turn guidance on and off.
         two_calls: whether a guided step calls the model once per branch.
+        contexts: whether it then names the branch.
+        embedded: whether ``size`` holds the prompt's embeddings, which no text encoder made.
         latent: the ``output_type`` that leaves out the autoencoder.
         alike: arguments without which the stock pipeline itself depends on the batch.
     """
@@ -48,6 +52,8 @@ class PipeCase:
     guided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 4.0})
     unguided: dict[str, Any] = field(default_factory=lambda: {"guidance_scale": 1.0})
     two_calls: bool = False
+    contexts: bool = True
+    embedded: bool = False
     latent: str = "latent"
     alike: dict[str, Any] = field(default_factory=dict)
 
@@ -87,7 +93,9 @@ class PipeCase:
             **(self.guided if guided else self.unguided),
             **changes,
         }
-        if isinstance(pipe, diffusers.DiTPipeline):
+        if self.embedded:
+            result = pipe(**arguments)
+        elif isinstance(pipe, diffusers.DiTPipeline):
             result = pipe([WORDS.index(p.split()[-1]) for p in prompts], **arguments)
         else:
             result = pipe(list(prompts), **arguments)
@@ -107,6 +115,7 @@ def tokenizer() -> Any:
         eos_token="</s>",
         unk_token="<unk>",
         model_max_length=8,
+        model_input_names=["input_ids", "attention_mask"],
     )
 
 
@@ -140,6 +149,24 @@ def clip(model_class: Any, width: int, pooled: int) -> Any:
     return model_class(config).eval()
 
 
+def gemma() -> Any:
+    """A language model of width 24; Lumina 2 reads its last layer but one."""
+    config = transformers.Gemma2Config(
+        vocab_size=len(WORDS),
+        hidden_size=24,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=16,
+        bos_token_id=2,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    return transformers.Gemma2Model(config).eval()
+
+
 def vae() -> Any:
     """An autoencoder that keeps the size: 4 latent channels per pixel."""
     return diffusers.AutoencoderKL(
@@ -161,6 +188,32 @@ def video_vae() -> Any:
         temperal_downsample=[False, True, True],
         latents_mean=[0.1, 0.2, 0.3, 0.4],
         latents_std=[1.0, 1.1, 1.2, 1.3],
+    ).eval()
+
+
+def flux2_vae() -> Any:
+    """FLUX.2's autoencoder, which keeps the size; the pipelines read its running statistics."""
+    return diffusers.AutoencoderKLFlux2(
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        latent_channels=4,
+        layers_per_block=1,
+    ).eval()
+
+
+def ltx_vae() -> Any:
+    """LTX's autoencoder: 4x4 pixels and 4 frames to one latent."""
+    return diffusers.AutoencoderKLLTXVideo(
+        latent_channels=8,
+        block_out_channels=(8, 8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8, 8),
+        layers_per_block=(1,) * 5,
+        decoder_layers_per_block=(1,) * 5,
+        spatio_temporal_scaling=(True, True, False, False),
+        decoder_spatio_temporal_scaling=(True, True, False, False),
+        patch_size=1,
     ).eval()
 
 
@@ -245,6 +298,59 @@ def latte() -> Any:
     )
 
 
+def chroma() -> Any:
+    facts = {"shift": 3.0, "use_dynamic_shifting": True}
+    return diffusers.ChromaPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**facts),
+        vae=vae(),
+        text_encoder=t5(),
+        tokenizer=tokenizer(),
+        transformer=transformer("chroma"),
+    )
+
+
+def lumina2(**facts: Any) -> Any:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**{"shift": 6.0, **facts})
+    return diffusers.Lumina2Pipeline(transformer("lumina2"), scheduler, vae(), gemma(), tokenizer())
+
+
+def auraflow() -> Any:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.73)
+    return diffusers.AuraFlowPipeline(
+        tokenizer(), umt5(), vae(), transformer("auraflow"), scheduler
+    )
+
+
+def given(
+    pipeline: Any, name: str, scheduler: Any = None, **parts: Callable[[], Any] | None
+) -> Any:
+    """What builds a pipeline that is given its prompt's embeddings.
+
+    Args:
+        name: of the transformer.
+        scheduler: a plain flow-matching one by default.
+        parts: what builds its other components; no text encoder, tokenizer and autoencoder by
+            default.
+    """
+    parts = {"tokenizer": None, "text_encoder": None, "vae": None, **parts}
+    parts = {"transformer": functools.partial(transformer, name), **parts}
+
+    def build() -> Any:
+        own = copy.deepcopy(scheduler) or diffusers.FlowMatchEulerDiscreteScheduler()
+        return pipeline(scheduler=own, **{key: part and part() for key, part in parts.items()})
+
+    return build
+
+
+def shifting(**facts: Any) -> Any:
+    """A flow-matching scheduler that wants to know the number of tokens."""
+    return diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, **facts)
+
+
+def embeddings(*shape: int, seed: int = 5) -> Tensor:
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(seed))
+
+
 SQUARE = {"height": 16, "width": 16}
 TEXT = {"max_sequence_length": 6}
 PIXART = {**SQUARE, **TEXT, "use_resolution_binning": False, "clean_caption": False}
@@ -270,4 +376,138 @@ PIPES = {
     "wan-5b": PipeCase(lambda: wan(expand_timesteps=True), VIDEO, (2, 4, 6), 6, two_calls=True),
     # Latte crops the text of a single prompt and masks that of several.
     "latte": PipeCase(latte, LATTE, (3, 8, 8), 3, alike={"mask_feature": False}),
+    "chroma": PipeCase(chroma, SQUARE | TEXT, (1, 8, 8), 6, two_calls=True, contexts=False),
+    # The negative prompt is as long as the other: Lumina 2 counts words, not their padding.
+    "lumina2": PipeCase(
+        lumina2,
+        {"height": 128, "width": 112, "max_sequence_length": 8, "system_prompt": "a"},
+        (1, 8, 7),
+        8,
+        guided={"guidance_scale": 4.0, "negative_prompt": "old house old cat a dog house"},
+        two_calls=True,
+        contexts=False,
+    ),
+    "auraflow": PipeCase(auraflow, SQUARE | TEXT, (1, 8, 8), 6),
+}
+
+PROMPT = {"prompt_embeds": embeddings(6, 24)}
+TWO_PROMPTS = PROMPT | {"negative_prompt_embeds": embeddings(6, 24, seed=6)}
+MASKS = {
+    "prompt_attention_mask": torch.ones(1, 6, dtype=torch.long),
+    "negative_prompt_attention_mask": torch.ones(1, 6, dtype=torch.long),
+}
+COGVIDEOX = {
+    "prompt_embeds": embeddings(5, 24),
+    "negative_prompt_embeds": embeddings(5, 24, seed=6),
+    "height": 128,
+    "num_frames": 9,
+}
+LTX = TWO_PROMPTS | MASKS | {"height": 32, "width": 64, "num_frames": 9}
+TALL = {"height": 128, "width": 112}
+QWEN_SHIFT = {"max_shift": 0.9, "max_image_seq_len": 8192, "shift_terminal": 0.02}
+COGVIEW4_SHIFT = {"base_shift": 0.25, "max_shift": 0.75, "time_shift_type": "linear"}
+
+EMBEDDED = {
+    "flux2": PipeCase(
+        given(diffusers.Flux2Pipeline, "flux2", shifting(shift=3.0), vae=flux2_vae),
+        PROMPT | SQUARE,
+        (1, 8, 8),
+        6,
+        guided={},  # guidance is one more input of the model
+        unguided={"guidance_scale": 4.0},
+        embedded=True,
+    ),
+    "flux2-klein": PipeCase(
+        given(
+            diffusers.Flux2KleinPipeline,
+            "flux2",
+            shifting(shift=3.0),
+            vae=flux2_vae,
+            transformer=lambda: transformer("flux2", guidance_embeds=False),
+        ),
+        TWO_PROMPTS | SQUARE,
+        (1, 8, 8),
+        6,
+        two_calls=True,
+        embedded=True,
+    ),
+    "qwenimage": PipeCase(
+        given(diffusers.QwenImagePipeline, "qwenimage", shifting(**QWEN_SHIFT)),
+        TWO_PROMPTS | TALL,
+        (1, 8, 7),
+        6,
+        guided={"true_cfg_scale": 3.0},
+        unguided={"true_cfg_scale": 1.0},
+        two_calls=True,
+        embedded=True,
+    ),
+    "sana": PipeCase(
+        given(diffusers.SanaPipeline, "sana"),
+        TWO_PROMPTS
+        | MASKS
+        | {
+            "negative_prompt": None,
+            "height": 256,
+            "width": 224,
+            "use_resolution_binning": False,
+        },
+        (1, 8, 7),
+        6,
+        embedded=True,
+    ),
+    "cogvideox-2b": PipeCase(
+        given(diffusers.CogVideoXPipeline, "cogvideox-2b", diffusers.CogVideoXDDIMScheduler()),
+        COGVIDEOX | {"width": 128},
+        (3, 8, 8),
+        5,
+        embedded=True,
+    ),
+    "cogvideox-5b": PipeCase(
+        given(diffusers.CogVideoXPipeline, "cogvideox-5b", diffusers.CogVideoXDPMScheduler()),
+        COGVIDEOX | {"width": 112},
+        (3, 8, 7),
+        5,
+        embedded=True,
+    ),
+    "ltx": PipeCase(
+        given(diffusers.LTXPipeline, "ltx", shifting(), vae=ltx_vae),
+        LTX,
+        (3, 8, 16),
+        6,
+        embedded=True,
+    ),
+    "ltx-condition": PipeCase(
+        given(diffusers.LTXConditionPipeline, "ltx", vae=ltx_vae), LTX, (3, 8, 16), 6, embedded=True
+    ),
+    "cogview4": PipeCase(
+        given(diffusers.CogView4Pipeline, "cogview4", shifting(**COGVIEW4_SHIFT)),
+        TWO_PROMPTS | TALL,
+        (1, 8, 7),
+        6,
+        two_calls=True,
+        embedded=True,
+    ),
+    "hunyuan-video": PipeCase(
+        given(
+            diffusers.HunyuanVideoPipeline,
+            "hunyuan-video",
+            diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
+            text_encoder_2=None,
+            tokenizer_2=None,
+        ),
+        TWO_PROMPTS
+        | MASKS
+        | TALL
+        | {
+            "pooled_prompt_embeds": embeddings(20),
+            "negative_pooled_prompt_embeds": embeddings(20, seed=6),
+            "num_frames": 9,
+        },
+        (3, 8, 7),
+        6,
+        guided={"true_cfg_scale": 3.0},
+        unguided={"true_cfg_scale": 1.0},
+        two_calls=True,
+        embedded=True,
+    ),
 }

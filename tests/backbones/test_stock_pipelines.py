@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from dataclasses import replace
 from functools import cache
 
 import diffusers
 import pytest
 import torch
 from tests.backbones.pipes import (
+    EMBEDDED,
     PIPES,
     PROMPTS,
     SEEDS,
-    SQUARE,
     STEPS,
-    TEXT,
     PipeCase,
     flux,
+    lumina2,
     sd3,
     wan_of_two,
 )
@@ -28,7 +30,14 @@ cases = pytest.mark.parametrize("case", PIPES.values(), ids=PIPES)
 WAN_OF_TWO = PipeCase(
     wan_of_two, PIPES["wan"].size, PIPES["wan"].grid, PIPES["wan"].text, two_calls=True
 )
-PIXART = (diffusers.PixArtAlphaPipeline, diffusers.PixArtSigmaPipeline)
+nameless = pytest.mark.parametrize(
+    "case", [PIPES["chroma"], PIPES["lumina2"]], ids=["chroma", "lumina2"]
+)
+SILENT = (
+    diffusers.PixArtAlphaPipeline,
+    diffusers.PixArtSigmaPipeline,
+    diffusers.AuraFlowPipeline,
+)
 COMPONENTS = ("transformer", "transformer_2")
 SANDWICH = Schedule(
     [
@@ -143,7 +152,8 @@ def test_weak_guidance_runs_full_conditional_and_weak_guidance_branches(case):
         assert torch.equal(case.draw(pipe), found)
     assert_kept(case, handle)
     if case.two_calls:
-        assert [c.branch for c in handle.report().calls] == ["cond", "uncond"] * STEPS
+        names = ["cond", "uncond"] if case.contexts else [None, None]
+        assert [c.branch for c in handle.report().calls] == names * STEPS
         assert [c.mode for c in handle.report().calls] == [FULL, WEAK] * STEPS
     else:
         assert [(c.mode, c.guide) for c in handle.report().calls] == [(FULL, WEAK)] * STEPS
@@ -161,8 +171,8 @@ def test_without_guidance_no_branch_is_invented(case):
     pipe = case.pipe()
     handle = case.elastic(pipe)
     handle.schedule = Schedule.weak_first(0.0, guidance="weak")
-    # PixArt's pipelines do not tell whether guidance is on, so only different noise tells.
-    seeds = SEEDS if isinstance(pipe, PIXART) else (SEEDS[0], SEEDS[0])
+    # Some pipelines do not tell whether guidance is on, so only different noise tells.
+    seeds = SEEDS if isinstance(pipe, SILENT) else (SEEDS[0], SEEDS[0])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         found = case.draw(pipe, PROMPTS, seeds, guided=False)
@@ -248,6 +258,60 @@ def test_packed_branches_give_the_same_picture(case, guidance):
     assert_kept(case, handle)
     scale = max(1.0, split.std().item())
     torch.testing.assert_close(packed, split, atol=1e-4 * scale, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("case", "guided"),
+    [
+        pytest.param(case, guided, id=f"{name}-{'guided' if guided else 'unguided'}")
+        for name, case in EMBEDDED.items()
+        for guided in (True, False)
+        if case.guided or not guided
+    ],
+)
+def test_pipelines_that_are_given_embeddings(case, guided):
+    """Full mode is the stock latent bit for bit, and the plan is what runs."""
+    expected = stock(case, guided=guided)
+    pipe = case.pipe()
+    handle = case.elastic(pipe)
+    assert torch.equal(case.draw(pipe, guided=guided), expected)
+    assert_kept(case, handle, guided=guided)
+    for schedule in (
+        Schedule.weak_first(0.5),
+        Schedule.weak_first(0.2, guide_fraction=0.7),
+        Schedule([Segment(start=1, stop=0.6, gain=0), Segment(start=0.6, stop=0)]),
+        Schedule.weak_first(0.0, guidance="weak" if guided else "cfg"),
+    ):
+        handle.schedule = schedule
+        found = case.draw(pipe, guided=guided)
+        plan = assert_kept(case, handle, guided=guided)
+        assert found.shape == expected.shape
+        assert found.isfinite().all()
+        if plan.ratio < 1:
+            assert differs(found, expected)
+    handle.remove()
+    assert torch.equal(case.draw(pipe, guided=guided), expected)
+
+
+@nameless
+def test_the_same_noise_in_the_next_run_is_no_guidance_call(case):
+    """Its first call repeats latent, noise level and all of a run of one step."""
+    pipe = case.pipe()
+    handle = case.elastic(pipe)
+    handle.schedule = Schedule.constant(FULL, guide=WEAK)
+    latents = torch.randn_like(stock(case))
+    for _ in range(2):
+        case.draw(pipe, guided=False, num_inference_steps=1, latents=latents)
+        assert [call.mode for call in handle.report().calls] == [FULL]
+
+
+def test_guidance_that_stops_early():
+    case = PIPES["lumina2"]
+    pipe = case.pipe()
+    handle = case.elastic(pipe)
+    handle.schedule = Schedule.constant(FULL, guide=WEAK)
+    case.draw(pipe, cfg_trunc_ratio=0.5)
+    assert [c.mode for c in handle.report().calls] == [FULL, WEAK, FULL, WEAK, FULL, FULL]
 
 
 def test_skip_layer_guidance_adds_conditional_calls():
@@ -337,13 +401,13 @@ def loaded(pipeline_class, folder):
     return pipe
 
 
-@pytest.mark.parametrize("build", [flux, sd3])
+@pytest.mark.parametrize("build", [flux, sd3, lumina2])
 @pytest.mark.parametrize("facts", [{}, {"shift": 1.0, "use_dynamic_shifting": False}])
 def test_plans_know_how_a_pipeline_asks_for_its_timesteps(build, facts):
-    """FLUX gives sigmas of its own and SD3 does not, with dynamic shifting and without."""
+    """FLUX gives sigmas of its own, SD3 does not, and Lumina 2 miscounts its tokens."""
     name = build.__name__
     facts = facts or {"use_dynamic_shifting": True}
-    case = PipeCase(lambda: build(**facts), SQUARE | TEXT, (1, 8, 8), PIPES[name].text)
+    case = replace(PIPES[name], build=lambda: build(**facts))
     pipe = case.pipe()
     handle = case.elastic(pipe)
     for fraction in (0.3, 0.5, 0.7):
@@ -364,6 +428,25 @@ def test_a_time_rounded_to_the_latents_dtype_does_not_change_the_plan():
             handle.schedule = Schedule.weak_first(1 - edge)
             case.draw(pipe, guided=False, num_inference_steps=10)
             assert_kept(case, handle, guided=False, steps=10)
+
+
+def test_a_copied_pipeline_has_noise_levels_of_its_own():
+    """The original's timesteps are near enough to be taken for rounded ones."""
+    case = PIPES["sd3"]
+    pipe = case.pipe()
+    handle = case.elastic(pipe)
+    handle.schedule = Schedule.weak_first(0.5)
+    case.draw(pipe)
+    other = copy.deepcopy(pipe)
+    other.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.01)
+    before = handle.report()
+    case.draw(other)
+    own = [level / 1000 for level in other.scheduler.timesteps.tolist()]
+    assert [call.level for call in handle_of(other).report().calls] == own
+    assert [call.level for call in before.calls][1:] != own[1:]
+    assert handle.report() == before
+    scheduled = handle_of(other).plan(STEPS, scheduler=other.scheduler, grid=case.grid)
+    assert [step.level for step in scheduled.steps] == own
 
 
 class TestTwoTransformers:

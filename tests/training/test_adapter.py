@@ -169,3 +169,48 @@ def test_a_batch_without_a_noisy_enough_picture_has_a_gradient(adapter_recipe):
 def test_illegal_settings_are_named(adapter_recipe, override, error, words):
     with pytest.raises(error, match=words):
         AdapterTask(load_recipe(adapter_recipe, [override]))
+
+
+def test_going_on_from_an_adapter_trains_the_named_size_only(run, tmp_path):
+    _, first = run()
+    start = load_file(first / "adapter.safetensors")
+    folder = tmp_path / "start"
+    shutil.copytree(first, folder)
+    shutil.rmtree(tmp_path / "adapter-run")
+    task, second = run(f"adapter.init_from={folder}", "adapter.trained=[2]")
+    assert [mode for mode, _ in task.modes] == [Mode(2)]
+    found = load_file(second / "adapter.safetensors")
+    changed = {name for name in start if not torch.equal(start[name], found[name])}
+    assert changed == {name for name in start if "patch2" in name.split(".")}
+
+
+def test_the_teacher_in_bfloat16_gives_nearly_the_same_loss(run, tmp_path):
+    run("loop.images=32")
+    exact = losses(tmp_path)[0]
+    shutil.rmtree(tmp_path / "adapter-run")
+    run("loop.images=32", "adapter.teacher_dtype=bfloat16")
+    assert losses(tmp_path)[0] == pytest.approx(exact, rel=0.02)
+    assert losses(tmp_path)[0] != exact
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "adapter.trained=[3]",
+            r"adapter.trained = \[3\] is out of range; legal: sizes of \[2, 4\]",
+        ),
+        ("adapter.teacher_dtype=int8", "adapter.teacher_dtype = 'int8' .*legal: float32, bfloat16"),
+        ("adapter.init_from=nowhere", "nowhere"),
+    ],
+)
+def test_bad_starts_are_refused(adapter_recipe, override, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        AdapterTask(load_recipe(adapter_recipe, [override]))
+
+
+def test_an_adapter_of_another_kind_is_no_start(run, adapter_recipe, tmp_path):
+    _, export = run()
+    overrides = [f"adapter.init_from={export}", "adapter.rank=8"]
+    with pytest.raises(ValueError, match=r"adapter.init_from = .* holds FlexiDiT.*rank=4.*legal"):
+        AdapterTask(load_recipe(adapter_recipe, overrides))

@@ -30,7 +30,8 @@ class AuraFlowBackbone(Backbone):
     """Double blocks, then single ones; eight register tokens stand before the text's.
 
     The table is cropped from the middle. Patches are cut by a reshape and embedded by a linear
-    layer.
+    layer. The pipeline keeps to itself whether guidance is on: without it, two prompts that start
+    from the same noise look like two branches in their first step.
     """
 
     model_class = "AuraFlowTransformer2DModel"

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from elastic_dit.cost import TransformerShape
 from elastic_dit.mode import Mode
-from elastic_dit.ops.patching import Triple, coarse_grid, from_base, to_grouped
+from elastic_dit.ops.patching import Triple, coarse_grid, from_base, group, to_grouped
 from elastic_dit.routing import Router
 
 Call = dict[str, Any]
@@ -172,10 +173,14 @@ class Backbone(ABC):
         """
         return iter(())
 
+    def projections(self, model: Model) -> tuple[Model, Model]:
+        """The layers that project patches into the model and out of it."""
+        module = model.get_submodule(self.embed)
+        return getattr(module, "proj", module), model.get_submodule(self.output)
+
     def embed_kernel(self, model: Model) -> tuple[Tensor, Tensor]:
         """Weight ``(D, C, pt, ph, pw)`` and bias ``(D,)`` of the base patch embedding."""
-        module = model.get_submodule(self.embed)
-        layer = getattr(module, "proj", module)
+        layer, _ = self.projections(model)
         patch, weight = self.patch(model), layer.weight
         if weight.ndim == 2:
             kernel = from_base(
@@ -187,7 +192,7 @@ class Backbone(ABC):
 
     def output_rows(self, model: Model) -> tuple[Tensor, Tensor]:
         """Weight ``(D, C, pt, ph, pw)`` and bias ``(1, C, pt, ph, pw)`` of the base output."""
-        layer, patch = model.get_submodule(self.output), self.patch(model)
+        (_, layer), patch = self.projections(model), self.patch(model)
         bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
         channels = len(bias) // math.prod(patch)
         rows = from_base(layer.weight.T, channels, patch, self.output_layout)
@@ -198,8 +203,7 @@ class Backbone(ABC):
         self, model: Model, embed: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]
     ) -> None:
         """Write a base patch embedding and output projection, formed as those two above."""
-        module, last = model.get_submodule(self.embed), model.get_submodule(self.output)
-        layer, one = getattr(module, "proj", module), (1, 1, 1)
+        (layer, last), one = self.projections(model), (1, 1, 1)
         kernel = to_grouped(embed[0], one, self.embed_layout)
         layer.weight.copy_(kernel if layer.weight.ndim == 2 else embed[0].view_as(layer.weight))
         last.weight.copy_(to_grouped(output[0], one, self.output_layout).T)
@@ -314,6 +318,28 @@ class Backbone(ABC):
                     "tokens; legal together with it: full mode"
                 )
 
+    def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
+        """Timesteps of a run of a latent with this base grid, as a pipeline of the class asks."""
+        facts, given = scheduler.config, {}
+        if facts.get("use_dynamic_shifting", False):
+            given["mu"] = self.shift(facts, math.prod(grid), steps)
+        if self.own_sigmas and not facts.get("use_flow_sigmas", False):
+            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **given)
+        else:
+            scheduler.set_timesteps(steps, **given)
+
+    def shift(self, scheduler: dict[str, Any], tokens: int, steps: int) -> float:
+        """What pipelines give a scheduler with dynamic shifting as ``mu``.
+
+        Args:
+            scheduler: its config.
+            tokens: base tokens of the picture.
+        """
+        low = scheduler.get("base_image_seq_len", 256)
+        high = scheduler.get("max_image_seq_len", 4096)
+        least, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+        return least + (tokens - low) * (most - least) / (high - low)
+
     def check_grid(self, grid: Triple, mode: Mode) -> None:
         """Refuse a latent smaller than one coarse patch.
 
@@ -345,6 +371,15 @@ def rows(call: Call, index: slice, total: int) -> Call:
         return value
 
     return {key: cut(value) for key, value in call.items()}
+
+
+def grouped_times(times_BN: Tensor, grid: Triple, mode: Mode) -> Tensor:
+    """Times of a mode's tokens ``(B, n)``, where each base token has a time of its own.
+
+    A group is as noisy as its noisiest token; frames that are given fill groups of their own only
+    if the mode joins none.
+    """
+    return group(times_BN.unflatten(1, grid)[..., None], mode.patch_scale).amax(dim=2)
 
 
 def linear_macs(module: Model, pattern: str = "", *, but: str | None = None) -> int:

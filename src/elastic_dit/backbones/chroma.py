@@ -17,8 +17,7 @@ from elastic_dit.routing import Router
 class ChromaBackbone(FluxBackbone):
     """The attention mask covers text and picture.
 
-    The pipeline calls twice per step but opens no `cache_context`, so both branches run in the
-    conditional branch's mode unless the caller opens one.
+    The pipeline calls twice per step with the same latent and opens no `cache_context`.
     """
 
     model_class = "ChromaTransformer2DModel"
@@ -42,8 +41,10 @@ class ChromaBackbone(FluxBackbone):
         image = group(mask[:, text:].unflatten(1, router.grid)[..., None], mode.patch_scale)
         return call | {"attention_mask": torch.cat([mask[:, :text], image.amax(dim=2)], dim=1)}
 
-    def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
-        shape = super().shape(model, grid, text_tokens)
+    def shape(
+        self, model: Model, grid: Triple, text_tokens: int, others: int = 0
+    ) -> TransformerShape:
+        shape = super().shape(model, grid, text_tokens, others)
         vectors = len(model.time_text_embed.mod_proj)  # one per shift, scale and gate of all blocks
         modulation = vectors * linear_macs(model.distilled_guidance_layer)
         return replace(shape, picture_macs=shape.picture_macs + modulation)

@@ -7,13 +7,15 @@ tokens gets phases made for it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from elastic_dit.backbones.base import Backbone, Call, Model, linear_macs
+from elastic_dit.backbones.base import Backbone, Model, linear_macs
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
@@ -41,9 +43,21 @@ class CogView4Backbone(Backbone):
         "out_channels",
         "text_embed_dim",
     )
+    residuals = ("image_rotary_emb",)
     output_layout = "Cthw"
     conditional_first = None
     low_rank = (("transformer_blocks", (*ATTENTION, "ff.net.0.proj", "ff.net.2")),)
+
+    def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
+        facts = scheduler.config
+        times = np.linspace(facts.num_train_timesteps, 1.0, steps).astype(np.int64)
+        low = facts.get("base_image_seq_len", 256)
+        mu = (math.prod(grid) / low) ** 0.5 * facts.get("max_shift", 0.75)
+        scheduler.set_timesteps(
+            timesteps=times.astype(np.float32),
+            sigmas=times / facts.num_train_timesteps,
+            mu=mu + facts.get("base_shift", 0.25),
+        )
 
     def phases(
         self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
@@ -60,14 +74,6 @@ class CogView4Backbone(Backbone):
         row = rows.repeat_interleave(len(columns), dim=0)
         angles = torch.cat([row, columns.repeat(len(rows), 1)] * 2, dim=1)
         return angles.cos(), angles.sin()
-
-    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
-        if call.get("image_rotary_emb") is not None and not mode.is_full:
-            raise ValueError(
-                "image_rotary_emb holds phases of base tokens, which mode "
-                f"{mode.name!r} has not; legal: None, or full mode"
-            )
-        return call
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         side = model.config.sample_size // model.config.patch_size

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModelOutput
 from torch import Tensor
 
@@ -14,8 +12,6 @@ from elastic_dit.backbones.flux import ATTENTION, TEXT, FluxBackbone
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
-from elastic_dit.ops.positions import group_centres
-from elastic_dit.routing import Router
 
 
 class Flux2Backbone(FluxBackbone):
@@ -32,12 +28,8 @@ class Flux2Backbone(FluxBackbone):
         ("single_transformer_blocks", ("attn.to_qkv_mlp_proj", "attn.to_out")),
     )
 
-    def grid(self, model: Model, call: Call) -> Triple:
-        # References whose keys and values are kept stand before the picture, others behind it.
-        return first_grid(call["img_ids"], call.get("num_ref_tokens", 0))
-
-    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
-        return call | {"img_ids": centre_ids(call["img_ids"], router.grid, mode)}
+    def references_before(self, call: Call) -> int:
+        return call.get("num_ref_tokens", 0)  # those whose keys and values are kept
 
     def check_call(self, call: Call, mode: Mode) -> None:
         super().check_call(call, mode)
@@ -46,16 +38,6 @@ class Flux2Backbone(FluxBackbone):
                 f"kv_cache_mode = {call['kv_cache_mode']!r} adds the tokens of reference pictures, "
                 f"and mode {mode.name!r} takes none; legal with them: full mode"
             )
-        tokens, own = call["hidden_states"].shape[1], math.prod(first_grid(call["img_ids"]))
-        if tokens != own:
-            raise ValueError(
-                f"img_ids name {tokens} tokens, {own} of them of the first picture, and mode "
-                f"{mode.name!r} takes no others; legal with reference pictures: full mode"
-            )
-
-    def size(self, model: Model, call: Call) -> tuple[Any, ...]:
-        grid, text_tokens = super().size(model, call)
-        return grid, text_tokens, call["hidden_states"].shape[1] - math.prod(grid)
 
     def shape(
         self, model: Model, grid: Triple, text_tokens: int, others: int = 0
@@ -79,37 +61,10 @@ class Flux2Backbone(FluxBackbone):
         )
         return with_other_pictures(shape, others)
 
+    def shift(self, scheduler: dict[str, Any], tokens: int, steps: int) -> float:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu  # transformers
+
+        return compute_empirical_mu(tokens, steps)
+
     def wrap_output(self, sample: Tensor) -> Any:
         return Flux2Transformer2DModelOutput(sample=sample)
-
-
-def first_grid(ids: Tensor, skip: int = 0) -> Triple:
-    """Base grid of the first picture in position ids ``(N, 4)``, ``skip`` tokens aside.
-
-    Raises:
-        ValueError: its ids are not one whole grid.
-    """
-    ids = (ids[0] if ids.ndim == 3 else ids)[skip:]
-    if ids.is_meta:  # no numbers to read: counting costs only
-        side = math.isqrt(len(ids))
-        return 1, side, len(ids) // side
-    ids = ids.cpu()
-    ids = ids[ids[:, 0] == ids[0, 0]]
-    height, width = (int(n) + 1 for n in ids[-1, 1:3] - ids[0, 1:3])
-    if height * width != len(ids):
-        raise ValueError(
-            f"img_ids name {len(ids)} tokens up to row {height - 1} and column {width - 1}, which "
-            "is no whole grid; legal: each picture row by row, at a time of its own"
-        )
-    return 1, height, width
-
-
-def centre_ids(ids: Tensor, grid: Triple, mode: Mode) -> Tensor:
-    """Position ids of the centres of a mode's groups; no longer whole numbers."""
-    first = (ids[0] if ids.ndim == 3 else ids)[0].float()
-    _, kh, kw = mode.patch_scale
-    rows = group_centres(grid[1], kh, first.device).to(first) + first[1]
-    columns = group_centres(grid[2], kw, first.device).to(first) + first[2]
-    centres = first.repeat(len(rows) * len(columns), 1)
-    centres[:, 1:3] = torch.cartesian_prod(rows, columns)
-    return centres

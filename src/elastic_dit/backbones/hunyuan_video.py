@@ -49,6 +49,7 @@ class HunyuanVideoBackbone(Backbone):
     output_layout = "Cthw"
     axes = "thw"
     conditional_first = None
+    own_sigmas = True
     low_rank = (
         ("transformer_blocks", (*ATTENTION, "attn.to_out.0", "ff.net.0.proj", "ff.net.2")),
         ("single_transformer_blocks", (*ATTENTION, "proj_mlp", "proj_out")),

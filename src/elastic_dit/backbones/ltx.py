@@ -8,16 +8,16 @@ many turns between neighbours, so phases are never averaged; coordinates are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from elastic_dit.backbones.base import Backbone, Call, Model, linear_macs
+from elastic_dit.backbones.base import Backbone, Call, Model, grouped_times, linear_macs
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
-from elastic_dit.ops.patching import Triple, group
+from elastic_dit.ops.patching import Triple
 from elastic_dit.ops.positions import coordinate_centres, group_centres
 from elastic_dit.routing import Router
 
@@ -29,6 +29,7 @@ class LTXBackbone(Backbone):
     """Cross-attention; unconditional rows first; given frames may have times of their own."""
 
     model_class = "LTXVideoTransformer3DModel"
+    own_sigmas = True
     embed = "proj_in"
     output = "proj_out"
     rotary = "rope"
@@ -65,6 +66,14 @@ class LTXBackbone(Backbone):
             )
         super().check_grid(grid, mode)
 
+    def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
+        if type(pipe).__name__ != "LTXConditionPipeline":
+            return super().set_timesteps(scheduler, steps, grid, pipe)
+        from diffusers.pipelines.ltx import pipeline_ltx_condition  # needs transformers
+
+        times = pipeline_ltx_condition.linear_quadratic_schedule(steps) * 1000
+        return scheduler.set_timesteps(timesteps=times)
+
     def phases(
         self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
     ) -> Any:
@@ -85,9 +94,12 @@ class LTXBackbone(Backbone):
     def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
         if not times_of_tokens(call):
             return call
-        # A group is as noisy as its noisiest token; given frames only fill groups of their own.
-        grouped = group(call["timestep"].unflatten(1, router.grid)[..., None], mode.patch_scale)
-        return call | {"timestep": grouped.amax(dim=2)}
+        return call | {"timestep": grouped_times(call["timestep"], router.grid, mode)}
+
+    def text_layers(self, model: Model) -> Iterator[nn.Module]:
+        for block in model.transformer_blocks:
+            yield block.attn2.to_k
+            yield block.attn2.to_v
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (21, 16, 22), 128
@@ -110,6 +122,7 @@ class LTXBackbone(Backbone):
             attention=(Attention(depth, d), Attention(depth, d, "cross")),
             text_tokens=text_tokens,
             text_macs=linear_macs(blocks, TEXT),
+            text_once=linear_macs(blocks, TEXT),
             picture_macs=(not times_per_token) * times
             + text_tokens * linear_macs(model.caption_projection),
             adapted=self.adapted_macs(model),

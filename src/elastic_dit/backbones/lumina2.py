@@ -33,8 +33,8 @@ class Lumina2Backbone(Backbone):
     """Refiners of text and of picture, then one sequence of both without the text's padding.
 
     The rotary module also cuts the latent into patches and tells the rows' lengths. Time runs from
-    0, noise, to 1. The pipeline calls twice per step but opens no `cache_context`, so both branches
-    run in the conditional branch's mode unless the caller opens one.
+    0, noise, to 1. The pipeline calls twice per step with the same latent and opens no
+    `cache_context`.
     """
 
     model_class = "Lumina2Transformer2DModel"
@@ -87,6 +87,11 @@ class Lumina2Backbone(Backbone):
             # The stock un-patchify reads this very list, which so far counts coarse tokens.
             totals[row] = text + base
         return joint
+
+    def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
+        # The pipeline takes the channels of its latent for a number of tokens.
+        channels = 16 if pipe is None else pipe.transformer.config.in_channels
+        super().set_timesteps(scheduler, steps, (1, 1, channels), pipe)
 
     def level_of(self, time: float) -> float:
         return 1 - time

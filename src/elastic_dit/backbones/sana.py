@@ -16,7 +16,7 @@ from elastic_dit.backbones.patch_embed import PatchEmbedBackbone
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple, coarse_grid
-from elastic_dit.routing import ROUTER, Router
+from elastic_dit.routing import ROUTER
 
 TEXT = r"attn2\.to_[kv]$"
 
@@ -42,17 +42,10 @@ class SanaBackbone(PatchEmbedBackbone):
         "mlp_ratio",
         "guidance_embeds",
     )
+    residuals = ("controlnet_block_samples",)
     low_rank = (
         ("transformer_blocks", ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")),
     )
-
-    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
-        if call.get("controlnet_block_samples") is not None and not mode.is_full:
-            raise ValueError(
-                "controlnet_block_samples hold one residual per base token, which mode "
-                f"{mode.name!r} has not; legal with ControlNet: full mode"
-            )
-        return call
 
     def block_hooks(self, model: Model) -> Iterator[tuple[nn.Module, BlockHook]]:
         for block in model.transformer_blocks:
@@ -70,6 +63,11 @@ class SanaBackbone(PatchEmbedBackbone):
                 f"timestep_scale = {config.timestep_scale}; legal: 1 (times from 0 to 1000), or "
                 "guidance_embeds = True (times from 0 to 1)"
             )
+
+    def text_layers(self, model: Model) -> Iterator[nn.Module]:
+        for block in model.transformer_blocks:
+            yield block.attn2.to_k
+            yield block.attn2.to_v
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, *pair(model.config.sample_size, model.config.patch_size)), 300
@@ -94,6 +92,7 @@ class SanaBackbone(PatchEmbedBackbone):
             attention=(Attention(depth, across, "cross"),),
             text_tokens=text_tokens,
             text_macs=linear_macs(blocks, TEXT),
+            text_once=linear_macs(blocks, TEXT),
             picture_macs=linear_macs(model.time_embed)
             + text_tokens * linear_macs(model.caption_projection),
             adapted=self.adapted_macs(model),

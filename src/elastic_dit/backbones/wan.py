@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from elastic_dit.backbones.base import Backbone, Call, Model, linear_macs
+from elastic_dit.backbones.base import Backbone, Call, Model, grouped_times, linear_macs
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
-from elastic_dit.ops.patching import Triple, group
+from elastic_dit.ops.patching import Triple
 from elastic_dit.ops.positions import real_rotary_centres
 from elastic_dit.routing import Router
 
@@ -64,12 +64,9 @@ class WanBackbone(Backbone):
         return tuple(table[None, :, None].to(cos) for table in centres)
 
     def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
-        time = call["timestep"]
-        if time.ndim != 2:
+        if call["timestep"].ndim != 2:
             return call
-        # A group is as noisy as its noisiest token; given frames only fill groups of their own.
-        grouped = group(time.unflatten(1, router.grid)[..., None], mode.patch_scale)
-        return call | {"timestep": grouped.amax(dim=2)}
+        return call | {"timestep": grouped_times(call["timestep"], router.grid, mode)}
 
     def text_layers(self, model: Model) -> Iterator[nn.Module]:
         for block in model.blocks:

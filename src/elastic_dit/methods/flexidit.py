@@ -159,6 +159,9 @@ class SharedSizes(Sizes):
             mode is the stock path with the base weights that `write_base` has materialised.
     """
 
+    flex_bias: Tensor
+    flex_out_bias: Tensor
+
     def __init__(self, method: FlexiDiT, model: nn.Module, backbone: Backbone) -> None:
         super().__init__()
         kernel, bias = (x.detach() for x in backbone.embed_kernel(model))
@@ -169,9 +172,13 @@ class SharedSizes(Sizes):
         self.layouts = backbone.embed_layout, backbone.output_layout
         self.live = False
         self.flex_embed = nn.Parameter(resize_embedding(kernel, u, "box"))
-        self.flex_bias = nn.Parameter(bias.clone())
         self.flex_out = nn.Parameter(resize_output(rows, u, "box"))
-        self.flex_out_bias = nn.Parameter(resize_output(row_bias, u, "box"))
+        biases = {"flex_bias": bias.clone(), "flex_out_bias": resize_output(row_bias, u, "box")}
+        for (name, value), layer in zip(biases.items(), backbone.projections(model), strict=True):
+            if layer.bias is None:  # a bias could not be written back into the base: it stays zero
+                self.register_buffer(name, value)
+            else:
+                self.register_parameter(name, nn.Parameter(value))
         self.size_embeds, self.size_gains, self.size_shifts = (nn.ParameterDict() for _ in range(3))
         for mode in method.modes:
             self.size_embeds[mode.name] = nn.Parameter(torch.zeros(width).to(kernel))

@@ -18,6 +18,7 @@ import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
+from elastic_dit.checkpoint import Adapter, load_adapter
 from elastic_dit.checks import require
 from elastic_dit.elastify import elastify
 from elastic_dit.engine import is_new
@@ -37,7 +38,10 @@ class AdapterSettings:
     Args:
         base: folder of the trained base model.
         recipe: ``lora`` or ``shared``.
+        init_from: folder of an adapter of this base to start from; its method replaces ``recipe``,
+            ``scales``, ``rank`` and ``resize``, which must agree.
         scales: coarse sizes, in base patches per axis.
+        trained: the sizes of them to train (lora); all by default. The others stay as they start.
         min_levels: noise level below which a size is not trained, one per scale. The largest
             patches are only used on noisy pictures, and cannot represent clean ones.
         full_share: share of the steps that train full mode (shared).
@@ -49,7 +53,9 @@ class AdapterSettings:
     """
 
     base: str
+    init_from: str = ""
     recipe: str = "lora"
+    trained: list[int] = field(default_factory=list)
     scales: list[int] = field(default_factory=lambda: [2, 4])
     min_levels: list[float] = field(default_factory=lambda: [0.0, 0.0])
     rank: int = 32
@@ -69,6 +75,12 @@ class AdapterSettings:
         require(0 <= self.full_share < 1, "adapter.full_share", self.full_share, "[0, 1)")
         require(0 <= self.label_dropout < 1, "adapter.label_dropout", self.label_dropout, "[0, 1)")
         require(self.level_std > 0, "adapter.level_std", self.level_std, "> 0")
+        require(
+            set(self.trained) <= set(self.scales) and not (self.trained and self.recipe != "lora"),
+            "adapter.trained",
+            self.trained,
+            f"sizes of {self.scales}, with recipe 'lora'",
+        )
         known = self.teacher_dtype in TEACHER_DTYPES
         require(known, "adapter.teacher_dtype", self.teacher_dtype, ", ".join(TEACHER_DTYPES))
         require(0 <= self.weak_fraction <= 1, "adapter.weak_fraction", self.weak_fraction, "[0, 1]")
@@ -93,15 +105,37 @@ class AdapterTask:
         )
         self.module: Any = DiTTransformer2DModel.from_pretrained(settings.base)
         self.module.eval()
-        self.handle = elastify(self.module, method)
+        self.handle = elastify(self.module, self._start(method))
         self.shared = settings.recipe == "shared"
         for name, parameter in self.module.named_parameters():
-            parameter.requires_grad_(self.shared or is_new(name))
+            parameter.requires_grad_(self.shared or self._trains(name))
         if self.shared:
             sizes = self._shared_sizes()
             sizes.live = True
             for module in (self.module.pos_embed.proj, self.module.proj_out_2):
                 module.requires_grad_(False)  # the underlying weights stand in for them
+
+    @property
+    def modes(self) -> list[tuple[Mode, float]]:
+        """The modes to train, each with the noise level below which it is not."""
+        settings, modes = self.settings, self.handle.method.modes
+        chosen = zip(modes, settings.scales, settings.min_levels, strict=True)
+        return [(m, low) for m, k, low in chosen if not settings.trained or k in settings.trained]
+
+    def _start(self, method: FlexiDiT) -> FlexiDiT | Adapter:
+        if not self.settings.init_from:
+            return method
+        adapter = load_adapter(self.settings.init_from)
+        if adapter.method != method:
+            raise ValueError(
+                f"adapter.init_from = {self.settings.init_from!r} holds {adapter.method}; legal: "
+                f"{method}, as the recipe says"
+            )
+        return adapter
+
+    def _trains(self, name: str) -> bool:
+        """Whether a new parameter belongs to a mode that is trained."""
+        return is_new(name) and any(mode.name in name.split(".") for mode, _ in self.modes)
 
     def to(self, device: torch.device) -> None:
         """Nothing but the module."""
@@ -132,7 +166,7 @@ class AdapterTask:
         with torch.no_grad(), reduced:
             teacher = self._predict(model, batch, FULL)
         total = batch.x.new_zeros(())
-        for mode, lowest in zip(self.handle.method.modes, self.settings.min_levels, strict=True):
+        for mode, lowest in self.modes:
             keep = batch.noisier_than(lowest)
             student = self._predict(model, batch.where(keep), mode)
             total = total + (student - teacher[keep]).square().mean()

@@ -1,0 +1,192 @@
+"""What the contract does not say of single classes: exact positions at every scale, refusals."""
+
+from __future__ import annotations
+
+import diffusers
+import pytest
+import torch
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
+from tests.backbones import tiny
+from tests.backbones.tiny import CASES
+
+from elastic_dit import FULL, FlexiDiT, Mode, elastify
+from elastic_dit.ops.positions import group_centres, real_rotary_centres
+
+TIME = 700.0
+
+
+def elastic(name, **method):
+    """A tiny model of a case, made elastic."""
+    case = CASES[name]
+    return elastify(case.model(), FlexiDiT(**{"rank": 3, "scales": case.scales, **method}))
+
+
+@torch.no_grad()
+def output(model, call):
+    return model(**call).sample
+
+
+def returned(handle, module, call, mode):
+    """What a submodule returned in a mode."""
+    outputs = []
+    hook = handle.model.get_submodule(module).register_forward_hook(
+        lambda _module, _args, result: outputs.append(result)
+    )
+    with handle.using(mode):
+        output(handle.model, call)
+    hook.remove()
+    return outputs[0]
+
+
+@pytest.mark.parametrize("scale", [(1, 1, 1), (1, 2, 2), (2, 3, 4), (1, 5, 6)])
+def test_real_rotary_centres_are_phases_of_the_centres_beyond_a_ragged_border_too(scale):
+    grid, dims = (3, 7, 10), (4, 6, 6)
+
+    def table(axes):
+        places = torch.meshgrid(*axes, indexing="ij")
+        facts = {"use_real": True, "freqs_dtype": torch.float64}
+        parts = [
+            get_1d_rotary_pos_embed(d, place.reshape(-1), 256.0, **facts)
+            for d, place in zip(dims, places)
+        ]
+        return [torch.cat(halves, dim=1).float() for halves in zip(*parts)]
+
+    cos, sin = table([torch.arange(n, dtype=torch.float64) for n in grid])
+    expected = table([group_centres(n, k) for n, k in zip(grid, scale)])
+    for found, right in zip(real_rotary_centres(cos, sin, grid, scale), expected):
+        torch.testing.assert_close(found, right, atol=3e-6, rtol=0)
+
+
+class TestLTX:
+    def test_positions_are_centres_in_seconds_and_pixels(self):
+        handle, grid = elastic("ltx"), (4, 8, 6)
+        call = tiny.ltx_call(1, grid, TIME)
+        axes = [group_centres(n, 2).float() * unit for n, unit in zip(grid, (8 / 25, 32, 32))]
+        centres = torch.cartesian_prod(*axes).T[None]
+        right = CASES["ltx"].model().rope(call["hidden_states"], video_coords=centres)
+        found = returned(handle, "rope", call, Mode((2, 2, 2)))
+        torch.testing.assert_close(found, right)
+
+    def test_the_grid_is_read_from_coordinates(self):
+        handle = elastic("ltx")
+        call = tiny.ltx_coordinates_call(2, (3, 7, 6), TIME)
+        bare = without_sides(call)
+        for other in (bare, bare | {"num_frames": 1, "height": 1, "width": 1}):
+            assert handle.backbone.grid(handle.model, other) == (3, 7, 6)
+            for mode in (FULL, *handle.modes):
+                if mode != Mode(4):  # has its own rows beyond the border
+                    with handle.using(mode):
+                        assert torch.equal(output(handle.model, other), output(handle.model, call))
+
+    def test_given_frames_beside_the_grid_run_in_full_mode_only(self):
+        handle, stock = elastic("ltx"), CASES["ltx"].model()
+        call = tiny.ltx_coordinates_call(2, (3, 7, 6), TIME)
+        latent, places, times = (call[k] for k in ("hidden_states", "video_coords", "timestep"))
+        frame = slice(0, 42)
+        more = without_sides(call) | {
+            "hidden_states": torch.cat([latent[:, frame], latent], dim=1),
+            "video_coords": torch.cat([places[:, :, frame], places], dim=2),
+            "timestep": torch.cat([times[:, frame], times], dim=1),
+        }
+        with handle.using(FULL):
+            assert torch.equal(output(handle.model, more), output(stock, more))
+        refusal = pytest.raises(ValueError, match=r"video_coords name 168 .*legal: full mode")
+        with handle.using(Mode(2)), refusal:
+            output(handle.model, more)
+
+    def test_one_time_may_be_given_with_or_without_a_token_axis(self):
+        handle = elastic("ltx")
+        call = tiny.ltx_coordinates_call(2, (3, 7, 6), TIME)
+        column = call | {"timestep": torch.full((2, 1), TIME)}
+        with handle.using(Mode(2)):
+            flat = output(handle.model, call | {"timestep": torch.full((2,), TIME)})
+            assert torch.equal(output(handle.model, column), flat)
+        assert handle.backbone.level(column) == 0.7
+        assert handle.backbone.level(call) == 0.7
+
+
+def without_sides(call):
+    return {key: x for key, x in call.items() if key not in ("num_frames", "height", "width")}
+
+
+class TestCogVideoX:
+    def test_sine_cosine_positions_are_those_of_the_centres(self):
+        handle, grid = elastic("cogvideox-2b"), (4, 8, 8)
+        module, router = handle.model.patch_embed, handle._engine.router
+        router.grid = grid
+        stored = module.pos_embedding[:, module.max_text_seq_length :].float()
+        torch.testing.assert_close(handle.backbone.positions(module, router, FULL), stored)
+        coarse = handle.backbone.positions(module, router, Mode((1, 3, 3)))
+        middle = stored.unflatten(1, grid)[:, :, 1::3, 1::3][:, :, :2, :2]
+        torch.testing.assert_close(coarse.unflatten(1, (4, 3, 3))[:, :, :2, :2], middle)
+
+    def test_learned_positions_have_one_size(self):
+        handle = elastic("cogvideox-5b-image")
+        call = tiny.cogvideox_rotary_call(1, (4, 4, 16), TIME)
+        refusal = pytest.raises(ValueError, match=r"learned positions .*legal in coarse")
+        with handle.using(Mode(2)), refusal:
+            output(handle.model, call)
+
+
+class TestSana:
+    def test_residuals_of_a_controlnet_are_for_full_mode(self):
+        handle = elastic("sana")
+        call = tiny.sana_call(1, (1, 8, 8), TIME)
+        call["controlnet_block_samples"] = (torch.zeros(1, 64, 32),)
+        with handle.using(FULL):
+            output(handle.model, call)
+        refusal = pytest.raises(ValueError, match=r"controlnet_block_samples .*full mode")
+        with handle.using(Mode(2)), refusal:
+            output(handle.model, call)
+
+    def test_noise_levels_of_both_generations(self):
+        backbone = elastic("sana").backbone
+        assert backbone.level(tiny.sana_call(1, (1, 8, 8), TIME)) == 0.7
+        sprint = tiny.sana_sprint_call(1, (1, 8, 8), TIME)
+        assert backbone.level(sprint) == pytest.approx(0.7)
+
+    def test_another_time_scale_is_refused(self):
+        model = diffusers.SanaTransformer2DModel(**CASES["sana"].config, timestep_scale=0.001)
+        with pytest.raises(ValueError, match=r"timestep_scale = 0\.001; legal: 1"):
+            elastify(model, FlexiDiT())
+
+
+class TestHunyuanVideo:
+    CONFIG = CASES["hunyuan-video"].config
+
+    def test_replaced_tokens_are_refused(self):
+        model = diffusers.HunyuanVideoTransformer3DModel(
+            **self.CONFIG, image_condition_type="token_replace"
+        )
+        with pytest.raises(ValueError, match=r"token_replace.*legal: None"):
+            elastify(model, FlexiDiT())
+
+    def test_pictures_in_more_channels_work(self):
+        config = {**self.CONFIG, "in_channels": 9, "image_condition_type": "latent_concat"}
+        model = diffusers.HunyuanVideoTransformer3DModel(**config)
+        handle = elastify(model, FlexiDiT(rank=2))
+        call = tiny.hunyuan_video_call(1, (2, 4, 4), TIME)
+        call["hidden_states"] = tiny.noise(1, 9, 2, 8, 8)
+        with handle.using(Mode(2)):
+            assert output(model, call).shape == (1, 4, 2, 8, 8)
+
+
+class TestCogView4:
+    CALL = tiny.cogview4_call(1, (1, 7, 6), TIME)
+
+    def test_given_phases_are_for_full_mode(self):
+        handle = elastic("cogview4", scales=(2, 3))
+        call = self.CALL | {"image_rotary_emb": handle.model.rope(self.CALL["hidden_states"])}
+        with handle.using(FULL):
+            output(handle.model, call)
+        refusal = pytest.raises(ValueError, match=r"image_rotary_emb .*full mode")
+        with handle.using(Mode(2)), refusal:
+            output(handle.model, call)
+
+    def test_odd_groups_have_their_middle_tokens_phases(self):
+        handle = elastic("cogview4", scales=(2, 3))
+        tables = returned(handle, "rope", self.CALL, Mode(3))
+        stock = CASES["cogview4"].model().rope(self.CALL["hidden_states"])
+        for found, own in zip(tables, stock):
+            middle = own.unflatten(0, (7, 6))[1:6:3, 1:6:3].flatten(0, 1)
+            torch.testing.assert_close(found.unflatten(0, (3, 2))[:2].flatten(0, 1), middle)
