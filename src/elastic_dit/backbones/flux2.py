@@ -32,12 +32,12 @@ class Flux2Backbone(FluxBackbone):
         return call.get("num_ref_tokens", 0)  # those whose keys and values are kept
 
     def check_call(self, call: Call, mode: Mode) -> None:
-        super().check_call(call, mode)
         if call.get("kv_cache_mode") is not None:
             raise ValueError(
                 f"kv_cache_mode = {call['kv_cache_mode']!r} adds the tokens of reference pictures, "
                 f"and mode {mode.name!r} takes none; legal with them: full mode"
             )
+        super().check_call(call, mode)
 
     def shape(
         self, model: Model, grid: Triple, text_tokens: int, others: int = 0
