@@ -15,12 +15,13 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    scripts = ["speed.py"]
+    scripts = [["speed.py"], ["architectures.py", "--reduced"]]
     if torch.cuda.is_available():
-        scripts.append("architectures.py")
-    for script in scripts:
-        print(f"== {script} ==", flush=True)
-        subprocess.run([sys.executable, str(HERE / script), *sys.argv[1:]], check=True)
+        scripts.append(["architectures.py"])
+    for script, *options in scripts:
+        print(f"== {' '.join([script, *options])} ==", flush=True)
+        command = [sys.executable, str(HERE / script), *options, *sys.argv[1:]]
+        subprocess.run(command, check=True)
 
 
 if __name__ == "__main__":

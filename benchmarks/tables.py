@@ -24,6 +24,12 @@ def main() -> None:
     parts = []
     speed = load("speed-cpu.json")
     parts.append("## Do seconds follow FLOPs?\n\n" + speed_tables(speed) + source(speed))
+    overhead = load("overhead-cpu.json")
+    parts.append(
+        "## What full mode adds to the stock forward\n\n"
+        + overhead_table(overhead)
+        + source(overhead)
+    )
     table = load("reference-mnist.json")
     figure = "![Quality over FLOPs and over seconds](../docs/images/pareto.png)\n\n"
     parts.append("## Quality over cost\n\n" + figure + quality_table(table) + source(table))
@@ -56,6 +62,18 @@ def speed_tables(speed: dict[str, Any]) -> str:
             lines.append(f"| {row['run']} | {row['flops_ratio']:.3f} | {row['time_ratio']:.3f} |")
         lines.append("")
     return "\n".join(lines)
+
+
+def overhead_table(overhead: dict[str, Any]) -> str:
+    lines = [
+        "The classes of published models with a few narrow blocks and a short sequence.",
+        "",
+        "| model | time of full mode over stock |",
+        "| --- | --- |",
+    ]
+    rows = [row for row in overhead["rows"] if row["run"] == "full"]
+    lines += [f"| {row['model']}, reduced | {row['time_ratio']:.3f} |" for row in rows]
+    return "\n".join(lines) + "\n"
 
 
 def quality_table(table: dict[str, Any]) -> str:
