@@ -1,6 +1,6 @@
 """Do seconds follow FLOPs? The reference model through its whole pipeline, stock against elastic.
 
-    python benchmarks/speed.py [--batch 8 16] [--rounds 9]
+    python benchmarks/speed.py [--batch 8 16 32] [--rounds 9]
 
 Writes benchmarks/results/speed-<cpu|cuda>.json: for each batch size, the time ratio of full mode
 and of each schedule over the stock pipeline, beside its FLOPs ratio.
@@ -32,7 +32,7 @@ SCHEDULES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=25)
     arguments = parser.parse_args()
