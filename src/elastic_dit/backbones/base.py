@@ -31,6 +31,9 @@ Model = Any
 """A live diffusers model or submodule; `nn.Module` as a type would hide its attributes."""
 
 
+Layers = tuple[tuple[str, tuple[str, ...]], ...]
+"""Names of layers inside the blocks of a list, for each list."""
+
 BlockHook = Callable[[nn.Module, tuple, dict[str, Any]], tuple[tuple, dict[str, Any]] | None]
 """``hook(module, args, kwargs)`` as `torch.nn.Module.register_forward_pre_hook` takes it."""
 
@@ -62,6 +65,7 @@ class Backbone(ABC):
         time_scale: time of pure noise, as the model is given it.
         own_sigmas: whether the pipeline gives its scheduler sigmas from 1 down to ``1 / steps``.
         low_rank: layers of self-attention and feed-forward by block list.
+        prompt_only: layers that see nothing but the prompt, by block list.
         residuals: arguments that hold something per base token (ControlNet's residuals), which
             coarse modes refuse.
         packs: whether branches of different modes can share one packed call.
@@ -82,7 +86,8 @@ class Backbone(ABC):
     contexts: tuple[str, ...] = ("uncond",)
     time_scale: float = 1000.0
     own_sigmas: bool = False
-    low_rank: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    low_rank: Layers = ()
+    prompt_only: Layers = ()
     residuals: tuple[str, ...] = ()
     packs: bool = False
     masks_attention: bool = False
@@ -219,14 +224,11 @@ class Backbone(ABC):
 
     def low_rank_layers(self, model: Model) -> Iterator[tuple[str, nn.Linear]]:
         """Linear layers of self-attention and feed-forward, with their names."""
-        for blocks, names in self.low_rank:
-            for index, block in enumerate(model.get_submodule(blocks)):
-                for name in names:
-                    yield f"{blocks}.{index}.{name}", block.get_submodule(name)
+        return _named(model, self.low_rank)
 
     def text_layers(self, model: Model) -> Iterator[nn.Module]:
         """Layers in the blocks whose input depends on the prompt alone, not on the step."""
-        return iter(())
+        return (layer for _, layer in _named(model, self.prompt_only))
 
     def modulation_layers(self, model: Model) -> Iterator[nn.Module]:
         """Modules whose output modulates all tokens of a picture (for packing)."""
@@ -371,6 +373,13 @@ def rows(call: Call, index: slice, total: int) -> Call:
         return value
 
     return {key: cut(value) for key, value in call.items()}
+
+
+def _named(model: Model, layers: Layers) -> Iterator[tuple[str, nn.Linear]]:
+    for blocks, names in layers:
+        for index, block in enumerate(model.get_submodule(blocks)):
+            for name in names:
+                yield f"{blocks}.{index}.{name}", block.get_submodule(name)
 
 
 def grouped_times(times_BN: Tensor, grid: Triple, mode: Mode) -> Tensor:

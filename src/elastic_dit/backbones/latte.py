@@ -37,6 +37,7 @@ class LatteBackbone(PatchEmbedBackbone):
         ("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),
         ("temporal_transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),
     )
+    prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
 
     def output_grid(self, grid: Triple) -> Triple:
         return 1, grid[1], grid[2]
@@ -44,11 +45,6 @@ class LatteBackbone(PatchEmbedBackbone):
     def block_hooks(self, model: Model) -> Iterator[tuple[nn.Module, BlockHook]]:
         for block in model.temporal_transformer_blocks:
             yield block, fewer_times
-
-    def text_layers(self, model: Model) -> Iterator[nn.Module]:
-        for block in model.transformer_blocks:
-            yield block.attn2.to_k
-            yield block.attn2.to_v
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         config = model.config

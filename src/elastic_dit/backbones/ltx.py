@@ -8,11 +8,11 @@ many turns between neighbours, so phases are never averaged; coordinates are.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic_dit.backbones.base import Backbone, Call, Model, grouped_times, linear_macs
 from elastic_dit.cost import Attention, TransformerShape
@@ -47,6 +47,7 @@ class LTXBackbone(Backbone):
     output_layout = "Cthw"
     axes = "thw"
     low_rank = (("transformer_blocks", (*ATTENTION, "ff.net.0.proj", "ff.net.2")),)
+    prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
 
     def patch(self, model: Model) -> Triple:
         return model.config.patch_size_t, model.config.patch_size, model.config.patch_size
@@ -95,11 +96,6 @@ class LTXBackbone(Backbone):
         if not times_of_tokens(call):
             return call
         return call | {"timestep": grouped_times(call["timestep"], router.grid, mode)}
-
-    def text_layers(self, model: Model) -> Iterator[nn.Module]:
-        for block in model.transformer_blocks:
-            yield block.attn2.to_k
-            yield block.attn2.to_v
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (21, 16, 22), 128

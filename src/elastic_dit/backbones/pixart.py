@@ -34,6 +34,7 @@ class PixArtBackbone(PatchEmbedBackbone):
         "caption_channels",
     )
     low_rank = (("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),)
+    prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
     packs = masks_attention = True
 
     def modulation_layers(self, model: Model) -> Iterator[nn.Module]:
@@ -43,11 +44,6 @@ class PixArtBackbone(PatchEmbedBackbone):
         for block in model.transformer_blocks:
             yield block.attn1
             yield block.attn2
-
-    def text_layers(self, model: Model) -> Iterator[nn.Module]:
-        for block in model.transformer_blocks:
-            yield block.attn2.to_k
-            yield block.attn2.to_v
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         # alpha reads 120 tokens, sigma 300; both 256 and 512 of alpha lack the size embeddings

@@ -46,6 +46,7 @@ class SanaBackbone(PatchEmbedBackbone):
     low_rank = (
         ("transformer_blocks", ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")),
     )
+    prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
 
     def block_hooks(self, model: Model) -> Iterator[tuple[nn.Module, BlockHook]]:
         for block in model.transformer_blocks:
@@ -63,11 +64,6 @@ class SanaBackbone(PatchEmbedBackbone):
                 f"timestep_scale = {config.timestep_scale}; legal: 1 (times from 0 to 1000), or "
                 "guidance_embeds = True (times from 0 to 1)"
             )
-
-    def text_layers(self, model: Model) -> Iterator[nn.Module]:
-        for block in model.transformer_blocks:
-            yield block.attn2.to_k
-            yield block.attn2.to_v
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, *pair(model.config.sample_size, model.config.patch_size)), 300

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic_dit.backbones.base import Backbone, Call, Model, grouped_times, linear_macs
 from elastic_dit.cost import Attention, TransformerShape
@@ -52,6 +52,7 @@ class WanBackbone(Backbone):
             ),
         ),
     )
+    prompt_only = (("blocks", ("attn2.to_k", "attn2.to_v")),)
 
     def tokens(self, module: Model, router: Router, mode: Mode, latent: Tensor) -> Tensor:
         return self.as_volume(super().tokens(module, router, mode, latent), router, mode)
@@ -67,11 +68,6 @@ class WanBackbone(Backbone):
         if call["timestep"].ndim != 2:
             return call
         return call | {"timestep": grouped_times(call["timestep"], router.grid, mode)}
-
-    def text_layers(self, model: Model) -> Iterator[nn.Module]:
-        for block in model.blocks:
-            yield block.attn2.to_k
-            yield block.attn2.to_v
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (21, 30, 52), 512
