@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import warnings
 import weakref
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,21 +22,15 @@ from elastic_dit.backbones import Backbone
 from elastic_dit.backbones.base import Call
 from elastic_dit.checkpoint import Adapter, check_tensors
 from elastic_dit.cost import TransformerShape
+from elastic_dit.elastic_class import ENGINE, SIZES, elastic_class
 from elastic_dit.guidance import Remembered, run_batch, run_guidance
 from elastic_dit.methods import Method
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.report import CallRecord, Stopwatch
 from elastic_dit.routing import (
     ROUTER,
-    AttentionSeam,
-    EmbedSeam,
-    LowRankSeam,
-    ModulationSeam,
-    OutputSeam,
-    RotarySeam,
     Router,
     TextKey,
-    TextSeam,
     rebind_hooks,
     remembered_in_checkpoints,
     restore_class,
@@ -47,9 +38,16 @@ from elastic_dit.routing import (
     versions,
 )
 from elastic_dit.schedule import Schedule, Segment
+from elastic_dit.seams import (
+    AttentionSeam,
+    EmbedSeam,
+    LowRankSeam,
+    ModulationSeam,
+    OutputSeam,
+    RotarySeam,
+    TextSeam,
+)
 
-ENGINE = "_elastic_engine"
-SIZES = "elastic"
 ROUNDING = 2**-7
 """Relative error of a time that was divided and rounded in bfloat16 (2^-9 each time), with room."""
 
@@ -420,7 +418,7 @@ class Engine:
         for layer, A, B in self.pairs.values():
             layer.coarse_A, layer.coarse_B = A, B
             self._swap(layer, LowRankSeam)
-        model.__class__ = _elastic_class(self.stock)
+        model.__class__ = elastic_class(self.stock)
         model.__dict__[ENGINE] = self
         rebind_hooks(model)
 
@@ -464,69 +462,6 @@ class Engine:
         for name, other in self.other_weights.items():
             tensor = self.base[name]
             tensor.data, self.other_weights[name] = other.to(tensor), tensor.data
-
-
-@functools.cache
-def _elastic_class(stock: type) -> type:
-    """A subclass of a diffusers class whose calls go through the engine, if it has one."""
-    signature = inspect.signature(stock.forward)
-    cached = getattr(stock, "cache_context", lambda *_, **__: contextlib.nullcontext())
-
-    @functools.wraps(stock.forward)  # caches and modular pipelines read the signature
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        engine: Engine | None = self.__dict__.get(ENGINE)
-        if engine is None:  # built from the class, not by elastify
-            return stock.forward(self, *args, **kwargs)
-        call = dict(signature.bind(self, *args, **kwargs).arguments)
-        call.pop("self")
-        return engine.run(self, call)
-
-    def compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Compile the stock forward, once per mode; choosing the mode stays outside the graph."""
-        engine: Engine | None = self.__dict__.get(ENGINE)
-        if engine is None:
-            stock.compile(self, *args, **kwargs)
-        else:
-            engine.compiled = torch.compile(functools.partial(stock.forward, self), *args, **kwargs)
-
-    @contextlib.contextmanager
-    def cache_context(self: nn.Module, name: str, **facts: Any) -> Iterator[None]:
-        """Stock context, where the class has one; its name also tells the branch."""
-        engine: Engine | None = self.__dict__.get(ENGINE)
-        if engine is None:
-            with cached(self, name, **facts):
-                yield
-            return
-        previous, engine.context = engine.context, (name, facts)
-        try:
-            with cached(self, name, **facts):
-                yield
-        finally:
-            engine.context = previous
-
-    def save_pretrained(self: Any, folder: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save the stock model, and the adapter in a folder ``elastic`` inside."""
-        engine: Engine | None = self.__dict__.get(ENGINE)
-        if engine is None:
-            stock.save_pretrained(self, folder, *args, **kwargs)
-            return
-        adapter = engine.adapter(self)
-        engine.uninstall(self)
-        try:
-            self.save_pretrained(folder, *args, **kwargs)
-        finally:
-            engine.install(self)
-        adapter.save(Path(folder) / SIZES)
-
-    # The stock name goes into saved configs and is what caches and loaders look for.
-    parts: dict[str, Any] = {
-        "forward": forward,
-        "compile": compile,
-        "cache_context": cache_context,
-        "save_pretrained": save_pretrained,
-        "__module__": __name__,
-    }
-    return type(stock.__name__, (stock,), parts)
 
 
 def is_new(key: str) -> bool:

@@ -1,13 +1,7 @@
 """How a live model's submodules learn the present mode: in-place class swap and one shared router.
 
 A module's class is replaced by a generated subclass (same object, same weights, same keys, as FSDP2
-does). Its ``forward`` looks at the router and either calls the stock ``forward`` or takes the
-coarse way. No stock ``forward`` is copied.
-
-Packing. Two branches in different modes can share one call. Their tokens are laid out as rows of
-length one, ``(all tokens, 1, D)``: norms, modulation and feed-forward work per row and need no
-change; only modulation (one vector per picture, repeated for its tokens) and attention (pictures
-regrouped under a block-diagonal mask) know about the layout.
+does). What its ``forward`` does stands in `elastic_dit.seams`. No stock ``forward`` is copied.
 """
 
 from __future__ import annotations
@@ -21,7 +15,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_dit.mode import FULL, Mode
@@ -33,8 +26,6 @@ if TYPE_CHECKING:
 
 ROUTER = "_elastic_router"
 TEXT = "_elastic_text"
-PROMPTS = 3
-"""Prompts whose text layers are kept: a run's own, its negative one, and both in one batch."""
 
 
 @dataclass(frozen=True)
@@ -125,253 +116,6 @@ class Router:
             piece.unflatten(0, (part.rows, part.tokens))
             for piece, part in zip(pieces, self.layout, strict=True)
         ]
-
-
-class EmbedSeam(nn.Module):
-    """Mixed into the module that makes tokens (and, in some classes, adds positions)."""
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Base tokens in full mode; grouped tokens at the centres of their groups otherwise.
-
-        The latent is the last of the inputs; where there are others, rows are not packed.
-
-        Raises:
-            RuntimeError: the forward pass did not come through the elastic model.
-        """
-        router: Router = self.__dict__[ROUTER]
-        if not router.running:
-            raise RuntimeError(
-                "this model's forward was replaced after elastify, so that no mode is chosen; "
-                "replace it before elastify, or on the diffusers class"
-            )
-        if router.layout is None:
-            return self._tokens(router, router.mode, *inputs)
-        pieces = inputs[-1].split([part.rows for part in router.layout])
-        return router.pack(
-            [
-                self._tokens(router, part.mode, x)
-                for x, part in zip(pieces, router.layout, strict=True)
-            ]
-        )
-
-    def _tokens(self, router: Router, mode: Mode, *inputs: Tensor) -> Tensor:
-        if not router.sizes.routes(mode):
-            return super().forward(*inputs)  # pyrefly: ignore[missing-attribute]
-        tokens = router.backbone.tokens(self, router, mode, inputs[-1])
-        return router.backbone.beside(self, tokens, *inputs[:-1])
-
-
-class RotarySeam(nn.Module):
-    """Mixed into the module that makes the rotary phases of a grid."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Stock phases in full mode; those of the groups' centres otherwise."""
-        router: Router = self.__dict__[ROUTER]
-        stock = functools.partial(super().forward, **kwargs)  # pyrefly: ignore[missing-attribute]
-        if not router.sizes.routes(router.mode):
-            return stock(*args)
-        return router.backbone.phases(self, router, router.mode, stock, args)
-
-
-class OutputSeam(nn.Module):
-    """Mixed into the last linear layer: tokens of any mode become base tokens in base order."""
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """``(B, n, D)`` of the present mode -> ``(B, N, c)`` on the base grid."""
-        router: Router = self.__dict__[ROUTER]
-        if router.layout is None:
-            return self._vectors(router, hidden, router.mode)
-        pieces = router.unpack(hidden)
-        return torch.cat(
-            [
-                self._vectors(router, x, part.mode)
-                for x, part in zip(pieces, router.layout, strict=True)
-            ]
-        )
-
-    def _vectors(self, router: Router, hidden: Tensor, mode: Mode) -> Tensor:
-        if not router.sizes.routes(mode):
-            return super().forward(hidden)  # pyrefly: ignore[missing-attribute]
-        stock = super().forward  # pyrefly: ignore[missing-attribute]
-        return router.backbone.base_vectors(router, mode, stock, hidden)
-
-
-class ModulationSeam(nn.Module):
-    """Mixed into a module that modulates all tokens of a picture: repeats what it returns."""
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Modulation of each picture, or one row of it per packed token."""
-        modulation = super().forward(*args, **kwargs)  # pyrefly: ignore[missing-attribute]
-        layout = self.__dict__[ROUTER].layout
-        if layout is None:
-            return modulation
-        if isinstance(modulation, tuple):
-            return tuple(_per_token(x, layout) for x in modulation)
-        return _per_token(modulation, layout)
-
-
-def _per_token(modulation: Tensor, layout: tuple[Part, ...]) -> Tensor:
-    pieces = modulation.split([part.rows for part in layout])
-    return torch.cat(
-        [x.repeat_interleave(part.tokens, dim=0) for x, part in zip(pieces, layout, strict=True)]
-    )
-
-
-class AttentionSeam(nn.Module):
-    """Mixed into attention: regroups packed tokens by picture.
-
-    Self-attention is block-diagonally masked; attention that also sees text, or whose processor
-    knows no masks, runs part by part.
-    """
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Stock attention unless the batch is packed."""
-        router: Router = self.__dict__[ROUTER]
-        stock = super().forward  # pyrefly: ignore[missing-attribute]
-        if router.layout is None:
-            if encoder_hidden_states is not None:
-                kwargs["encoder_hidden_states"] = encoder_hidden_states
-            if attention_mask is not None:
-                kwargs["attention_mask"] = attention_mask
-            return stock(hidden_states, **kwargs)
-        if encoder_hidden_states is not None or not router.backbone.masks_attention:
-            text, mask = encoder_hidden_states, attention_mask
-            return _part_by_part(router, stock, hidden_states, text, mask, kwargs)
-        rows = router.layout[0].rows
-        lengths = [part.tokens for part in router.layout]
-        joined = torch.cat(router.unpack(hidden_states), dim=1)
-        mask = torch.block_diag(
-            *[torch.ones(n, n, dtype=torch.bool, device=joined.device) for n in lengths]
-        )
-        router.joined = True
-        try:
-            out = stock(joined, attention_mask=mask.expand(rows, -1, -1), **kwargs)
-        finally:
-            router.joined = False
-        return router.pack(list(out.split(lengths, dim=1)))
-
-
-def _part_by_part(
-    router: Router,
-    stock: Callable[..., Any],
-    packed: Tensor,
-    text: Tensor | None,
-    mask: Tensor | None,
-    kwargs: dict[str, Any],
-) -> Any:
-    """Attention of each part by itself; returns what the stock layer returns."""
-    layout, mode, pieces = router.layout, router.mode, router.unpack(packed)
-    assert layout is not None
-    sizes = [part.rows for part in layout]
-    texts = [None] * len(layout) if text is None else text.split(sizes)
-    masks = [None] * len(layout) if mask is None else mask.split(sizes)
-    outputs = []
-    router.layout = None
-    try:
-        for part, x, own_text, own_mask in zip(layout, pieces, texts, masks, strict=True):
-            router.mode = part.mode
-            own = {"encoder_hidden_states": own_text, "attention_mask": own_mask}
-            given = {name: value for name, value in own.items() if value is not None}
-            outputs.append(stock(x, **given, **kwargs))
-    finally:
-        router.layout, router.mode = layout, mode
-    if isinstance(outputs[0], tuple):  # joint attention returns the text's tokens too
-        images, texts = zip(*outputs, strict=True)
-        return router.pack(list(images)), torch.cat(texts)
-    return router.pack(outputs)
-
-
-class TextSeam(nn.Module):
-    """Mixed into a layer that only sees the prompt: keeps its output for the rest of a run."""
-
-    weight: Tensor
-
-    def forward(self, text: Tensor) -> Tensor:
-        """Stock output, computed once per prompt while the router names one."""
-        router: Router = self.__dict__[ROUTER]
-        stock = super().forward  # pyrefly: ignore[missing-attribute]
-        if torch.compiler.is_compiling() or torch.is_grad_enabled():
-            return stock(text)
-        if router.text is None or router.layout is not None:
-            return stock(text)
-        kept: list[tuple[TextKey, object, Tensor]] = self.__dict__.setdefault(TEXT, [])
-        version = versions(self.weight)
-        for key, weights, output in kept:
-            if key.same(router.text) and weights == version:
-                return output
-        output = stock(text)
-        kept[:] = [*kept[-(PROMPTS - 1) :], (router.text, version, output)]
-        return output
-
-
-class LowRankSeam(nn.Module):
-    """Mixed into a `torch.nn.Linear`: adds ``B A x`` of a coarse mode, nothing in full mode.
-
-    The pairs are ``coarse_A[mode]`` of shape ``(rank, in)`` and ``coarse_B[mode]`` of shape ``(out,
-    rank)``.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    coarse_A: nn.ParameterDict
-    coarse_B: nn.ParameterDict
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Stock linear layer plus the update of each token's mode."""
-        router: Router = self.__dict__[ROUTER]
-        layout = router.layout
-        if layout is None:
-            return self._at(router, x, router.mode)
-        modes = [part.mode for part in layout]
-        if router.joined:  # (pictures, tokens of all parts, D)
-            return self._spread(router, x, modes, [part.tokens for part in layout], dim=1)
-        return self._spread(router, x, modes, [part.length for part in layout], dim=0)
-
-    def _at(self, router: Router, x: Tensor, mode: Mode) -> Tensor:
-        if mode is FULL or mode.name not in self.coarse_A:  # the first is quicker to see
-            return super().forward(x)  # pyrefly: ignore[missing-attribute]
-        if self._may_merge(router):
-            return F.linear(x, self._merged(mode, router.run), self.bias)
-        return super().forward(x) + self._update(x, mode)  # pyrefly: ignore[missing-attribute]
-
-    def _spread(
-        self, router: Router, x: Tensor, modes: list[Mode], sizes: list[int], dim: int
-    ) -> Tensor:
-        pieces = x.split(sizes, dim=dim)
-        if self._may_merge(router):
-            return torch.cat(
-                [self._at(router, p, m) for p, m in zip(pieces, modes, strict=True)], dim=dim
-            )
-        base = super().forward(x)  # pyrefly: ignore[missing-attribute]
-        updated = [
-            y + self._update(p, m) if m.name in self.coarse_A else y
-            for p, m, y in zip(pieces, modes, base.split(sizes, dim=dim), strict=True)
-        ]
-        return torch.cat(updated, dim=dim)
-
-    def _may_merge(self, router: Router) -> bool:
-        # Another class computes more than its weight says (a user's LoRA, quantisation).
-        plain = type(self).__bases__[1] is nn.Linear
-        return router.merged and plain and not torch.is_grad_enabled()
-
-    def _update(self, x: Tensor, mode: Mode) -> Tensor:
-        return F.linear(F.linear(x, self.coarse_A[mode.name]), self.coarse_B[mode.name])
-
-    def _merged(self, mode: Mode, run: int) -> Tensor:
-        A, B = self.coarse_A[mode.name], self.coarse_B[mode.name]
-        # A change of any of the three makes the copy stale. PEFT fuses a LoRA without a trace in
-        # the version, so that a copy is good for one run only.
-        version = run, versions(self.weight, A, B)
-        cache = self.__dict__.setdefault("_elastic_merged", {})
-        if cache.get(mode, (None,))[0] != version:
-            cache[mode] = (version, torch.addmm(self.weight, B, A).detach())
-        return cache[mode][1]
 
 
 def versions(*tensors: Tensor) -> tuple[object, ...]:

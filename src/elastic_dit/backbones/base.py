@@ -38,6 +38,17 @@ BlockHook = Callable[[nn.Module, tuple, dict[str, Any]], tuple[tuple, dict[str, 
 """``hook(module, args, kwargs)`` as `torch.nn.Module.register_forward_pre_hook` takes it."""
 
 
+COMMON_FACTS = (
+    "num_layers",
+    "num_attention_heads",
+    "attention_head_dim",
+    "patch_size",
+    "in_channels",
+    "out_channels",
+)
+"""Entries that most configs have and an adapter must share with its base."""
+
+
 @dataclass(frozen=True)
 class Branches:
     """Which rows of a batched call are conditional, and which guide them; row i guides row i."""

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from elastic_dit.backbones.base import Backbone, Call, Model, linear_macs
+from elastic_dit.backbones.base import COMMON_FACTS, Backbone, Call, Model, linear_macs
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
@@ -37,17 +37,7 @@ class CogVideoXBackbone(Backbone):
     model_class = "CogVideoXTransformer3DModel"
     embed = "patch_embed"
     output = "proj_out"
-    facts = (
-        "num_layers",
-        "num_attention_heads",
-        "attention_head_dim",
-        "patch_size",
-        "patch_size_t",
-        "in_channels",
-        "out_channels",
-        "text_embed_dim",
-        "use_rotary_positional_embeddings",
-    )
+    facts = (*COMMON_FACTS, "patch_size_t", "text_embed_dim", "use_rotary_positional_embeddings")
     output_layout = "Cthw"
     axes = "thw"
     low_rank = (("transformer_blocks", (*ATTENTION, "ff.net.0.proj", "ff.net.2")),)

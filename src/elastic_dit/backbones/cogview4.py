@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastic_dit.backbones.base import Backbone, Model, linear_macs
+from elastic_dit.backbones.base import COMMON_FACTS, Backbone, Model, linear_macs
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
@@ -34,15 +34,7 @@ class CogView4Backbone(Backbone):
     output = "proj_out"
     rotary = "rope"
     condition = ("encoder_hidden_states", "attention_mask")
-    facts = (
-        "num_layers",
-        "num_attention_heads",
-        "attention_head_dim",
-        "patch_size",
-        "in_channels",
-        "out_channels",
-        "text_embed_dim",
-    )
+    facts = (*COMMON_FACTS, "text_embed_dim")
     residuals = ("image_rotary_emb",)
     output_layout = "Cthw"
     conditional_first = None

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from elastic_dit.backbones.base import Backbone, Model, linear_macs
+from elastic_dit.backbones.base import COMMON_FACTS, Backbone, Model, linear_macs
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
@@ -35,14 +35,9 @@ class HunyuanVideoBackbone(Backbone):
     rotary = "rope"
     condition = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
     facts = (
-        "num_layers",
+        *COMMON_FACTS,
         "num_single_layers",
-        "num_attention_heads",
-        "attention_head_dim",
-        "patch_size",
         "patch_size_t",
-        "in_channels",
-        "out_channels",
         "text_embed_dim",
         "guidance_embeds",
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from elastic_dit.backbones.base import BlockHook, Model, linear_macs, pair
+from elastic_dit.backbones.base import COMMON_FACTS, BlockHook, Model, linear_macs, pair
 from elastic_dit.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.ops.patching import Triple
@@ -23,16 +23,7 @@ class LatteBackbone(PatchEmbedBackbone):
     model_class = "LatteTransformer3DModel"
     output = "proj_out"
     condition = ("encoder_hidden_states", "encoder_attention_mask")
-    facts = (
-        "num_layers",
-        "num_attention_heads",
-        "attention_head_dim",
-        "patch_size",
-        "in_channels",
-        "out_channels",
-        "caption_channels",
-        "video_length",
-    )
+    facts = (*COMMON_FACTS, "caption_channels", "video_length")
     low_rank = (
         ("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),
         ("temporal_transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),

@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_dit.backbones.base import Backbone, Call, Model, grouped_times, linear_macs
+from elastic_dit.backbones.base import (
+    COMMON_FACTS,
+    Backbone,
+    Call,
+    Model,
+    grouped_times,
+    linear_macs,
+)
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
@@ -34,16 +41,7 @@ class LTXBackbone(Backbone):
     output = "proj_out"
     rotary = "rope"
     condition = ("encoder_hidden_states", "encoder_attention_mask")
-    facts = (
-        "num_layers",
-        "num_attention_heads",
-        "attention_head_dim",
-        "patch_size",
-        "patch_size_t",
-        "in_channels",
-        "out_channels",
-        "caption_channels",
-    )
+    facts = (*COMMON_FACTS, "patch_size_t", "caption_channels")
     output_layout = "Cthw"
     axes = "thw"
     low_rank = (("transformer_blocks", (*ATTENTION, "ff.net.0.proj", "ff.net.2")),)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from elastic_dit.backbones.base import Model, linear_macs, pair
+from elastic_dit.backbones.base import COMMON_FACTS, Model, linear_macs, pair
 from elastic_dit.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.ops.patching import Triple
@@ -24,15 +24,7 @@ class PixArtBackbone(PatchEmbedBackbone):
     model_class = "PixArtTransformer2DModel"
     output = "proj_out"
     condition = ("encoder_hidden_states", "encoder_attention_mask")
-    facts = (
-        "num_layers",
-        "num_attention_heads",
-        "attention_head_dim",
-        "patch_size",
-        "in_channels",
-        "out_channels",
-        "caption_channels",
-    )
+    facts = (*COMMON_FACTS, "caption_channels")
     low_rank = (("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),)
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
     packs = masks_attention = True

@@ -6,7 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from elastic_dit.backbones.base import Backbone, Call, Model, linear_macs, with_other_pictures
+from elastic_dit.backbones.base import (
+    COMMON_FACTS,
+    Backbone,
+    Call,
+    Model,
+    linear_macs,
+    with_other_pictures,
+)
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple, coarse_grid
@@ -28,15 +35,7 @@ class QwenImageBackbone(Backbone):
     output = "proj_out"
     rotary = "pos_embed"
     condition = ("encoder_hidden_states", "encoder_hidden_states_mask")
-    facts = (
-        "num_layers",
-        "num_attention_heads",
-        "attention_head_dim",
-        "patch_size",
-        "in_channels",
-        "out_channels",
-        "joint_attention_dim",
-    )
+    facts = (*COMMON_FACTS, "joint_attention_dim")
     residuals = ("controlnet_block_samples",)
     embed_layout = output_layout = "Cthw"
     conditional_first = None

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from elastic_dit.backbones.base import BlockHook, Call, Model, linear_macs, pair
+from elastic_dit.backbones.base import COMMON_FACTS, BlockHook, Call, Model, linear_macs, pair
 from elastic_dit.backbones.patch_embed import PatchEmbedBackbone
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
@@ -31,17 +31,7 @@ class SanaBackbone(PatchEmbedBackbone):
     embed = "patch_embed"
     output = "proj_out"
     condition = ("encoder_hidden_states", "encoder_attention_mask")
-    facts = (
-        "num_layers",
-        "num_attention_heads",
-        "attention_head_dim",
-        "patch_size",
-        "in_channels",
-        "out_channels",
-        "caption_channels",
-        "mlp_ratio",
-        "guidance_embeds",
-    )
+    facts = (*COMMON_FACTS, "caption_channels", "mlp_ratio", "guidance_embeds")
     residuals = ("controlnet_block_samples",)
     low_rank = (
         ("transformer_blocks", ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")),

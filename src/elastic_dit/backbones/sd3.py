@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from elastic_dit.backbones.base import Model, linear_macs, pair
+from elastic_dit.backbones.base import COMMON_FACTS, Model, linear_macs, pair
 from elastic_dit.backbones.patch_embed import PatchEmbedBackbone
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.ops.patching import Triple
@@ -22,16 +22,7 @@ class SD3Backbone(PatchEmbedBackbone):
     model_class = "SD3Transformer2DModel"
     output = "proj_out"
     condition = ("encoder_hidden_states", "pooled_projections")
-    facts = (
-        "num_layers",
-        "num_attention_heads",
-        "attention_head_dim",
-        "patch_size",
-        "in_channels",
-        "out_channels",
-        "joint_attention_dim",
-        "dual_attention_layers",
-    )
+    facts = (*COMMON_FACTS, "joint_attention_dim", "dual_attention_layers")
     low_rank = (("transformer_blocks", IMAGE),)
     residuals = ("block_controlnet_hidden_states",)
     packs = True

@@ -8,7 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from elastic_dit.backbones.base import Backbone, Call, Model, grouped_times, linear_macs
+from elastic_dit.backbones.base import (
+    COMMON_FACTS,
+    Backbone,
+    Call,
+    Model,
+    grouped_times,
+    linear_macs,
+)
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
@@ -27,16 +34,7 @@ class WanBackbone(Backbone):
     output = "proj_out"
     rotary = "rope"
     condition = ("encoder_hidden_states", "encoder_hidden_states_image")
-    facts = (
-        "num_layers",
-        "num_attention_heads",
-        "attention_head_dim",
-        "patch_size",
-        "in_channels",
-        "out_channels",
-        "ffn_dim",
-        "text_dim",
-    )
+    facts = (*COMMON_FACTS, "ffn_dim", "text_dim")
     axes = "thw"
     conditional_first = None
     low_rank = (
