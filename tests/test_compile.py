@@ -9,11 +9,11 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from elastic_dit import FlexiDiT, Mode, elastify
+from elastic_dit import FlexiDiT, Mode, Schedule, elastify
 
 
-@pytest.fixture
-def elastic():
+@pytest.fixture(params=["lora", "merged", "shared"])
+def elastic(request):
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = DiTTransformer2DModel(
@@ -25,7 +25,8 @@ def elastic():
         patch_size=4,
         num_embeds_ada_norm=10,
     ).eval()
-    handle = elastify(model, FlexiDiT(rank=4))
+    recipe = "shared" if request.param == "shared" else "lora"
+    handle = elastify(model, FlexiDiT(recipe=recipe, rank=4), merge=request.param == "merged")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -49,6 +50,18 @@ def test_one_graph_per_mode(elastic):
         torch.testing.assert_close(forward(elastic, mode), expected)
         graphs.append(counter.frame_count)
     assert graphs == [1, 2, 3, 3, 3, 3]
+
+
+def test_another_run_needs_no_other_graph(elastic):
+    """Merged weights are made anew for each run, outside the graph."""
+    counter = CompileCounterWithBackend("eager")
+    elastic.model.compile(backend=counter, fullgraph=True)
+    x, labels = torch.randn(4, 1, 32, 32), torch.tensor([1, 2, 3, 4])
+    elastic.schedule = Schedule.constant(Mode(2))
+    with torch.no_grad():
+        for time in (500.0, 100.0) * 12:  # the level goes up again: a new run
+            elastic.model(x, timestep=torch.full((4,), time), class_labels=labels)
+    assert counter.frame_count == 1
 
 
 def test_a_copy_does_not_call_the_original(elastic):

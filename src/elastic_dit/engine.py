@@ -8,6 +8,7 @@ the old ones. `Engine.install` and `Engine.uninstall` are inverses, and both may
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import warnings
 import weakref
@@ -104,6 +105,7 @@ class Engine:
     prompts: list[TextKey] = field(default_factory=list)
     repeated: int = 0
     shapes: dict[tuple[Any, ...], TransformerShape] = field(default_factory=dict)
+    lists: dict[str, nn.Module] = field(default_factory=dict)
     compiled: Any = None
 
     @classmethod
@@ -269,9 +271,11 @@ class Engine:
         """The stock forward in a mode (of all rows, unless the router has a packed layout)."""
         router = self.router
         router.mode = mode
+        router.merging = router.merged and not torch.is_grad_enabled()
         for each in (mode,) if router.layout is None else [part.mode for part in router.layout]:
             if not each.is_full:
                 self._check_coarse(model, call, each)
+            self._ready(model, each)
         if router.sizes.routes(mode):
             call = router.backbone.prepare(call, router, mode)
         router.text = self._prompt(call) if self._keeps_text() else None
@@ -281,6 +285,19 @@ class Engine:
                 return (self.compiled or functools.partial(self.stock.forward, model))(**call)
         finally:
             router.running, router.text = False, None
+
+    def _ready(self, model: nn.Module, mode: Mode) -> None:
+        """Make what a mode keeps between calls, outside any compiled region."""
+        router = self.router
+        if router.merging and not mode.is_full:
+            for layer, _, _ in self.pairs.values():
+                assert isinstance(layer, LowRankSeam)
+                layer.merge(mode, router.run)
+        if router.sizes.routes(mode):
+            router.sizes.ready(mode)
+            if self.compiled is not None:  # else the module itself makes its table when asked
+                embed = model.get_submodule(router.backbone.embed)
+                router.backbone.positions(embed, router, mode)
 
     def _keeps_text(self) -> bool:
         kept = self.keep_text and self.forced is None and self.compiled is None
@@ -395,9 +412,15 @@ class Engine:
         if len(key[0]) != 3 or any(side < 1 for side in key[0]):
             raise ValueError(f"grid = {key[0]}; legal: (frames, height, width), each >= 1")
         if key not in self.shapes:
-            self.shapes[key] = backbone.shape(model, *key)
+            self.shapes[key] = backbone.shape(self._with_own_blocks(model), *key)
         rank = 0 if self.router.merged else self.method.low_rank
         return self.shapes[key].with_low_rank(rank)
+
+    def _with_own_blocks(self, model: nn.Module) -> nn.Module:
+        """A view of the model to count in: cache-dit puts other blocks there while a call runs."""
+        view = copy.copy(model)
+        view.__dict__["_modules"] = {**model._modules, **self.lists}
+        return view
 
     def install(self, model: nn.Module) -> None:
         """Attach the new parameters and swap classes; the inverse of `uninstall`."""
@@ -420,6 +443,7 @@ class Engine:
             self._swap(layer, LowRankSeam)
         model.__class__ = elastic_class(self.stock)
         model.__dict__[ENGINE] = self
+        self.lists = {k: m for k, m in model.named_children() if isinstance(m, nn.ModuleList)}
         rebind_hooks(model)
 
     def _keep_seams(self, model: nn.Module) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ROUTER = "_elastic_router"
 TEXT = "_elastic_text"
+MERGED = "_elastic_merged"
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Router:
     lengths: tuple[list[int], list[int]] | None = None
     grid: Triple = (1, 0, 0)
     merged: bool = False
+    merging: bool = False
     tables: dict[Any, Tensor] = field(default_factory=dict)
 
     def tokens(self, mode: Mode) -> int:
@@ -176,7 +178,7 @@ def swap_class(module: nn.Module, mixin: type, router: Router) -> None:
 def restore_class(module: nn.Module) -> None:
     """Undo `swap_class` exactly."""
     module.__class__ = type(module).__bases__[1]
-    for key in (ROUTER, "_elastic_merged", TEXT):
+    for key in (ROUTER, MERGED, TEXT):
         module.__dict__.pop(key, None)
     rebind_hooks(module)
 

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elastic_dit.mode import FULL, Mode
-from elastic_dit.routing import ROUTER, TEXT, Part, Router, TextKey, versions
+from elastic_dit.routing import MERGED, ROUTER, TEXT, Part, Router, TextKey, versions
 
 PROMPTS = 3
 """Prompts whose text layers are kept: a run's own, its negative one, and both in one batch."""
@@ -235,15 +235,15 @@ class LowRankSeam(nn.Module):
     def _at(self, router: Router, x: Tensor, mode: Mode) -> Tensor:
         if mode is FULL or mode.name not in self.coarse_A:  # the first is quicker to see
             return super().forward(x)  # pyrefly: ignore[missing-attribute]
-        if self._may_merge(router):
-            return F.linear(x, self._merged(mode, router.run), self.bias)
+        if self._has_merged(router, mode):
+            return F.linear(x, self.__dict__[MERGED][mode.name][1], self.bias)
         return super().forward(x) + self._update(x, mode)  # pyrefly: ignore[missing-attribute]
 
     def _spread(
         self, router: Router, x: Tensor, modes: list[Mode], sizes: list[int], dim: int
     ) -> Tensor:
         pieces = x.split(sizes, dim=dim)
-        if self._may_merge(router):
+        if any(self._has_merged(router, mode) for mode in modes):
             return torch.cat(
                 [self._at(router, p, m) for p, m in zip(pieces, modes, strict=True)], dim=dim
             )
@@ -254,20 +254,25 @@ class LowRankSeam(nn.Module):
         ]
         return torch.cat(updated, dim=dim)
 
-    def _may_merge(self, router: Router) -> bool:
-        # Another class computes more than its weight says (a user's LoRA, quantisation).
-        plain = type(self).__bases__[1] is nn.Linear
-        return router.merged and plain and not torch.is_grad_enabled()
+    def _has_merged(self, router: Router, mode: Mode) -> bool:
+        return router.merging and mode.name in self.__dict__.get(MERGED, ())
 
     def _update(self, x: Tensor, mode: Mode) -> Tensor:
         return F.linear(F.linear(x, self.coarse_A[mode.name]), self.coarse_B[mode.name])
 
-    def _merged(self, mode: Mode, run: int) -> Tensor:
+    def merge(self, mode: Mode, run: int) -> None:
+        """Make or renew the weight with a mode's update added in, where that is allowed.
+
+        It is called outside any compiled region. Another class than `torch.nn.Linear` computes more
+        than its weight says (a user's LoRA, quantisation) and keeps its update apart.
+        """
+        if type(self).__bases__[1] is not nn.Linear or mode.name not in self.coarse_A:
+            self.__dict__.pop(MERGED, None)
+            return
         A, B = self.coarse_A[mode.name], self.coarse_B[mode.name]
         # A change of any of the three makes the copy stale. PEFT fuses a LoRA without a trace in
         # the version, so that a copy is good for one run only.
         version = run, versions(self.weight, A, B)
-        cache = self.__dict__.setdefault("_elastic_merged", {})
-        if cache.get(mode, (None,))[0] != version:
-            cache[mode] = (version, torch.addmm(self.weight, B, A).detach())
-        return cache[mode][1]
+        cache = self.__dict__.setdefault(MERGED, {})
+        if cache.get(mode.name, (None,))[0] != version:
+            cache[mode.name] = (version, torch.addmm(self.weight, B, A).detach())

@@ -23,6 +23,10 @@ class Sizes(nn.Module, ABC):
     def routes(self, mode: Mode) -> bool:
         """Whether this mode's tokens are made here rather than by the stock modules."""
 
+    def ready(self, mode: Mode) -> None:
+        """Make what is kept between calls; called before each forward pass of a routed mode."""
+        return
+
     @abstractmethod
     def embed(self, vectors: Tensor, mode: Mode) -> Tensor:
         """Base patch vectors ``(B, T, H, W, c)`` -> tokens ``(B, n, D)`` without positions."""

@@ -171,6 +171,7 @@ class SharedSizes(Sizes):
         self.patch, self.kind = (patch[0], patch[1], patch[2]), method.resize
         self.layouts = backbone.embed_layout, backbone.output_layout
         self.live = False
+        self._kept: dict[str, tuple[object, tuple[Tensor, Tensor, Tensor]]] = {}
         self.flex_embed = nn.Parameter(resize_embedding(kernel, u, "box"))
         self.flex_out = nn.Parameter(resize_output(rows, u, "box"))
         biases = {"flex_bias": bias.clone(), "flex_out_bias": resize_output(row_bias, u, "box")}
@@ -210,24 +211,29 @@ class SharedSizes(Sizes):
         )
         backbone.load_patch(model, embed, output)
 
+    def ready(self, mode: Mode) -> None:
+        if torch.is_grad_enabled():
+            self._kept.clear()
+            return
+        version = versions(self.flex_embed, self.flex_out, self.flex_out_bias)
+        if self._kept.get(mode.name, (None,))[0] != version:
+            self._kept[mode.name] = version, self._project_weights(mode)
+
     def _projected(self, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
-        """Embedding, output weight and output bias of a mode; kept until the weights change."""
-        sources = (self.flex_embed, self.flex_out, self.flex_out_bias)
-        cache = self.__dict__.setdefault("_projections", {})
-        version = versions(*sources)
-        if torch.is_grad_enabled() or cache.get(mode, (None,))[0] != version:
-            scale, (into, out) = mode.patch_scale, self.layouts
-            q = _times(scale, self.patch)
-            bias = to_grouped(resize_output(self.flex_out_bias, q, self.kind), scale, out)
-            made = (
-                to_grouped(resize_embedding(self.flex_embed, q, self.kind), scale, into),
-                to_grouped(resize_output(self.flex_out, q, self.kind), scale, out).T,
-                bias[0],
-            )
-            if torch.is_grad_enabled():
-                return made
-            cache[mode] = (version, made)
-        return cache[mode][1]
+        """Embedding, output weight and output bias of a mode."""
+        if torch.is_grad_enabled() or mode.name not in self._kept:
+            return self._project_weights(mode)
+        return self._kept[mode.name][1]
+
+    def _project_weights(self, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
+        scale, (into, out) = mode.patch_scale, self.layouts
+        q = _times(scale, self.patch)
+        bias = to_grouped(resize_output(self.flex_out_bias, q, self.kind), scale, out)
+        return (
+            to_grouped(resize_embedding(self.flex_embed, q, self.kind), scale, into),
+            to_grouped(resize_output(self.flex_out, q, self.kind), scale, out).T,
+            bias[0],
+        )
 
 
 def _times(scale: Sequence[int], patch: Sequence[int]) -> Triple:
