@@ -321,6 +321,18 @@ def auraflow() -> Any:
     )
 
 
+def z_image() -> Any:
+    chatting = tokenizer()
+    chatting.chat_template = "{{ messages[0]['content'] }}"
+    return diffusers.ZImagePipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae(),
+        text_encoder=gemma(),
+        tokenizer=chatting,
+        transformer=transformer("z-image"),
+    )
+
+
 def given(
     pipeline: Any, name: str, scheduler: Any = None, **parts: Callable[[], Any] | None
 ) -> Any:
@@ -388,6 +400,14 @@ PIPES = {
         contexts=False,
     ),
     "auraflow": PipeCase(auraflow, SQUARE | TEXT, (1, 8, 8), 6),
+    # Guidance is on above 0.
+    "z-image": PipeCase(
+        z_image,
+        {"height": 16, "width": 14, "max_sequence_length": 8},
+        (1, 8, 7),
+        3,
+        unguided={"guidance_scale": 0.0},
+    ),
 }
 
 PROMPT = {"prompt_embeds": embeddings(6, 24)}

@@ -37,9 +37,13 @@ def elastic(case: Case, **method):
     return handle
 
 
+def stacked(sample):
+    return torch.stack(sample) if isinstance(sample, list) else sample
+
+
 @torch.no_grad()
 def output(model, call):
-    return model(**call).sample
+    return stacked(model(**call).sample)
 
 
 def fits(mode, grid) -> bool:
@@ -56,7 +60,8 @@ def test_full_mode_is_the_stock_model_bit_for_bit(case):
     for grid in case.grids:
         call = case.call(2, grid, TIME)
         assert torch.equal(output(handle.model, call), output(stock, call))
-        assert torch.equal(handle.model(**call, return_dict=False)[0], stock(**call).sample)
+        found = handle.model(**call, return_dict=False)[0]
+        assert torch.equal(stacked(found), output(stock, call))
 
 
 @cases
@@ -103,10 +108,11 @@ def test_a_row_is_the_same_alone_and_in_a_batch(case):
 def test_a_coarse_mode_depends_on_every_base_token(case):
     handle = elastic(case)
     call = case.call(1, case.grids[0], TIME)
-    latent = call["hidden_states"].clone().requires_grad_()
+    latent = stacked(call[case.sample]).clone().requires_grad_()
     for mode in modes(case):
+        given = handle.backbone.unstack(latent)
         with handle.using(mode):
-            sample = handle.model(**{**call, "hidden_states": latent}).sample
+            sample = stacked(handle.model(**{**call, case.sample: given}).sample)
         gradient = torch.autograd.grad(sample.square().sum(), latent)[0]
         assert (gradient != 0).all(), mode
 
@@ -251,7 +257,8 @@ def test_gradients_reach_every_new_tensor_of_a_mode(case):
     for mode in modes(case):
         handle.model.zero_grad()
         with handle.using(mode):
-            handle.model(**case.call(1, case.grids[0], TIME)).sample.square().mean().backward()
+            sample = handle.model(**case.call(1, case.grids[0], TIME)).sample
+        stacked(sample).square().mean().backward()
         for name, parameter in handle.model.named_parameters():
             if is_new(name) and name.split(".")[-1] == mode.name:
                 assert parameter.grad is not None, name

@@ -9,7 +9,7 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from tests.backbones import tiny
 from tests.backbones.tiny import CASES
 
-from elastic_dit import FULL, FlexiDiT, Mode, elastify
+from elastic_dit import FULL, FlexiDiT, Mode, Schedule, elastify
 from elastic_dit.ops.positions import group_centres, real_rotary_centres
 
 TIME = 700.0
@@ -101,8 +101,39 @@ class TestLTX:
         with handle.using(Mode(2)):
             flat = output(handle.model, call | {"timestep": torch.full((2,), TIME)})
             assert torch.equal(output(handle.model, column), flat)
-        assert handle.backbone.level(column) == 0.7
-        assert handle.backbone.level(call) == 0.7
+        assert handle.backbone.levels(column) == (0.7, 0.7)
+        assert handle.backbone.levels(call) == (0.7, 0.7)
+
+    def test_times_of_tokens_may_have_an_axis_of_their_own(self):
+        """The long multi-prompt pipeline: times ``(B, N, 1)``, sides of 1, coordinates once."""
+        handle, stock = elastic("ltx"), CASES["ltx"].model()
+        call = tiny.ltx_coordinates_call(2, (3, 7, 6), TIME)
+        other = call | {
+            "timestep": call["timestep"][..., None],
+            "video_coords": call["video_coords"][:1],
+            **{"num_frames": 1, "height": 1, "width": 1},
+        }
+        size = handle.backbone.size(handle.model, other)
+        assert size == handle.backbone.size(handle.model, call) == ((3, 7, 6), 6, True)
+        assert handle.backbone.levels(other) == (0.7, 0.7)
+        with handle.using(FULL):
+            assert torch.equal(output(handle.model, other), output(stock, other))
+        for mode in handle.modes[1:]:
+            with handle.using(mode):
+                found = output(handle.model, other)
+                assert torch.equal(found, output(handle.model, call)), mode
+                flat = output(handle.model, call | {"timestep": torch.full((2,), TIME)})
+            # The first frame has no noise, unless it shares its tokens with the second.
+            joined = mode.patch_scale[0] > 1
+            assert torch.allclose(found, flat, atol=1e-4) == joined, mode
+
+    @pytest.mark.parametrize("shape", [(2, 3), (2, 3, 1)])
+    def test_other_numbers_of_times_are_refused(self, shape):
+        handle = elastic("ltx")
+        call = tiny.ltx_call(2, (3, 7, 6), TIME) | {"timestep": torch.full(shape, TIME)}
+        refusal = pytest.raises(ValueError, match=r"timestep has 3 times .*legal .* 1, or 126")
+        with handle.using(Mode(2)), refusal:
+            output(handle.model, call)
 
 
 def without_sides(call):
@@ -141,9 +172,9 @@ class TestSana:
 
     def test_noise_levels_of_both_generations(self):
         backbone = elastic("sana").backbone
-        assert backbone.level(tiny.sana_call(1, (1, 8, 8), TIME)) == 0.7
+        assert backbone.levels(tiny.sana_call(1, (1, 8, 8), TIME)) == (0.7, 0.7)
         sprint = tiny.sana_sprint_call(1, (1, 8, 8), TIME)
-        assert backbone.level(sprint) == pytest.approx(0.7)
+        assert backbone.levels(sprint) == pytest.approx((0.7, 0.7))
 
     def test_another_time_scale_is_refused(self):
         model = diffusers.SanaTransformer2DModel(**CASES["sana"].config, timestep_scale=0.001)
@@ -190,3 +221,94 @@ class TestCogView4:
         for found, own in zip(tables, stock):
             middle = own.unflatten(0, (7, 6))[1:6:3, 1:6:3].flatten(0, 1)
             torch.testing.assert_close(found.unflatten(0, (3, 2))[:2].flatten(0, 1), middle)
+
+
+class TestZImage:
+    @pytest.mark.parametrize("scale", [2, 3, 4, (1, 2, 5)])
+    def test_phases_are_those_of_the_centres_beside_and_beyond_the_border(self, scale):
+        handle, grid, mode = elastic("z-image", scales=(scale,)), (1, 7, 9), Mode(scale)
+        call = tiny.z_image_call(2, grid, TIME)
+        seen = []
+        hook = handle.model.noise_refiner[0].register_forward_pre_hook(
+            lambda _module, args: seen.append(args[2])
+        )
+        with handle.using(mode):
+            output(handle.model, call)
+        hook.remove()
+        rows, columns = map(group_centres, grid[1:], mode.patch_scale[1:])
+        for found, text in zip(seen[0], (32, 64), strict=True):  # prompts of 6 and 40, filled
+            frame = torch.tensor([text + 1], dtype=torch.float64)
+            places = torch.cartesian_prod(frame, rows, columns)
+            filler = torch.zeros(len(found) - len(places), 3, dtype=torch.float64)
+            dims, parts = handle.model.axes_dims, []
+            for dim, place in zip(dims, torch.cat([places, filler]).T, strict=True):
+                exponents = torch.arange(0, dim, 2, dtype=torch.float64) / dim
+                angles = torch.outer(place, 256.0**-exponents)
+                parts.append(torch.polar(torch.ones_like(angles), angles))
+            right = torch.cat(parts, dim=1).to(found.dtype)
+            torch.testing.assert_close(found, right, atol=2e-6, rtol=0)
+
+    def test_a_call_of_tensors_instead_of_lists(self):
+        handle, stock = elastic("z-image"), CASES["z-image"].model()
+        call = tiny.z_image_call(2, (1, 6, 8), TIME)
+        other = call | {"x": torch.stack(call["x"])}
+        with torch.no_grad(), handle.using(FULL):
+            assert all(map(torch.equal, handle.model(**other).sample, stock(**call).sample))
+        with torch.no_grad(), handle.using(Mode(2)):
+            found = handle.model(**call).sample
+            assert isinstance(found, list)
+            assert all(map(torch.equal, handle.model(**other).sample, found))
+
+    def test_guidance_of_two_modes_returns_lists_too(self):
+        handle = elastic("z-image")
+        call = CASES["z-image"].guided(2, (1, 6, 8), TIME)
+        handle.schedule = Schedule.constant(FULL, guide=Mode(2))
+        with torch.no_grad():
+            found, bare = handle.model(**call).sample, handle.model(**call, return_dict=False)[0]
+        assert isinstance(found, list)
+        assert isinstance(bare, list)
+        assert all(map(torch.equal, found, bare))
+
+    def test_pictures_of_several_sizes_are_refused(self):
+        call = tiny.z_image_call(2, (1, 6, 8), TIME)
+        call["x"][0] = tiny.z_image_call(1, (1, 6, 6), TIME)["x"][0]
+        with pytest.raises(ValueError, match=r"x holds latents of sizes .*legal: all of one size"):
+            output(elastic("z-image").model, call)
+
+    @pytest.mark.parametrize(
+        ("facts", "message"),
+        [
+            ({"siglip_feat_dim": 24}, r"siglip_feat_dim = 24; legal: None"),
+            (
+                {"all_patch_size": (2, 4), "all_f_patch_size": (1, 1)},
+                r"all_patch_size = \(2, 4\); legal: \(2,\)",
+            ),
+        ],
+    )
+    def test_several_pictures_per_row_and_patch_sizes_of_its_own_are_refused(self, facts, message):
+        config = {**CASES["z-image"].config, **facts}
+        with pytest.raises(ValueError, match=message):
+            elastify(diffusers.ZImageTransformer2DModel(**config), FlexiDiT())
+
+    def test_residuals_of_a_controlnet_are_for_full_mode(self):
+        handle, stock = elastic("z-image"), CASES["z-image"].model()
+        call = tiny.z_image_call(2, (1, 6, 8), TIME)
+        call["controlnet_block_samples"] = {0: tiny.noise(2, 128, 32, seed=18)}
+        with torch.no_grad(), handle.using(FULL):
+            assert all(map(torch.equal, handle.model(**call).sample, stock(**call).sample))
+        refusal = pytest.raises(ValueError, match=r"controlnet_block_samples .*full mode")
+        with handle.using(Mode(2)), refusal:
+            output(handle.model, call)
+
+    def test_it_compiles_to_one_graph_per_mode(self):
+        handle = elastic("z-image", scales=(2,))
+        call = tiny.z_image_call(2, (1, 6, 8), TIME)
+        torch._dynamo.reset()
+        expected = {}
+        for mode in (FULL, Mode(2)):
+            with handle.using(mode):
+                expected[mode] = output(handle.model, call)
+        handle.model.compile(backend="eager", fullgraph=True)
+        for mode in (FULL, Mode(2), FULL):
+            with handle.using(mode):
+                assert all(map(torch.equal, output(handle.model, call), expected[mode]))

@@ -29,6 +29,7 @@ class Case:
         scales: coarse scales to try.
         guided: ``guided(call)`` -> a call with both branches in one batch, or None.
         counts_on_meta: the stock forward reads no numbers, so that it runs on the meta device.
+        sample: argument that holds the latent.
     """
 
     model_class: str
@@ -38,6 +39,7 @@ class Case:
     scales: tuple[Any, ...] = (2, 4)
     batched: bool = True
     counts_on_meta: bool = True
+    sample: str = "hidden_states"
 
     def model(self) -> Any:
         """A model with noise on every parameter, the same each time."""
@@ -53,8 +55,9 @@ class Case:
     def guided(self, count: int, grid: Grid, time: float) -> dict[str, Any]:
         """A call of ``2 count`` rows as the class's pipeline makes it."""
         call = self.call(2 * count, grid, time)
-        latent = call["hidden_states"]
-        call["hidden_states"] = torch.cat([latent[:count]] * 2)
+        latent = call[self.sample]
+        half = latent[:count]
+        call[self.sample] = half * 2 if isinstance(half, list) else torch.cat([half] * 2)
         if "class_labels" in call:
             call["class_labels"][count:] = 10
         return call
@@ -278,6 +281,16 @@ def cogview4_call(count: int, grid: Grid, time: float) -> dict[str, Any]:
         "original_size": sizes,
         "target_size": sizes,
         "crop_coords": torch.zeros(count, 2),
+    }
+
+
+def z_image_call(count: int, grid: Grid, time: float) -> dict[str, Any]:
+    """Lists; times run from 0, noise, to 1; the first row has a shorter prompt."""
+    text = noise(count, 40, 24, seed=8)
+    return {
+        "x": list(noise(count, 4, grid[0], grid[1] * 2, grid[2] * 2)),
+        "t": torch.full((count,), 1 - time / 1000),
+        "cap_feats": [row[: 40 if index else 6] for index, row in enumerate(text)],
     }
 
 
@@ -575,5 +588,21 @@ CASES = {
         },
         cogview4_call,
         batched=False,
+    ),
+    "z-image": Case(
+        "ZImageTransformer2DModel",
+        {
+            "in_channels": 4,
+            "dim": 32,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": 24,
+            "axes_dims": (4, 6, 6),
+            "axes_lens": (80, 20, 20),
+        },
+        z_image_call,
+        sample="x",
     ),
 }

@@ -23,6 +23,7 @@ from elastic_dit.backbones.qwenimage import QwenImageBackbone
 from elastic_dit.backbones.sana import SanaBackbone
 from elastic_dit.backbones.sd3 import SD3Backbone
 from elastic_dit.backbones.wan import WanBackbone
+from elastic_dit.backbones.z_image import ZImageBackbone
 
 ALL = (
     AuraFlowBackbone,
@@ -41,6 +42,7 @@ ALL = (
     SanaBackbone,
     SD3Backbone,
     WanBackbone,
+    ZImageBackbone,
 )
 
 BACKBONES: dict[str, type[Backbone]] = {backbone.model_class: backbone for backbone in ALL}

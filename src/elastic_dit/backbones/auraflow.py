@@ -6,7 +6,9 @@ import math
 
 from torch import Tensor
 
-from elastic_dit.backbones.base import Backbone, Model, linear_macs
+from elastic_dit.backbones.base import Backbone, Model
+from elastic_dit.backbones.layers import attention
+from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
@@ -15,15 +17,7 @@ from elastic_dit.routing import Router
 
 TEXT = r"\.(attn\.(add_|to_add_out)|ff_context)"
 MODULATION = r"\.norm1(_context)?\.linear"
-ADAPTED = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "ff.linear_1",
-    "ff.linear_2",
-    "ff.out_projection",
-)
+ADAPTED = (*attention("attn"), "ff.linear_1", "ff.linear_2", "ff.out_projection")
 
 
 class AuraFlowBackbone(Backbone):
@@ -49,11 +43,6 @@ class AuraFlowBackbone(Backbone):
     )
     time_scale = 1.0
     low_rank = (("joint_transformer_blocks", ADAPTED), ("single_transformer_blocks", ADAPTED))
-
-    def vectors(self, module: Model, latent: Tensor, router: Router) -> Tensor:
-        p = module.patch_size
-        patches = latent.unfold(2, p, p).unfold(3, p, p)  # (B, C, H, W, p, p)
-        return patches.permute(0, 2, 3, 1, 4, 5).flatten(3)[:, None]
 
     def positions(self, module: Model, router: Router, mode: Mode) -> Tensor:
         (_, height, width), p = router.grid, module.patch_size

@@ -11,32 +11,30 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from elastic_dit.backbones.call import Branches, Call, cut
+from elastic_dit.backbones.layers import Layers, named
+from elastic_dit.backbones.times import Times
 from elastic_dit.cost import TransformerShape
 from elastic_dit.mode import Mode
-from elastic_dit.ops.patching import Triple, coarse_grid, from_base, group, to_grouped
+from elastic_dit.ops.patching import Triple, coarse_grid, from_base, to_grouped
 from elastic_dit.routing import Router
-
-Call = dict[str, Any]
-"""The arguments of one model call by name."""
+from elastic_dit.storage import values
 
 Model = Any
 """A live diffusers model or submodule; `nn.Module` as a type would hide its attributes."""
 
 
-Layers = tuple[tuple[str, tuple[str, ...]], ...]
-"""Names of layers inside the blocks of a list, for each list."""
-
 BlockHook = Callable[[nn.Module, tuple, dict[str, Any]], tuple[tuple, dict[str, Any]] | None]
 """``hook(module, args, kwargs)`` as `torch.nn.Module.register_forward_pre_hook` takes it."""
 
+Rewired = Callable[..., Any]
+"""``method(model, router, stock, *args)`` in place of ``stock(*args)``, a method of the model."""
 
 COMMON_FACTS = (
     "num_layers",
@@ -49,15 +47,7 @@ COMMON_FACTS = (
 """Entries that most configs have and an adapter must share with its base."""
 
 
-@dataclass(frozen=True)
-class Branches:
-    """Which rows of a batched call are conditional, and which guide them; row i guides row i."""
-
-    conditional: slice
-    guidance: slice
-
-
-class Backbone(ABC):
+class Backbone(Times, ABC):
     """Knowledge of one diffusers model class.
 
     Attributes:
@@ -65,7 +55,10 @@ class Backbone(ABC):
         embed, output: submodules that make tokens and turn them into base patch vectors.
         rotary: submodule that makes the rotary phases of image tokens, if their grid is the only
             thing it depends on.
+        rewired: methods of the model and what replaces them in modes that route their tokens, where
+            no submodule makes patches or positions.
         sample: argument of the call that holds the latent.
+        lists: arguments that are lists with an entry for each row.
         condition: arguments that carry the prompt or class; None for one that has none.
         facts: entries of the config that an adapter must share with its base.
         embed_layout, output_layout: order of channels and pixels inside a base patch vector.
@@ -73,10 +66,10 @@ class Backbone(ABC):
         conditional_first: which half of a guided batch is the conditional one; None if the pipeline
             calls the model once per branch.
         contexts: the guidance branch's names in ``cache_context``, if it is called by itself.
-        time_scale: time of pure noise, as the model is given it.
-        own_sigmas: whether the pipeline gives its scheduler sigmas from 1 down to ``1 / steps``.
         low_rank: layers of self-attention and feed-forward by block list.
+        adapts: which of them the method in use adapts: a regular expression that their names match.
         prompt_only: layers that see nothing but the prompt, by block list.
+        reads_blocks: the stock forward looks into one of its blocks, beside calling them.
         residuals: arguments that hold something per base token (ControlNet's residuals), which
             coarse modes refuse.
         packs: whether branches of different modes can share one packed call.
@@ -87,19 +80,22 @@ class Backbone(ABC):
     embed: str
     output: str
     rotary: str | None = None
+    rewired: tuple[tuple[str, Rewired], ...] = ()
     sample: str = "hidden_states"
+    lists: tuple[str, ...] = ()
     condition: tuple[str, ...] = ("encoder_hidden_states",)
     facts: tuple[str, ...] = ()
+    direction: float = 1.0
     embed_layout: str = "Cthw"
     output_layout: str = "thwC"
     axes: str = "hw"
     conditional_first: bool | None = False
     contexts: tuple[str, ...] = ("uncond",)
-    time_scale: float = 1000.0
-    own_sigmas: bool = False
     low_rank: Layers = ()
+    adapts: str = ""
     prompt_only: Layers = ()
     residuals: tuple[str, ...] = ()
+    reads_blocks: bool = False
     packs: bool = False
     masks_attention: bool = False
 
@@ -126,7 +122,7 @@ class Backbone(ABC):
 
     def grid(self, model: Model, call: Call) -> Triple:
         """Base grid ``(frames, height, width)`` of a call."""
-        sides = call[self.sample].shape[2:]
+        sides = self.stack(call[self.sample]).shape[2:]
         frames, height, width = sides if len(sides) == 3 else (1, *sides)
         t, h, w = self.patch(model)
         return frames // t, height // h, width // w
@@ -146,7 +142,8 @@ class Backbone(ABC):
         B, C, frames, height, width = latent.shape
         T, H, W = frames // t, height // h, width // w
         x = latent[:, :, : T * t, : H * h, : W * w].reshape(B, C, T, t, H, h, W, w)
-        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+        inside = {"C": 1, "t": 3, "h": 5, "w": 7}
+        return x.permute(0, 2, 4, 6, *(inside[axis] for axis in self.embed_layout)).flatten(4)
 
     def tokens(self, module: Model, router: Router, mode: Mode, latent: Tensor) -> Tensor:
         """What the token-making module returns, in a mode that does not use its own weights."""
@@ -197,21 +194,23 @@ class Backbone(ABC):
     def embed_kernel(self, model: Model) -> tuple[Tensor, Tensor]:
         """Weight ``(D, C, pt, ph, pw)`` and bias ``(D,)`` of the base patch embedding."""
         layer, _ = self.projections(model)
-        patch, weight = self.patch(model), layer.weight
+        patch, weight = self.patch(model), values(layer)
         if weight.ndim == 2:
             kernel = from_base(
                 weight, weight.shape[1] // math.prod(patch), patch, self.embed_layout
             )
         else:
             kernel = weight.reshape(*weight.shape[:2], *patch)
-        return kernel, weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
+        bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias
+        return kernel, bias.to(weight.dtype)
 
     def output_rows(self, model: Model) -> tuple[Tensor, Tensor]:
         """Weight ``(D, C, pt, ph, pw)`` and bias ``(1, C, pt, ph, pw)`` of the base output."""
         (_, layer), patch = self.projections(model), self.patch(model)
-        bias = layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias
+        weight = values(layer)
+        bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.to(weight.dtype)
         channels = len(bias) // math.prod(patch)
-        rows = from_base(layer.weight.T, channels, patch, self.output_layout)
+        rows = from_base(weight.T, channels, patch, self.output_layout)
         return rows, from_base(bias[None], channels, patch, self.output_layout)
 
     @torch.no_grad()
@@ -235,11 +234,16 @@ class Backbone(ABC):
 
     def low_rank_layers(self, model: Model) -> Iterator[tuple[str, nn.Linear]]:
         """Linear layers of self-attention and feed-forward, with their names."""
-        return _named(model, self.low_rank)
+        layers = named(model, self.low_rank)
+        return ((name, layer) for name, layer in layers if re.search(self.adapts, name))
+
+    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
+        """Modules whose output is the conditioning vector ``(B, D)``, which drives modulation."""
+        return iter(())
 
     def text_layers(self, model: Model) -> Iterator[nn.Module]:
         """Layers in the blocks whose input depends on the prompt alone, not on the step."""
-        return (layer for _, layer in _named(model, self.prompt_only))
+        return (layer for _, layer in named(model, self.prompt_only))
 
     def modulation_layers(self, model: Model) -> Iterator[nn.Module]:
         """Modules whose output modulates all tokens of a picture (for packing)."""
@@ -249,38 +253,12 @@ class Backbone(ABC):
         """Attention modules that image tokens go through (for packing)."""
         return iter(())
 
-    def level(self, call: Call) -> float:
-        """Noise level in [0, 1] of a call.
-
-        Raises:
-            ValueError: the call gives no time, or rows of one batch have different ones.
-        """
-        time = call.get("timestep")
-        if time is None:
-            raise ValueError(
-                "timestep = None; an elastic model chooses its mode by the timestep, so give one"
-            )
-        time = torch.as_tensor(time).detach()
-        if time.ndim == 2:  # one per token: first frames that are given have no noise
-            time = time.amax(dim=1)
-        times = time.reshape(-1).tolist()
-        if min(times) != max(times):
-            raise ValueError(
-                f"timesteps of a batch go from {min(times)} to {max(times)}; legal: one per batch "
-                "(set a mode yourself with handle.using(mode) to train on mixed ones)"
-            )
-        return self.level_of(times[0])
-
-    def level_of(self, time: float) -> float:
-        """Noise level in [0, 1] of the time the model is given."""
-        return time / self.time_scale
-
     def branches(self, model: Model, call: Call, pipe: Any) -> Branches | None:
         """The guidance layout of a batched call, None if all rows are conditional.
 
         Pipelines that guide in one batch give both halves the same latents.
         """
-        sample = call[self.sample]
+        sample = self.stack(call[self.sample])
         count, half = len(sample), len(sample) // 2
         if self.conditional_first is None or count % 2:
             return None
@@ -290,6 +268,34 @@ class Backbone(ABC):
             return None
         first, second = slice(0, half), slice(half, count)
         return Branches(first, second) if self.conditional_first else Branches(second, first)
+
+    def rows(self, call: Call, index: slice | tuple[int, ...]) -> Call:
+        """The arguments of some rows of a batched call."""
+        total = len(call[self.sample])
+        places = range(total)[index] if isinstance(index, slice) else index
+        return {
+            name: [value[i] for i in places] if name in self.lists else cut(value, index, total)
+            for name, value in call.items()
+        }
+
+    def stack(self, sample: Any) -> Tensor:
+        """Latents or predictions, of which some classes take and return lists, in one tensor.
+
+        Raises:
+            ValueError: a list of pictures that differ in size.
+        """
+        if self.sample not in self.lists:
+            return sample
+        sizes = {tuple(row.shape) for row in sample}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"{self.sample} holds latents of sizes {sorted(sizes)}; legal: all of one size"
+            )
+        return torch.stack(list(sample))
+
+    def unstack(self, sample: Tensor) -> Any:
+        """The inverse of `stack`."""
+        return list(sample) if self.sample in self.lists else sample
 
     def give_condition(self, call: Call, condition: Call) -> Call:
         """``call`` with the condition of ``condition`` (for weak-model guidance)."""
@@ -301,7 +307,7 @@ class Backbone(ABC):
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}
         return {"class": self.model_class, **plain}
 
-    def wrap_output(self, sample: Tensor) -> Any:
+    def wrap_output(self, sample: Any) -> Any:
         """The stock output object."""
         return Transformer2DModelOutput(sample=sample)
 
@@ -331,28 +337,6 @@ class Backbone(ABC):
                     "tokens; legal together with it: full mode"
                 )
 
-    def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
-        """Timesteps of a run of a latent with this base grid, as a pipeline of the class asks."""
-        facts, given = scheduler.config, {}
-        if facts.get("use_dynamic_shifting", False):
-            given["mu"] = self.shift(facts, math.prod(grid), steps)
-        if self.own_sigmas and not facts.get("use_flow_sigmas", False):
-            scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), **given)
-        else:
-            scheduler.set_timesteps(steps, **given)
-
-    def shift(self, scheduler: dict[str, Any], tokens: int, steps: int) -> float:
-        """What pipelines give a scheduler with dynamic shifting as ``mu``.
-
-        Args:
-            scheduler: its config.
-            tokens: base tokens of the picture.
-        """
-        low = scheduler.get("base_image_seq_len", 256)
-        high = scheduler.get("max_image_seq_len", 4096)
-        least, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
-        return least + (tokens - low) * (most - least) / (high - low)
-
     def check_grid(self, grid: Triple, mode: Mode) -> None:
         """Refuse a latent smaller than one coarse patch.
 
@@ -368,60 +352,9 @@ class Backbone(ABC):
 
     def as_volume(self, tokens: Tensor, router: Router, mode: Mode) -> Tensor:
         """``(B, n, D)`` -> ``(B, D, t, h, w)``, what a patch convolution returns."""
-        return tokens.transpose(1, 2).unflatten(2, coarse_grid(router.grid, mode.patch_scale))
-
-
-def rows(call: Call, index: slice, total: int) -> Call:
-    """The arguments of some rows of a batched call, inside lists and dictionaries too."""
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: cut(inner) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [cut(inner) for inner in value]
-        if torch.is_tensor(value) and value.ndim and value.shape[0] == total:
-            return value[index]
-        return value
-
-    return {key: cut(value) for key, value in call.items()}
-
-
-def _named(model: Model, layers: Layers) -> Iterator[tuple[str, nn.Linear]]:
-    for blocks, names in layers:
-        for index, block in enumerate(model.get_submodule(blocks)):
-            for name in names:
-                yield f"{blocks}.{index}.{name}", block.get_submodule(name)
-
-
-def grouped_times(times_BN: Tensor, grid: Triple, mode: Mode) -> Tensor:
-    """Times of a mode's tokens ``(B, n)``, where each base token has a time of its own.
-
-    A group is as noisy as its noisiest token; frames that are given fill groups of their own only
-    if the mode joins none.
-    """
-    return group(times_BN.unflatten(1, grid)[..., None], mode.patch_scale).amax(dim=2)
-
-
-def linear_macs(module: Model, pattern: str = "", *, but: str | None = None) -> int:
-    """Inputs times outputs of all linear layers whose names match, and do not match ``but``."""
-    return sum(
-        layer.in_features * layer.out_features
-        for name, layer in module.named_modules()
-        if hasattr(layer, "out_features")
-        and "lora_" not in name
-        and re.search(pattern, name)
-        and not (but and re.search(but, name))
-    )
-
-
-def with_other_pictures(shape: TransformerShape, tokens: int) -> TransformerShape:
-    """The same network with ``tokens`` of reference pictures in its joint sequence (full mode)."""
-    each = shape.token_macs - shape.text_macs + (shape.patch_in + shape.patch_out) * shape.width
-    return replace(
-        shape,
-        text_tokens=shape.text_tokens + tokens,
-        picture_macs=shape.picture_macs + tokens * each,
-    )
+        # Contiguous as a convolution's: other strides in the first block cost one more graph.
+        volume = tokens.transpose(1, 2).contiguous()
+        return volume.unflatten(2, coarse_grid(router.grid, mode.patch_scale))
 
 
 def pair(size: int | list[int] | tuple[int, ...], patch: int) -> tuple[int, int]:

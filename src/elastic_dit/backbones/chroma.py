@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
+from torch import nn
 
-from elastic_dit.backbones.base import Call, Model, linear_macs
+from elastic_dit.backbones.base import Model
+from elastic_dit.backbones.call import Call
 from elastic_dit.backbones.flux import FluxBackbone
+from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.cost import TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple, group
@@ -21,7 +25,7 @@ class ChromaBackbone(FluxBackbone):
     """
 
     model_class = "ChromaTransformer2DModel"
-    condition = ("encoder_hidden_states", "attention_mask", "txt_ids")
+    condition = ("encoder_hidden_states", "attention_mask", "txt_ids", "joint_attention_kwargs")
     facts = (
         "num_layers",
         "num_single_layers",
@@ -32,6 +36,9 @@ class ChromaBackbone(FluxBackbone):
         "approximator_hidden_dim",
         "approximator_layers",
     )
+
+    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
+        return iter(())  # a small network makes each block's modulation from the time alone
 
     def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
         call = super().prepare(call, router, mode)

@@ -11,7 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-from elastic_dit.backbones.base import COMMON_FACTS, Backbone, Call, Model, linear_macs
+from elastic_dit.backbones.base import COMMON_FACTS, Backbone, Model
+from elastic_dit.backbones.call import Call
+from elastic_dit.backbones.layers import attention, feed_forward
+from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
@@ -24,7 +27,6 @@ from elastic_dit.ops.positions import (
 from elastic_dit.routing import Router
 
 MODULATION = r"\.norm[12]\.linear"
-ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 
 
 class CogVideoXBackbone(Backbone):
@@ -40,20 +42,16 @@ class CogVideoXBackbone(Backbone):
     facts = (*COMMON_FACTS, "patch_size_t", "text_embed_dim", "use_rotary_positional_embeddings")
     output_layout = "Cthw"
     axes = "thw"
-    low_rank = (("transformer_blocks", (*ATTENTION, "ff.net.0.proj", "ff.net.2")),)
+    low_rank = (("transformer_blocks", (*attention("attn1"), *feed_forward("ff"))),)
 
     def patch(self, model: Model) -> Triple:
         return model.config.patch_size_t or 1, model.config.patch_size, model.config.patch_size
 
     def grid(self, model: Model, call: Call) -> Triple:
-        _, frames, _, height, width = call[self.sample].shape
-        t, h, w = self.patch(model)
-        return frames // t, height // h, width // w
+        return super().grid(model, {self.sample: call[self.sample].transpose(1, 2)})
 
     def vectors(self, module: Model, latent: Tensor, router: Router) -> Tensor:
-        t, p, (T, H, W) = module.patch_size_t or 1, module.patch_size, router.grid
-        x = latent[:, :, :, : H * p, : W * p].reshape(len(latent), T, t, -1, H, p, W, p)
-        return x.permute(0, 1, 4, 6, 3, 2, 5, 7).flatten(4)
+        return super().vectors(module, latent.transpose(1, 2), router)
 
     def beside(self, module: Model, tokens: Tensor, *others: Tensor) -> Tensor:
         (text,) = others
@@ -76,16 +74,18 @@ class CogVideoXBackbone(Backbone):
             return table_centres(table.unflatten(0, grid), scale)[None]
         if not module.use_positional_embeddings:
             return None
-        weight = module.proj.weight
-        key = (grid, mode, weight.device)
+        key = (grid, mode, router.device)
         if key not in router.tables:
             units = module.temporal_interpolation_scale, *[module.spatial_interpolation_scale] * 2
             frames, rows, columns = (
                 group_centres(side, k) / unit
                 for side, k, unit in zip(grid, scale, units, strict=True)
             )
-            table = sincos_3d(frames, rows, columns, len(weight))[None].float()
-            router.tables[key] = table.to(weight.device)
+            table = sincos_3d(frames, rows, columns, len(module.proj.weight))[None].float()
+            table = table.to(router.device)
+            if torch.compiler.is_compiling():  # belongs to the graph
+                return table
+            router.tables[key] = table
         return router.tables[key]
 
     def prepare(self, call: Call, router: Router, mode: Mode) -> Call:

@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elastic_dit.backbones.base import COMMON_FACTS, Backbone, Model, linear_macs
+from elastic_dit.backbones.base import COMMON_FACTS, Backbone, Model
+from elastic_dit.backbones.layers import attention, feed_forward
+from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
@@ -23,7 +25,6 @@ from elastic_dit.ops.positions import group_centres
 from elastic_dit.routing import Router
 
 MODULATION = r"\.norm1\.linear"
-ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 
 
 class CogView4Backbone(Backbone):
@@ -38,7 +39,7 @@ class CogView4Backbone(Backbone):
     residuals = ("image_rotary_emb",)
     output_layout = "Cthw"
     conditional_first = None
-    low_rank = (("transformer_blocks", (*ATTENTION, "ff.net.0.proj", "ff.net.2")),)
+    low_rank = (("transformer_blocks", (*attention("attn1"), *feed_forward("ff"))),)
 
     def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
         facts = scheduler.config

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from elastic_dit.backbones.base import Branches, Call, Model, pair
+from elastic_dit.backbones.base import Model, pair
+from elastic_dit.backbones.call import Branches, Call
 from elastic_dit.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
 from elastic_dit.cost import TransformerShape, dit_shape
 from elastic_dit.mode import Mode
@@ -32,7 +34,7 @@ class DiTBackbone(PatchEmbedBackbone):
     )
     conditional_first = True
     low_rank = (("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),)
-    packs = masks_attention = True
+    packs = masks_attention = reads_blocks = True
 
     def modulation_layers(self, model: Model) -> Iterator[nn.Module]:
         for block in model.transformer_blocks:
@@ -42,6 +44,10 @@ class DiTBackbone(PatchEmbedBackbone):
     def attention_layers(self, model: Model) -> Iterator[nn.Module]:
         for block in model.transformer_blocks:
             yield block.attn1
+
+    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
+        for block in model.transformer_blocks:
+            yield block.norm1.emb
 
     def branches(self, model: Model, call: Call, pipe: Any) -> Branches | None:
         labels = call.get("class_labels")
@@ -60,7 +66,7 @@ class DiTBackbone(PatchEmbedBackbone):
 
     def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
         config = model.config
-        return dit_shape(
+        shape = dit_shape(
             width=model.inner_dim,
             depth=config.num_layers,
             latent=grid[1] * config.patch_size,
@@ -68,6 +74,7 @@ class DiTBackbone(PatchEmbedBackbone):
             channels=config.in_channels,
             out_channels=model.out_channels,
         )
+        return replace(shape, adapted=self.adapted_macs(model))
 
     def identity(self, model: Model) -> dict[str, Any]:
         return super().identity(model) | {

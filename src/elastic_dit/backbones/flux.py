@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from elastic_dit.backbones.base import Backbone, Call, Model, linear_macs, with_other_pictures
+from elastic_dit.backbones.base import Backbone, Model
+from elastic_dit.backbones.call import Call
+from elastic_dit.backbones.layers import attention, feed_forward
+from elastic_dit.backbones.macs import linear_macs, with_other_pictures
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
+from elastic_dit.ops.ids import centre_ids, first_grid
 from elastic_dit.ops.patching import Triple
-from elastic_dit.ops.positions import group_centres
 from elastic_dit.routing import Router
 
-ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v")
 TEXT = r"\.(attn\.(add_|to_add_out)|ff_context)"
 MODULATION = r"\.norm[^.]*\.linear"
 
@@ -30,7 +32,8 @@ class FluxBackbone(Backbone):
     model_class = "FluxTransformer2DModel"
     embed = "x_embedder"
     output = "proj_out"
-    condition = ("encoder_hidden_states", "pooled_projections", "txt_ids")
+    # An IP-adapter's picture comes in the last one.
+    condition = ("encoder_hidden_states", "pooled_projections", "txt_ids", "joint_attention_kwargs")
     facts = (
         "num_layers",
         "num_single_layers",
@@ -46,8 +49,8 @@ class FluxBackbone(Backbone):
     time_scale = 1.0
     own_sigmas = True
     low_rank = (
-        ("transformer_blocks", (*ATTENTION, "attn.to_out.0", "ff.net.0.proj", "ff.net.2")),
-        ("single_transformer_blocks", (*ATTENTION, "proj_mlp", "proj_out")),
+        ("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),
+        ("single_transformer_blocks", (*attention("attn")[:3], "proj_mlp", "proj_out")),
     )
 
     def patch(self, model: Model) -> Triple:
@@ -82,7 +85,10 @@ class FluxBackbone(Backbone):
         return grid, text_tokens, call["hidden_states"].shape[1] - math.prod(grid)
 
     def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
-        return call | {"img_ids": centre_ids(call["img_ids"], router.grid, mode)}
+        return call | {"img_ids": centre_ids(call["img_ids"], router.grid, mode.patch_scale)}
+
+    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
+        yield model.time_text_embed
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, 64, 64), 512
@@ -111,37 +117,3 @@ class FluxBackbone(Backbone):
             adapted_text=self.adapted_macs(model, "^single"),
         )
         return with_other_pictures(shape, others)
-
-
-def first_grid(ids: Tensor, skip: int = 0) -> Triple:
-    """Base grid of the first picture in position ids ``(N, 3 or 4)``, ``skip`` tokens aside.
-
-    The second and third number of an id are row and column; the first tells pictures apart.
-
-    Raises:
-        ValueError: the first picture's ids are not one whole grid.
-    """
-    ids = (ids[0] if ids.ndim == 3 else ids)[skip:]
-    if ids.is_meta:  # no numbers to read: counting costs only
-        side = math.isqrt(len(ids))
-        return 1, side, len(ids) // side
-    ids = ids.cpu()
-    ids = ids[ids[:, 0] == ids[0, 0]]
-    height, width = (int(n) + 1 for n in ids[-1, 1:3] - ids[0, 1:3])
-    if height * width != len(ids):
-        raise ValueError(
-            f"img_ids name {len(ids)} tokens up to row {height - 1} and column {width - 1}, which "
-            "is no whole grid; legal: each picture row by row, under a number of its own"
-        )
-    return 1, height, width
-
-
-def centre_ids(ids: Tensor, grid: Triple, mode: Mode) -> Tensor:
-    """Position ids of the centres of a mode's groups; no longer whole numbers."""
-    first = (ids[0] if ids.ndim == 3 else ids)[0].float()
-    _, kh, kw = mode.patch_scale
-    rows = group_centres(grid[1], kh, first.device).to(first) + first[1]
-    columns = group_centres(grid[2], kw, first.device).to(first) + first[2]
-    centres = first.repeat(len(rows) * len(columns), 1)
-    centres[:, 1:3] = torch.cartesian_prod(rows, columns)
-    return centres

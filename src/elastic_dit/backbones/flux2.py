@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModelOutput
-from torch import Tensor
+from torch import Tensor, nn
 
-from elastic_dit.backbones.base import Call, Model, linear_macs, with_other_pictures
-from elastic_dit.backbones.flux import ATTENTION, TEXT, FluxBackbone
+from elastic_dit.backbones.base import Model
+from elastic_dit.backbones.call import Call
+from elastic_dit.backbones.flux import TEXT, FluxBackbone
+from elastic_dit.backbones.layers import attention
+from elastic_dit.backbones.macs import linear_macs, with_other_pictures
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
@@ -24,9 +28,12 @@ class Flux2Backbone(FluxBackbone):
     model_class = "Flux2Transformer2DModel"
     condition = ("encoder_hidden_states", "txt_ids")
     low_rank = (
-        ("transformer_blocks", (*ATTENTION, "attn.to_out.0", "ff.linear_in", "ff.linear_out")),
+        ("transformer_blocks", (*attention("attn"), "ff.linear_in", "ff.linear_out")),
         ("single_transformer_blocks", ("attn.to_qkv_mlp_proj", "attn.to_out")),
     )
+
+    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
+        yield model.time_guidance_embed
 
     def references_before(self, call: Call) -> int:
         return call.get("num_ref_tokens", 0)  # those whose keys and values are kept

@@ -10,14 +10,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from elastic_dit.backbones.base import COMMON_FACTS, Backbone, Model, linear_macs
+from elastic_dit.backbones.base import COMMON_FACTS, Backbone, Model
+from elastic_dit.backbones.layers import attention, feed_forward
+from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
 from elastic_dit.ops.positions import real_rotary_centres
 from elastic_dit.routing import Router
 
-ATTENTION = ("attn.to_q", "attn.to_k", "attn.to_v")
 TEXT = r"\.(attn\.(add_|to_add_out)|ff_context)"
 MODULATION = r"\.norm[^.]*\.linear"
 REFINED_ONCE = r"^time_text_embed|norm_out"
@@ -46,8 +47,8 @@ class HunyuanVideoBackbone(Backbone):
     conditional_first = None
     own_sigmas = True
     low_rank = (
-        ("transformer_blocks", (*ATTENTION, "attn.to_out.0", "ff.net.0.proj", "ff.net.2")),
-        ("single_transformer_blocks", (*ATTENTION, "proj_mlp", "proj_out")),
+        ("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),
+        ("single_transformer_blocks", (*attention("attn")[:3], "proj_mlp", "proj_out")),
     )
 
     def patch(self, model: Model) -> Triple:

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from elastic_dit.backbones.base import COMMON_FACTS, BlockHook, Model, linear_macs, pair
+from elastic_dit.backbones.base import COMMON_FACTS, BlockHook, Model, pair
+from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.ops.patching import Triple
@@ -36,6 +37,9 @@ class LatteBackbone(PatchEmbedBackbone):
     def block_hooks(self, model: Model) -> Iterator[tuple[nn.Module, BlockHook]]:
         for block in model.temporal_transformer_blocks:
             yield block, fewer_times
+
+    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
+        yield model.adaln_single.emb
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         config = model.config

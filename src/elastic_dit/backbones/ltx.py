@@ -7,29 +7,23 @@ many turns between neighbours, so phases are never averaged; coordinates are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from elastic_dit.backbones.base import (
-    COMMON_FACTS,
-    Backbone,
-    Call,
-    Model,
-    grouped_times,
-    linear_macs,
-)
+from elastic_dit.backbones.base import COMMON_FACTS, Backbone, Model
+from elastic_dit.backbones.call import Call, grouped_times, has_token_times
+from elastic_dit.backbones.layers import attention, feed_forward
+from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
+from elastic_dit.ops.ids import grid_of_coordinates
 from elastic_dit.ops.patching import Triple
 from elastic_dit.ops.positions import coordinate_centres, group_centres
 from elastic_dit.routing import Router
 
 TEXT = r"attn2\.to_[kv]$"
-ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 
 
 class LTXBackbone(Backbone):
@@ -44,7 +38,7 @@ class LTXBackbone(Backbone):
     facts = (*COMMON_FACTS, "patch_size_t", "caption_channels")
     output_layout = "Cthw"
     axes = "thw"
-    low_rank = (("transformer_blocks", (*ATTENTION, "ff.net.0.proj", "ff.net.2")),)
+    low_rank = (("transformer_blocks", (*attention("attn1"), *feed_forward("ff"))),)
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
 
     def patch(self, model: Model) -> Triple:
@@ -91,7 +85,7 @@ class LTXBackbone(Backbone):
         return stock(hidden, video_coords=torch.cartesian_prod(*axes).T.expand(len(hidden), -1, -1))
 
     def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
-        if not times_of_tokens(call):
+        if not has_token_times(call):
             return call
         return call | {"timestep": grouped_times(call["timestep"], router.grid, mode)}
 
@@ -99,7 +93,7 @@ class LTXBackbone(Backbone):
         return (21, 16, 22), 128
 
     def size(self, model: Model, call: Call) -> tuple[Any, ...]:
-        return *super().size(model, call), times_of_tokens(call)
+        return *super().size(model, call), has_token_times(call)
 
     def shape(
         self, model: Model, grid: Triple, text_tokens: int, times_per_token: bool = False
@@ -121,17 +115,3 @@ class LTXBackbone(Backbone):
             + text_tokens * linear_macs(model.caption_projection),
             adapted=self.adapted_macs(model),
         )
-
-
-def times_of_tokens(call: Call) -> bool:
-    """Whether each token has a time of its own."""
-    return call["timestep"].ndim == 2 and call["timestep"].shape[1] > 1
-
-
-def grid_of_coordinates(coordinates_3N: Tensor) -> Triple:
-    """Sides of a grid whose tokens are named row-major; ``(1, 1, N)`` if they form none."""
-    axes = [axis.unique() for axis in coordinates_3N]
-    whole = math.prod(map(len, axes)) == coordinates_3N.shape[1]
-    if whole and torch.equal(torch.cartesian_prod(*axes).T, coordinates_3N):
-        return len(axes[0]), len(axes[1]), len(axes[2])
-    return 1, 1, coordinates_3N.shape[1]

@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from elastic_dit.backbones.base import Backbone, Call, Model, linear_macs, pair
+from elastic_dit.backbones.base import Backbone, Model, pair
+from elastic_dit.backbones.call import Call
+from elastic_dit.backbones.layers import attention
+from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple, coarse_grid
@@ -18,15 +21,8 @@ from elastic_dit.ops.positions import rotary_centres
 from elastic_dit.routing import Router
 
 MODULATION = r"\.norm1\.linear"
-ADAPTED = (
-    "attn.to_q",
-    "attn.to_k",
-    "attn.to_v",
-    "attn.to_out.0",
-    "feed_forward.linear_1",
-    "feed_forward.linear_2",
-    "feed_forward.linear_3",
-)
+ONCE = rf"{MODULATION}|timestep_embedder|norm_out\.linear_1"
+ADAPTED = (*attention("attn"), *(f"feed_forward.linear_{i}" for i in (1, 2, 3)))
 
 
 class Lumina2Backbone(Backbone):
@@ -54,6 +50,7 @@ class Lumina2Backbone(Backbone):
         "cap_feat_dim",
     )
     embed_layout = "thwC"
+    direction = -1.0
     conditional_first = None
     own_sigmas = True
     low_rank = (("noise_refiner", ADAPTED), ("layers", ADAPTED))
@@ -109,23 +106,19 @@ class Lumina2Backbone(Backbone):
         config, d, area = model.config, model.config.hidden_size, self.patch(model)[1] ** 2
         layers, noise, text = model.layers, model.noise_refiner, model.context_refiner
         padded, both = padded or text_tokens, linear_macs(layers, but=MODULATION)
-        refining = padded * linear_macs(text) + 2 * len(text) * d * padded**2
-        once = linear_macs(layers, MODULATION) + linear_macs(noise, MODULATION)
-        embedder, norm_out = model.time_caption_embed, model.norm_out
+        last = model.norm_out.linear_2
         return TransformerShape(
             width=d,
             grid=grid,
             patch_in=area * config.in_channels,
-            patch_out=norm_out.linear_2.out_features,
+            patch_out=last.out_features,
             token_macs=linear_macs(noise, but=MODULATION) + both,
             attention=(Attention(len(noise), d), Attention(len(layers), d, "joint")),
             text_tokens=text_tokens,
-            text_macs=both + linear_macs(norm_out, "linear_2"),
-            picture_macs=once
-            + refining
-            + linear_macs(embedder, "^timestep")
-            + padded * linear_macs(embedder, "^caption")
-            + linear_macs(norm_out, "linear_1"),
+            text_macs=both + linear_macs(last),
+            picture_macs=linear_macs(model, ONCE)
+            + padded * linear_macs(model, r"^context_refiner|caption_embedder")
+            + 2 * len(text) * d * padded**2,
             adapted=self.adapted_macs(model),
             adapted_text=self.adapted_macs(model, "^layers"),
         )

@@ -6,21 +6,16 @@ a crop from the middle of a stored one.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from elastic_dit.backbones.base import Backbone, Model
+from elastic_dit.backbones.layers import attention, feed_forward
 from elastic_dit.mode import Mode
 from elastic_dit.ops.positions import group_centres, sincos_2d, table_centres
 from elastic_dit.routing import Router
 
-SELF_ATTENTION_AND_FEED_FORWARD = (
-    "attn1.to_q",
-    "attn1.to_k",
-    "attn1.to_v",
-    "attn1.to_out.0",
-    "ff.net.0.proj",
-    "ff.net.2",
-)
+SELF_ATTENTION_AND_FEED_FORWARD = (*attention("attn1"), *feed_forward("ff"))
 """The layers of diffusers' `BasicTransformerBlock` that low-rank updates go to."""
 
 
@@ -32,19 +27,21 @@ class PatchEmbedBackbone(Backbone):
     def positions(self, module: Model, router: Router, mode: Mode) -> Tensor | None:
         if module.pos_embed is None:
             return None
-        weight, (_, height, width) = module.proj.weight, router.grid
-        scale = mode.patch_scale
+        (_, height, width), scale = router.grid, mode.patch_scale
         if module.pos_embed_max_size:
             p = module.patch_size
             table = module.cropped_pos_embed(height * p, width * p).unflatten(1, (height, width))
             return table_centres(table[0], scale[1:])[None]
-        key = (router.grid, mode, weight.device)
+        key = (router.grid, mode, router.device)
         if key not in router.tables:
             # Off its native size the stock table squeezes the grid into base_size units; so do the
             # centres.
             unit = [module.base_size / n / module.interpolation_scale for n in (height, width)]
             rows = group_centres(height, scale[1]) * unit[0]
             columns = group_centres(width, scale[2]) * unit[1]
-            table = sincos_2d(rows, columns, weight.shape[0])[None].float()
-            router.tables[key] = table.to(weight.device)
+            table = sincos_2d(rows, columns, len(module.proj.weight))[None].float()
+            table = table.to(router.device)
+            if torch.compiler.is_compiling():  # belongs to the graph
+                return table
+            router.tables[key] = table
         return router.tables[key]

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from elastic_dit.backbones.base import COMMON_FACTS, Model, linear_macs, pair
+from elastic_dit.backbones.base import COMMON_FACTS, Model, pair
+from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.ops.patching import Triple
@@ -36,6 +37,9 @@ class PixArtBackbone(PatchEmbedBackbone):
         for block in model.transformer_blocks:
             yield block.attn1
             yield block.attn2
+
+    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
+        yield model.adaln_single.emb
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         # alpha reads 120 tokens, sigma 300; both 256 and 512 of alpha lack the size embeddings

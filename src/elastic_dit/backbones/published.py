@@ -75,6 +75,7 @@ MODELS: dict[str, Published] = {
     "wan-2.1-1.3b-480p": Published("WanTransformer3DModel", WAN_SMALL, (21, 30, 52), 512),
     "wan-2.1-14b-720p": Published("WanTransformer3DModel", {}, (21, 45, 80), 512),
     "qwen-image-1024": Published("QwenImageTransformer2DModel", {}, (1, 64, 64), 512),
+    "z-image-1024": Published("ZImageTransformer2DModel", {}, (1, 64, 64), 512),
     "hunyuan-video-720p": Published("HunyuanVideoTransformer3DModel", {}, (33, 45, 80), 256),
     "latte-1-512": Published("LatteTransformer3DModel", LATTE, (16, 32, 32), 120),
 }

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from elastic_dit.backbones.base import (
-    COMMON_FACTS,
-    Backbone,
-    Call,
-    Model,
-    linear_macs,
-    with_other_pictures,
-)
+from torch import nn
+
+from elastic_dit.backbones.base import COMMON_FACTS, Backbone, Model
+from elastic_dit.backbones.call import Call
+from elastic_dit.backbones.layers import attention, feed_forward
+from elastic_dit.backbones.macs import linear_macs, with_other_pictures
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple, coarse_grid
@@ -41,19 +39,7 @@ class QwenImageBackbone(Backbone):
     conditional_first = None
     time_scale = 1.0
     own_sigmas = True
-    low_rank = (
-        (
-            "transformer_blocks",
-            (
-                "attn.to_q",
-                "attn.to_k",
-                "attn.to_v",
-                "attn.to_out.0",
-                "img_mlp.net.0.proj",
-                "img_mlp.net.2",
-            ),
-        ),
-    )
+    low_rank = (("transformer_blocks", (*attention("attn"), *feed_forward("img_mlp"))),)
 
     def grid(self, model: Model, call: Call) -> Triple:
         return pictures(call)[0]
@@ -82,6 +68,9 @@ class QwenImageBackbone(Backbone):
                 f"img_shapes name {len(pictures(call))} pictures in one sequence, and mode "
                 f"{mode.name!r} takes one; legal with reference pictures: full mode"
             )
+
+    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
+        yield model.time_text_embed
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, 64, 64), 512

@@ -11,7 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from elastic_dit.backbones.base import COMMON_FACTS, BlockHook, Call, Model, linear_macs, pair
+from elastic_dit.backbones.base import COMMON_FACTS, BlockHook, Model, pair
+from elastic_dit.backbones.call import Call
+from elastic_dit.backbones.layers import attention
+from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.backbones.patch_embed import PatchEmbedBackbone
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
@@ -33,18 +36,19 @@ class SanaBackbone(PatchEmbedBackbone):
     condition = ("encoder_hidden_states", "encoder_attention_mask")
     facts = (*COMMON_FACTS, "caption_channels", "mlp_ratio", "guidance_embeds")
     residuals = ("controlnet_block_samples",)
-    low_rank = (
-        ("transformer_blocks", ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")),
-    )
+    low_rank = (("transformer_blocks", attention("attn1")),)
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
 
     def block_hooks(self, model: Model) -> Iterator[tuple[nn.Module, BlockHook]]:
         for block in model.transformer_blocks:
             yield block, coarse_sides
 
-    def level(self, call: Call) -> float:
-        level = super().level(call)  # models with embedded guidance (Sprint) are given it directly
-        return level if call.get("guidance") is None else level * self.time_scale
+    def levels(self, call: Call) -> tuple[float, float]:
+        low, high = super().levels(call)
+        if call.get("guidance") is None:
+            return low, high
+        # Models with embedded guidance (Sprint) are given the level directly.
+        return low * self.time_scale, high * self.time_scale
 
     def check(self, model: Model, modes: set[Mode]) -> None:
         super().check(model, modes)

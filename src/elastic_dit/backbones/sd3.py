@@ -6,14 +6,15 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from elastic_dit.backbones.base import COMMON_FACTS, Model, linear_macs, pair
+from elastic_dit.backbones.base import COMMON_FACTS, Model, pair
+from elastic_dit.backbones.layers import attention, feed_forward
+from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.backbones.patch_embed import PatchEmbedBackbone
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.ops.patching import Triple
 
 TEXT = r"\.(attn\.(add_|to_add_out)|ff_context)"
 MODULATION = r"\.norm1(_context)?\.linear"
-IMAGE = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
 
 
 class SD3Backbone(PatchEmbedBackbone):
@@ -21,9 +22,9 @@ class SD3Backbone(PatchEmbedBackbone):
 
     model_class = "SD3Transformer2DModel"
     output = "proj_out"
-    condition = ("encoder_hidden_states", "pooled_projections")
+    condition = ("encoder_hidden_states", "pooled_projections", "joint_attention_kwargs")
     facts = (*COMMON_FACTS, "joint_attention_dim", "dual_attention_layers")
-    low_rank = (("transformer_blocks", IMAGE),)
+    low_rank = (("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),)
     residuals = ("block_controlnet_hidden_states",)
     packs = True
 
@@ -37,6 +38,9 @@ class SD3Backbone(PatchEmbedBackbone):
             yield block.attn
             if block.attn2 is not None:
                 yield block.attn2
+
+    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
+        yield model.time_text_embed
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, *pair(model.config.sample_size, model.config.patch_size)), 333

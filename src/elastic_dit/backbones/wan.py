@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from elastic_dit.backbones.base import (
-    COMMON_FACTS,
-    Backbone,
-    Call,
-    Model,
-    grouped_times,
-    linear_macs,
-)
+from elastic_dit.backbones.base import COMMON_FACTS, Backbone, Model
+from elastic_dit.backbones.call import Call, grouped_times, has_token_times
+from elastic_dit.backbones.layers import attention, feed_forward
+from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
@@ -37,19 +33,7 @@ class WanBackbone(Backbone):
     facts = (*COMMON_FACTS, "ffn_dim", "text_dim")
     axes = "thw"
     conditional_first = None
-    low_rank = (
-        (
-            "blocks",
-            (
-                "attn1.to_q",
-                "attn1.to_k",
-                "attn1.to_v",
-                "attn1.to_out.0",
-                "ffn.net.0.proj",
-                "ffn.net.2",
-            ),
-        ),
-    )
+    low_rank = (("blocks", (*attention("attn1"), *feed_forward("ffn"))),)
     prompt_only = (("blocks", ("attn2.to_k", "attn2.to_v")),)
 
     def tokens(self, module: Model, router: Router, mode: Mode, latent: Tensor) -> Tensor:
@@ -63,15 +47,18 @@ class WanBackbone(Backbone):
         return tuple(table[None, :, None].to(cos) for table in centres)
 
     def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
-        if call["timestep"].ndim != 2:
+        if not has_token_times(call):
             return call
         return call | {"timestep": grouped_times(call["timestep"], router.grid, mode)}
+
+    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
+        yield model.condition_embedder.time_embedder
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (21, 30, 52), 512
 
     def size(self, model: Model, call: Call) -> tuple[Any, ...]:
-        return *super().size(model, call), call["timestep"].ndim == 2
+        return *super().size(model, call), has_token_times(call)
 
     def planned_size(self, grid: Triple, text_tokens: int, pipe: Any) -> tuple[Any, ...]:
         per_token = pipe is not None and pipe.config.get("expand_timesteps", False)

@@ -1,0 +1,29 @@
+"""Names of layers inside the blocks of diffusers' models."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+Layers = tuple[tuple[str, tuple[str, ...]], ...]
+"""Names of layers inside the blocks of a list, for each list."""
+
+
+def attention(name: str) -> tuple[str, ...]:
+    """Layers of an `Attention` that image tokens go through."""
+    return tuple(f"{name}.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0"))
+
+
+def feed_forward(name: str) -> tuple[str, ...]:
+    """Layers of a `FeedForward`."""
+    return f"{name}.net.0.proj", f"{name}.net.2"
+
+
+def named(model: Any, layers: Layers) -> Iterator[tuple[str, nn.Linear]]:
+    """Those layers with their names in the model."""
+    for blocks, names in layers:
+        for index, block in enumerate(model.get_submodule(blocks)):
+            for name in names:
+                yield f"{blocks}.{index}.{name}", block.get_submodule(name)
