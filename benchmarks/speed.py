@@ -1,9 +1,10 @@
 """Do seconds follow FLOPs? The reference model through its whole pipeline, stock against elastic.
 
-    python benchmarks/speed.py [--batch 8 16 32] [--rounds 9]
+    python benchmarks/speed.py [--batch 8 16 32] [--rounds 9] [--compile]
 
-Writes benchmarks/results/speed-<cpu|cuda>.json: for each batch size, the time ratio of full mode
-and of each schedule over the stock pipeline, beside its FLOPs ratio.
+Writes benchmarks/results/speed-<cpu|cuda>[-compiled].json: for each batch size, the time ratio of
+full mode and of each schedule over the stock pipeline, beside its FLOPs ratio. With ``--compile``
+both transformers are compiled, each shape and mode into a graph of its own.
 """
 
 from __future__ import annotations
@@ -35,23 +36,28 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 16, 32])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--compile", action="store_true")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tables = []
     for batch in arguments.batch:
-        tables.append(
-            {"batch": batch, "rows": bench(batch, arguments.steps, arguments.rounds, device)}
-        )
-        write_results(
-            RESULTS / f"speed-{device}.json", {"steps": arguments.steps, "tables": tables}
-        )
+        rows = bench(batch, arguments.steps, arguments.rounds, device, compiled=arguments.compile)
+        tables.append({"batch": batch, "rows": rows})
+        name = f"speed-{device}{'-compiled' if arguments.compile else ''}.json"
+        write_results(RESULTS / name, {"steps": arguments.steps, "tables": tables})
 
 
-def bench(batch: int, steps: int, rounds: int, device: str) -> list[dict[str, object]]:
+def bench(
+    batch: int, steps: int, rounds: int, device: str, *, compiled: bool
+) -> list[dict[str, object]]:
     stock, pipe = load_reference().to(device), load_reference().to(device)
     for each in (stock, pipe):
         each.set_progress_bar_config(disable=True)
     handle = elastify(pipe, reference_adapter("lora"), merge=True)
+    if compiled:
+        torch._dynamo.reset()
+        for each in (stock, pipe):
+            each.transformer.compile(dynamic=False)
     labels, seeds = [i % 10 for i in range(batch)], list(range(batch))
 
     def run(which, schedule=None, *, packed=False):

@@ -2,8 +2,9 @@
 
     python recipes/assemble_reference.py mnist --runs runs --data <folder or hub id>
 
-Takes <runs>/<name>-base, -classifier, -flexidit-lora (and -lora-start) and -flexidit-shared, writes
-src/elastic_dit/reference/<name>/ in half precision, and measures the held-out set once.
+Takes <runs>/<name>-base, -classifier, -flexidit-lora (and -lora-start), -flexidit-shared, -ddit and
+-ppflow, writes src/elastic_dit/reference/<name>/ in half precision, and measures the held-out set
+once.
 """
 
 from __future__ import annotations
@@ -55,12 +56,12 @@ def main() -> None:
     start = runs / f"{name}-flexidit-lora-start" / "export"
     if start.is_dir():  # trained in two parts
         facts["flexidit-lora-start"] = _facts(load_adapter(start).notes["training"])
-    for recipe in ("lora", "shared"):
-        export = runs / f"{name}-flexidit-{recipe}" / "export"
+    for method in ("flexidit-lora", "flexidit-shared", "ddit", "ppflow"):
+        export = runs / f"{name}-{method}" / "export"
         if export.is_dir():
             adapter = load_adapter(export)
-            facts[f"flexidit-{recipe}"] = _facts(adapter.notes.pop("training"))
-            adapter.save(target / f"flexidit-{recipe}", dtype=torch.float16)
+            facts[method] = _facts(adapter.notes.pop("training"))
+            adapter.save(target / method, dtype=torch.float16)
 
     data = card["recipe"]["data"] | {"path": arguments.data, "split": "test"}
     held_out = ImageData(DataConfig(**data))

@@ -217,7 +217,7 @@ def another_format(folder):
 
 
 def another_method(folder):
-    edit_config(folder, method="ddit")
+    edit_config(folder, method="toad")
 
 
 def strange_settings(folder):
@@ -274,7 +274,7 @@ def pickled_instead(folder):
         (broken_json, "config.json' is not valid JSON"),
         (json_list, r"format = \[1\]; legal: 1"),
         (another_format, "format = 99; legal: 1"),
-        (another_method, "unknown method 'ddit'; legal: flexidit"),
+        (another_method, "unknown method 'toad'; legal: flexidit"),
         (strange_settings, "'flexidit' is not understood: .*colour"),
         (settings_out_of_range, "rank = -3; legal: a whole number >= 1"),
         (settings_of_another_type, "'flexidit' is not understood|scales = 2"),

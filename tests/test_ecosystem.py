@@ -16,44 +16,14 @@ from diffusers import (
 )
 from peft import LoraConfig
 from tests.backbones.tiny import CASES
+from tests.elastic_models import WEAK, call_of, elastic, run, shake
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from elastic_dit import FULL, FlexiDiT, Mode, Schedule, elastify, handle_of
+from elastic_dit import FULL, FlexiDiT, Schedule, elastify, handle_of
 from elastic_dit.engine import is_new
 
-WEAK = Mode(2)
 NAMES = ("flux", "wan")
 names = pytest.mark.parametrize("name", NAMES)
-
-
-def call_of(name, time=700.0, count=2):
-    case = CASES[name]
-    return case.call(count, case.grids[0], time)
-
-
-@torch.no_grad()
-def shake(model, keep, seed=3):
-    generator = torch.Generator().manual_seed(seed)
-    for key, parameter in model.named_parameters():
-        if keep(key):
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-
-
-def elastic(name, model=None, **options):
-    model = model or CASES[name].model()
-    torch.manual_seed(2)
-    handle = elastify(model, FlexiDiT(rank=3, scales=(2,)), **options)
-    shake(handle.model, is_new)
-    return handle
-
-
-@torch.no_grad()
-def run(handle_or_model, call, mode=None):
-    model = getattr(handle_or_model, "model", handle_or_model)
-    if mode is None:
-        return model(**call).sample
-    with handle_of(model).using(mode):
-        return model(**call).sample
 
 
 # torch.compile
@@ -389,15 +359,14 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
 
 
 @names
-def test_fused_projections_refuse_coarse_modes_only(name):
+def test_fused_projections_give_the_same_in_every_mode(name):
     handle, call = elastic(name), call_of(name)
-    full = run(handle, call, FULL)
+    expected = {mode: run(handle, call, mode) for mode in (FULL, WEAK)}
     handle.model.fuse_qkv_projections()
-    torch.testing.assert_close(run(handle, call, FULL), full)
-    with pytest.raises(RuntimeError, match=r"fused .* unfuse_qkv_projections"):
-        run(handle, call, WEAK)
+    for mode in (FULL, WEAK):
+        torch.testing.assert_close(run(handle, call, mode), expected[mode])
     handle.model.unfuse_qkv_projections()
-    run(handle, call, WEAK)
+    assert torch.equal(run(handle, call, WEAK), expected[WEAK])
 
 
 def test_controlnet_residuals_refuse_coarse_modes_only():

@@ -193,7 +193,7 @@ class Branch:
         self.second = {name: value[COUNT:] for name, value in call.items()}
         self.ran = []
 
-    def forward(self, call, mode):
+    def forward(self, call, mode, branch=""):
         """The stock forward in a mode; keeps the modes and labels it was called with."""
         self.ran.append((mode, call["class_labels"].tolist()))
         with torch.no_grad(), self.handle.using(mode):

@@ -52,7 +52,7 @@ def test_files_are_small_and_hold_no_pickle():
 def test_unknown_names():
     with pytest.raises(ValueError, match="'svhn'; legal: mnist"):
         reference_folder("svhn")
-    with pytest.raises(ValueError, match=r"'rank1'.*legal: lora"):
+    with pytest.raises(ValueError, match=r"'rank1'.*legal: ddit, lora"):
         reference_adapter("rank1")
 
 

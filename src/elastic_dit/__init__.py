@@ -9,9 +9,12 @@
 """
 
 from elastic_dit.backbones import BACKBONES
+from elastic_dit.budget import Budget
+from elastic_dit.calibration import Calibration
 from elastic_dit.checkpoint import Adapter, load_adapter
+from elastic_dit.ddit_controller import Account, DDiTController
 from elastic_dit.elastify import Handle, elastify, handle_of
-from elastic_dit.methods import METHODS, FlexiDiT
+from elastic_dit.methods import METHODS, DDiT, FlexiDiT, PPFlow
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.pipelines import PixelDiTPipeline
 from elastic_dit.report import Report
@@ -23,10 +26,16 @@ __all__ = [
     "BACKBONES",
     "FULL",
     "METHODS",
+    "Account",
     "Adapter",
+    "Budget",
+    "Calibration",
+    "DDiT",
+    "DDiTController",
     "FlexiDiT",
     "Handle",
     "Mode",
+    "PPFlow",
     "PixelDiTPipeline",
     "Plan",
     "Report",

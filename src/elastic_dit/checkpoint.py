@@ -1,4 +1,4 @@
-"""Adapter folders: ``config.json`` and ``adapter.safetensors``; never pickle.
+"""Adapter folders: ``config.json``, ``adapter.safetensors``, ``calibration.json``; never pickle.
 
 Everything about a file is checked before a model is touched.
 """
@@ -18,6 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from elastic_dit.calibration import FILE as CALIBRATION
+from elastic_dit.calibration import Calibration
 from elastic_dit.methods import Method, method_from_config
 from elastic_dit.schedule import Schedule
 
@@ -36,6 +38,10 @@ class Adapter:
             ``base.``.
         schedule: the default schedule.
         notes: anything else worth keeping (training facts, recommended guidance scales).
+        calibration: what was measured of these weights, for plans that a budget buys.
+
+    Raises:
+        ValueError: a calibration of another base or method.
     """
 
     method: Method
@@ -43,9 +49,16 @@ class Adapter:
     tensors: dict[str, Tensor]
     schedule: Schedule | None = None
     notes: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        if self.calibration is not None:
+            self.calibration.check(self.base, identity(self.method))
 
     def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Write the folder in one rename; an old adapter there goes only once the new is whole.
+
+        A calibration goes with the adapter it was measured of; other files in the folder stay.
 
         Raises:
             FileExistsError: the folder exists and holds something that is no adapter.
@@ -62,7 +75,7 @@ class Adapter:
             self._write(partial, dtype)
             if folder.exists():
                 for file in folder.iterdir():
-                    if file.name not in (CONFIG, WEIGHTS):  # a card, say
+                    if file.name not in (CONFIG, WEIGHTS, CALIBRATION):  # a card, say
                         copy = shutil.copytree if file.is_dir() else shutil.copy2
                         copy(file, partial / file.name)
                 os.replace(folder, Path(scratch) / "old")
@@ -85,6 +98,13 @@ class Adapter:
             "notes": self.notes,
         }
         (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if self.calibration is not None:
+            self.calibration.save(folder / CALIBRATION)
+
+
+def identity(method: Method) -> dict[str, Any]:
+    """What tells a method and its settings apart from others, as plain data."""
+    return {"name": method.name, "settings": method.to_config()}
 
 
 def load_adapter(source: str | Path) -> Adapter:
@@ -92,7 +112,8 @@ def load_adapter(source: str | Path) -> Adapter:
 
     Raises:
         FileNotFoundError: no such folder, and not a hub id; or a file is missing.
-        ValueError: pickled, truncated or foreign weights, NaN, or a config that is not understood.
+        ValueError: pickled, truncated or foreign weights, NaN, or a config or calibration that is
+            not understood.
     """
     folder = _find(source)
     config = _read_config(folder)
@@ -117,13 +138,14 @@ def load_adapter(source: str | Path) -> Adapter:
                 f"{str(weights)!r}: tensor {name!r} holds NaN or infinite values; "
                 "legal: finite numbers"
             )
-    schedule = config.get("schedule")
+    schedule, measured = config.get("schedule"), folder / CALIBRATION
     return Adapter(
         method=method_from_config(config["method"], config["settings"]),
         base=config["base"],
         tensors=tensors,
         schedule=Schedule.from_json(json.dumps(schedule)) if schedule else None,
         notes=config["notes"],
+        calibration=Calibration.load(measured) if measured.is_file() else None,
     )
 
 
@@ -181,7 +203,7 @@ def _find(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS]))
+        return Path(snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS, CALIBRATION]))
     except OSError as error:  # every error of the hub and of the network
         raise FileNotFoundError(
             f"adapter {text!r} is no folder here, and the hub has not got it: {error}"

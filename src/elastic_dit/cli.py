@@ -25,6 +25,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 ScheduleFile = Annotated[
     Path | None, typer.Option(help="A schedule as JSON, in place of the dial.")
 ]
+CALIBRATION_SEED = 1_000_000
+"""Of the first picture of a calibration; plans must not be judged on the pictures behind them."""
+
+CALIBRATION_BATCH = 32
 USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, ImportError, FloatingPointError)
 
 
@@ -168,6 +172,62 @@ def evaluate(
 
 
 @app.command()
+def calibrate(
+    output: Annotated[
+        Path | None, typer.Option(help="File to write; in the adapter's folder by default.")
+    ] = None,
+    adapter: Annotated[str, typer.Option(help="lora, shared, or a folder.")] = "lora",
+    guidance_scale: Annotated[float, typer.Option(help="1 turns guidance off.")] = 2.0,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
+    images: Annotated[int, typer.Option(help="Pictures in all.")] = 32,
+    bands: Annotated[int, typer.Option(help="Stretches to measure final pictures in.")] = 0,
+    model: Annotated[str, typer.Option(help="Reference model or pipeline folder.")] = "mnist",
+    only_seconds: Annotated[
+        bool, typer.Option("--only-seconds", help="Keep the errors, time this device.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a calibration.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what each mode loses at each noise level and takes on this device."""
+    from elastic_dit.calibration import FILE, Calibration
+    from elastic_dit.checks import require
+    from elastic_dit.sampling import cyclic_labels
+    from elastic_dit.sampling import sample as draw
+
+    require(images >= 1, "images", images, ">= 1")
+    require(steps >= 1, "steps", steps, ">= 1")
+    path = output or _adapter_folder(model, adapter) / FILE
+    if path.exists() and not (force or only_seconds):
+        raise FileExistsError(f"{str(path)!r} exists; --force replaces it")
+    pipe, handle = _elastic(model, adapter)
+    if only_seconds:
+        handle.calibration = Calibration.load(path)
+    labels = cyclic_labels(images, pipe.transformer.config.num_embeds_ada_norm)
+    seeds = list(range(CALIBRATION_SEED, CALIBRATION_SEED + images))
+    batches = -(-images // CALIBRATION_BATCH)
+
+    def sample(batch: int) -> None:
+        part = slice(batch * CALIBRATION_BATCH, (batch + 1) * CALIBRATION_BATCH)
+        draw(pipe, labels[part], seeds[part], guidance_scale=guidance_scale, steps=steps)
+
+    facts = {"first_seed": CALIBRATION_SEED, "labels": "in turn"}
+    settings: dict[str, Any] = {"guidance_scale": guidance_scale, "bands": bands}
+    settings = {} if only_seconds else {**settings, "batches": batches, "data": facts}
+    measured = handle.calibrate(sample, only_seconds=only_seconds, **settings)
+    measured.save(path)
+    rows = []
+    for point in measured.points:
+        errors = dict(zip(measured.names, point.step_error, strict=True))
+        rows.append({"level": point.level, "u": float(measured.u([point.level])[0]), **errors})
+    if as_json:
+        _print(rows, (), as_json=True)
+        return
+    shown = [{k.replace("/", "\n"): f"{v:.2g}" for k, v in row.items()} for row in rows]
+    _print(shown, tuple(shown[0]), as_json=False)
+    console.print(f"squared errors of the predicted clean latents; calibration: {path}")
+
+
+@app.command()
 def cost(
     model: Annotated[str, typer.Option(help="Published model, or a reference model.")],
     weak_fraction: Annotated[float, typer.Option(help="Share of the steps run weak.")] = 0.48,
@@ -305,16 +365,22 @@ def _read_schedule(path: Path | None) -> Any:
 def _elastic(model: str, adapter: str) -> tuple[Any, Any]:
     from elastic_dit.elastify import elastify
     from elastic_dit.pipelines import PixelDiTPipeline
-    from elastic_dit.reference import load_reference, reference_adapter, reference_names
+    from elastic_dit.reference import load_reference, reference_names
 
     if model in reference_names():
         pipe = load_reference(model)
-        source = reference_adapter(adapter, model) if "/" not in adapter else Path(adapter)
     elif Path(model).is_dir():
-        pipe, source = PixelDiTPipeline.from_pretrained(model), Path(adapter)
+        pipe = PixelDiTPipeline.from_pretrained(model)
     else:
         names = ", ".join(reference_names())
         raise ValueError(
             f"model {model!r}; legal: a reference model ({names}) or a pipeline folder"
         )
-    return pipe, elastify(pipe, source, merge=True)
+    return pipe, elastify(pipe, _adapter_folder(model, adapter), merge=True)
+
+
+def _adapter_folder(model: str, adapter: str) -> Path:
+    from elastic_dit.reference import reference_adapter, reference_names
+
+    named = model in reference_names() and "/" not in adapter
+    return reference_adapter(adapter, model) if named else Path(adapter)

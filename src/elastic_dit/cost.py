@@ -61,6 +61,7 @@ class TransformerShape:
         adapted, adapted_text: inputs plus outputs of all layers that carry low-rank updates, as far
             as picture tokens and text tokens go through them.
         low_rank: rank of those updates in coarse modes; 0 if merged or absent.
+        skips: coarse modes also multiply each base patch vector on its way past the model.
     """
 
     width: int
@@ -76,6 +77,7 @@ class TransformerShape:
     adapted: int = 0
     adapted_text: int = 0
     low_rank: int = 0
+    skips: bool = False
 
     def tokens(self, mode: Mode) -> int:
         """Tokens of one picture in a mode."""
@@ -95,8 +97,11 @@ class TransformerShape:
         grouped = self.tokens(mode) * math.prod(mode.patch_scale)
         projections = grouped * (self.patch_in + self.patch_out) * self.width
         adapted = self.tokens(mode) * self.adapted + self.text_tokens * self.adapted_text
-        low_rank = 0 if mode.is_full else self.low_rank * adapted
-        return self.block_macs(mode) + projections + self.picture_macs + low_rank
+        beside = self.low_rank * adapted
+        if self.skips:
+            beside += math.prod(self.grid) * self.patch_in * self.patch_out
+        whole = self.block_macs(mode) + projections + self.picture_macs
+        return whole if mode.is_full else whole + beside
 
     def packing_macs(self, a: Mode, b: Mode) -> float:
         """What self-attention multiplies in vain where two modes share one masked sequence."""

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch._C._dynamo.eval_frame import set_eval_frame
+from torch._dynamo.decorators import skip_code
 
 if TYPE_CHECKING:
+    from elastic_dit.backbones.base import Rewired
     from elastic_dit.engine import Engine
 
 ENGINE = "_elastic_engine"
@@ -23,8 +26,12 @@ SIZES = "elastic"
 
 
 @functools.cache
-def elastic_class(stock: type) -> type:
-    """A subclass of a diffusers class whose calls go through the engine, if it has one."""
+def elastic_class(stock: type, rewired: tuple[tuple[str, Rewired], ...] = ()) -> type:
+    """A subclass of a diffusers class whose calls go through the engine, if it has one.
+
+    Args:
+        rewired: methods of the stock class, and what the backbone puts in their place.
+    """
     signature = inspect.signature(stock.forward)
     cached = getattr(stock, "cache_context", lambda *_, **__: contextlib.nullcontext())
 
@@ -33,9 +40,18 @@ def elastic_class(stock: type) -> type:
         engine: Engine | None = self.__dict__.get(ENGINE)
         if engine is None:  # built from the class, not by elastify
             return stock.forward(self, *args, **kwargs)
-        call = dict(signature.bind(self, *args, **kwargs).arguments)
-        call.pop("self")
-        return engine.run(self, call)
+        if torch.compiler.is_compiling():
+            return engine.run_inside(self, _bound(signature, self, args, kwargs))
+        # This is None unless `torch.compile(model)` is at work. It must not see what chooses the
+        # mode, only the stock forward, where the engine gives it back.
+        engine.compiler = set_eval_frame(None)
+        try:
+            return engine.run(self, _bound(signature, self, args, kwargs))
+        finally:
+            compiler, engine.compiler = engine.compiler, None
+            set_eval_frame(compiler)
+
+    skip_code(forward.__code__)
 
     def compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Compile the stock forward, once per mode; choosing the mode stays outside the graph."""
@@ -66,20 +82,73 @@ def elastic_class(stock: type) -> type:
         if engine is None:
             stock.save_pretrained(self, folder, *args, **kwargs)
             return
-        adapter = engine.adapter(self)
+        if kwargs.get("is_main_process", True):  # before the rest, which may go to the hub at once
+            engine.adapter(self).save(Path(folder) / SIZES)
         engine.uninstall(self)
         try:
             self.save_pretrained(folder, *args, **kwargs)
         finally:
             engine.install(self)
-        adapter.save(Path(folder) / SIZES)
 
-    # The stock name goes into saved configs and is what caches and loaders look for.
+    @classmethod
+    def from_pretrained(cls: type, folder: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """The model of a folder, elastic if `save_pretrained` has left an adapter inside."""
+        from elastic_dit.elastify import elastify  # it makes use of this class
+
+        loaded = stock.from_pretrained(folder, *args, **kwargs)
+        adapter = Path(folder) / (kwargs.get("subfolder") or "") / SIZES
+        if adapter.is_dir():
+            elastify(loaded[0] if isinstance(loaded, tuple) else loaded, adapter)
+        return loaded
+
+    # The stock names go into saved configs and are what caches and loaders look for.
     parts: dict[str, Any] = {
         "forward": forward,
         "compile": compile,
         "cache_context": cache_context,
         "save_pretrained": save_pretrained,
-        "__module__": __name__,
+        "from_pretrained": from_pretrained,
+        **{name: _rewired(getattr(stock, name), coarse) for name, coarse in rewired},
+        "__module__": stock.__module__,
+        # cache-dit then leaves out the copies of some classes' forward that it would put over ours.
+        "_is_patched": True,
     }
-    return type(stock.__name__, (stock,), parts)
+    kind = type(stock)
+    alike = type(f"Elastic{kind.__name__}", (_Alike, kind), {})
+    return alike(stock.__name__, (stock,), parts)
+
+
+class _Alike(type):
+    """Makes a class equal to the one it comes from.
+
+    `diffusers.DiffusionPipeline.from_pipe` takes over a model only if its class is among those that
+    the other pipeline names.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or cls.__bases__[0] is other
+
+    def __hash__(cls) -> int:
+        return hash(cls.__bases__[0])
+
+
+def _bound(
+    signature: inspect.Signature, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    call = dict(signature.bind(model, *args, **kwargs).arguments)
+    call.pop("self")
+    return call
+
+
+def _rewired(stock: Callable[..., Any], coarse: Rewired) -> Callable[..., Any]:
+    """A seam as those in `elastic_dit.seams`, for what the stock forward does in a method."""
+
+    @functools.wraps(stock)
+    def method(self: nn.Module, *args: Any) -> Any:
+        engine: Engine | None = self.__dict__.get(ENGINE)
+        own = functools.partial(stock, self)
+        if engine is None or not engine.router.sizes.routes(engine.router.mode):
+            return own(*args)
+        return coarse(self, engine.router, own, *args)
+
+    return method

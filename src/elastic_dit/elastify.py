@@ -5,23 +5,30 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from elastic_dit.backbones import Backbone, backbone_for
-from elastic_dit.budget import weak_first_for_budget
-from elastic_dit.checkpoint import Adapter, check_base, load_adapter
+from elastic_dit.budget import Budget, weak_first_for_budget
+from elastic_dit.calibration import Calibration
+from elastic_dit.checkpoint import Adapter, check_base, identity, load_adapter
+from elastic_dit.controller import Controller, Facts
 from elastic_dit.cost import TransformerShape
-from elastic_dit.engine import ENGINE, TRANSFORMERS, Engine
+from elastic_dit.device import device_name
+from elastic_dit.elastic_class import ENGINE
+from elastic_dit.engine import Engine
 from elastic_dit.methods import Method
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.ops.patching import Triple
+from elastic_dit.pipes import called_levels, transformers
 from elastic_dit.report import Report
+from elastic_dit.routing import check_forward
 from elastic_dit.schedule import Plan, Schedule
+from elastic_dit.solved_budget import Offer, SolvedBudget
 
 
 def elastify(
@@ -57,15 +64,19 @@ def elastify(
     backbone = backbone_for(model)
     loaded = adapter if isinstance(adapter, Adapter | Method) else load_adapter(adapter)
     method = loaded if isinstance(loaded, Method) else loaded.method
+    backbone.adapts = method.adapts
     backbone.check(model, set(method.modes))
+    _check_method(model, backbone, method)
     if isinstance(loaded, Adapter):
         check_base(loaded, backbone.identity(model))
         schedule = schedule or loaded.schedule
-    schedule = schedule or Schedule.constant(FULL)
-    _check_schedule(schedule, method)
+    schedule = schedule or method.default_schedule
+    _check_modes(schedule.modes, method, "schedule")
     previous: Engine | None = model.__dict__.get(ENGINE)
     if previous:
         previous.uninstall(model)
+    else:
+        check_forward(model)
     try:
         engine = Engine.build(
             model, backbone, method, loaded if isinstance(loaded, Adapter) else None
@@ -75,6 +86,7 @@ def elastify(
             previous.install(model)
         raise
     engine.schedule, engine.router.merged = schedule, merge
+    engine.calibration = loaded.calibration if isinstance(loaded, Adapter) else None
     engine.install(model)
     if pipe is not None:
         engine.pipe = weakref.ref(pipe)
@@ -125,26 +137,139 @@ class Handle:
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
-        _check_schedule(schedule, self._live().method)
+        _check_modes(schedule.modes, self._live().method, "schedule")
         self._engine.schedule, self._engine.budget = schedule, None
+        self._engine.controller = None
 
     @property
-    def budget(self) -> float | None:
-        """The budget the present schedule was chosen for, None if it was set otherwise.
+    def controller(self) -> Controller | None:
+        """What chooses the modes of the next runs; None if that is the schedule.
 
-        Setting it chooses the weak-first schedule that costs this share of the full run.
+        Setting a schedule or a budget replaces it.
+        """
+        return self._engine.controller
+
+    @controller.setter
+    def controller(self, controller: Controller | None) -> None:
+        """Choose what chooses.
 
         Raises:
-            ValueError: outside (0, 1], or below the cheapest mode's cost.
+            ValueError: it may choose a mode the adapter lacks.
+        """
+        engine = self._live()
+        if controller is not None:
+            _check_modes(controller.modes, engine.method, "controller")
+        engine.controller, engine.budget = controller, None
+
+    @property
+    def budget(self) -> float | Budget | None:
+        """What the next runs may take; None if their modes were chosen otherwise.
+
+        Setting it, to a share of the full run's FLOPs or a `Budget`, has every run planned for its
+        own noise levels, at the least damage by the adapter's calibration. Without a calibration it
+        chooses the weak-first schedule of this cost.
+
+        Raises:
+            ValueError: outside (0, 1], below the cheapest plan, or one that asks for what was not
+                measured, or not on this device.
         """
         return self._engine.budget
 
     @budget.setter
-    def budget(self, budget: float) -> None:
+    def budget(self, budget: float | Budget) -> None:
+        engine, macs = self._live(), self.shape.macs
+        asked = budget if isinstance(budget, Budget) else Budget(budget)
+        if engine.calibration is None:
+            if asked != Budget(asked.share):
+                raise ValueError(
+                    f"budget = {asked} needs a calibration, and this adapter has none; legal: a "
+                    "share of the FLOPs (handle.calibrate measures one)"
+                )
+            controller = None
+            schedule = weak_first_for_budget(asked.share, macs, engine.method.modes)
+        else:
+            controller = self._solved(asked)
+            schedule = controller.begin(Facts(levels=(), macs=macs))
+        engine.controller, engine.schedule, engine.budget = controller, schedule, budget
+
+    def _solved(self, budget: Budget) -> SolvedBudget:
+        calibration, pipe = self._engine.calibration, self._pipe
+        if calibration is None:
+            raise ValueError("this adapter has no calibration; handle.calibrate measures one")
+        seconds = None
+        if budget.currency == "seconds":
+            own = next(self.model.parameters()).device
+            device = own if pipe is None else pipe._execution_device  # offloaded weights lie idle
+            seconds = calibration.seconds_on(device_name(device))
+        return SolvedBudget(calibration=calibration, budget=budget, seconds=seconds)
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """What was measured of the present weights, None if nothing was."""
+        return self._engine.calibration
+
+    @calibration.setter
+    def calibration(self, calibration: Calibration | None) -> None:
+        """Use a calibration for the budgets that are set from now on.
+
+        Raises:
+            ValueError: it is of another base or method.
+        """
         engine = self._live()
-        macs = engine.shape_of(self.model).macs
-        engine.schedule = weak_first_for_budget(budget, macs, engine.method.modes)
-        engine.budget = budget
+        if calibration is not None:
+            calibration.check(self.backbone.identity(self.model), identity(self.method))
+        engine.calibration = calibration
+
+    def calibrate(
+        self, sample: Callable[[int], object], *, only_seconds: bool = False, **settings: Any
+    ) -> Calibration:
+        """Measure a calibration and use it; see `elastic_dit.measurement.calibrate`.
+
+        Args:
+            sample: calls the pipeline for a batch: ``sample(0)``, ``sample(1)``, ...
+            only_seconds: keep the errors, and measure what each mode takes on this device.
+            settings: of `elastic_dit.measurement.calibrate`; its ``guidance_scale`` is needed.
+
+        Raises:
+            ValueError: a setting out of range, or only seconds without a calibration.
+        """
+        from elastic_dit.measurement import calibrate, time_modes  # it measures with handles
+
+        known = self.calibration
+        if not only_seconds:
+            measured = calibrate(self, sample, **settings)
+        elif known is None:
+            raise ValueError("only_seconds = True; legal with a calibration: this adapter has none")
+        else:
+            measured = known.with_seconds(time_modes(self, sample, **settings))
+        self.calibration = measured
+        return measured
+
+    def frontier(
+        self,
+        num_inference_steps: int,
+        *,
+        guidance: bool = True,
+        scheduler: Any = None,
+        currency: str = "flops",
+        criterion: str = "path",
+        count: int = 50,
+    ) -> list[Offer]:
+        """What budgets buy: the best plans of a run, cheapest first.
+
+        Args:
+            guidance, scheduler: as in `plan`.
+            currency, criterion: as in `Budget`.
+            count: of evenly spaced budgets; fewer offers come back where several buy the same.
+
+        Raises:
+            ValueError: no calibration, or one without what is asked for.
+        """
+        controller = self._solved(Budget(1.0, currency, criterion=criterion))
+        steps = self.plan(num_inference_steps, guidance=guidance, scheduler=scheduler).steps
+        levels = tuple(step.level for step in steps)
+        facts = Facts(levels=levels, macs=self.shape.macs, guided=guidance)
+        return controller.offers(facts, count)
 
     @property
     def packed(self) -> bool:
@@ -223,14 +348,12 @@ class Handle:
             raise ValueError(f"num_inference_steps = {num_inference_steps}; legal: >= 1")
         scheduler = copy.deepcopy(scheduler)
         self.backbone.set_timesteps(scheduler, num_inference_steps, grid or self.shape.grid, pipe)
-        called = _called_at(pipe, self.model, scheduler)
-        times = scheduler.timesteps[called].tolist()
-        if not times:
+        levels = called_levels(pipe, self.model, scheduler)
+        if not levels:
             raise ValueError(
                 f"num_inference_steps = {num_inference_steps}; at none of them does the pipeline "
                 "call this transformer (boundary_ratio gives them all to the other one)"
             )
-        levels = [t / scheduler.config.num_train_timesteps for t in times]
         return self.plan_levels(levels, guidance=guidance, grid=grid, text_tokens=text_tokens)
 
     def plan_levels(
@@ -249,8 +372,19 @@ class Handle:
         shape = engine.shape_of(self.model, size)
         packing = shape.packing_macs if engine.packed else None
         keeps = engine.keep_text and engine.compiled is None
+        schedule = engine.schedule
+        if engine.controller is not None:
+            facts = Facts(levels=tuple(levels), macs=shape.macs, guided=guidance)
+            begun = engine.controller.begin(facts)
+            if not isinstance(begun, Schedule):
+                raise ValueError(
+                    f"{type(engine.controller).__name__} chooses while sampling, so there is no "
+                    "plan; legal: a schedule or a budget (its cap bounds the cost, and the report "
+                    "tells it)"
+                )
+            schedule = begun
         return Plan.bind(
-            engine.schedule,
+            schedule,
             levels,
             shape.macs,
             guidance=guidance,
@@ -282,8 +416,9 @@ class Handle:
             engine.forced = previous
 
     def adapter(self, **notes: Any) -> Adapter:
-        """The present weights as an adapter."""
-        return self._live().adapter(self.model, **notes)
+        """The present weights as an adapter, with the calibration that is in use."""
+        adapter = self._live().adapter(self.model, **notes)
+        return replace(adapter, calibration=self.calibration)
 
     def remove(self) -> None:
         """Restore the stock model, bit for bit. Safe to call twice."""
@@ -317,35 +452,13 @@ def stock_class(model: nn.Module) -> type:
     return type(model) if engine is None else engine.stock
 
 
-def _called_at(pipe: Any, model: nn.Module, scheduler: Any) -> Tensor:
-    """Whether a pipeline calls this transformer, for each of the scheduler's timesteps."""
-    always = torch.ones_like(scheduler.timesteps, dtype=torch.bool)
-    models = _transformers(pipe)
-    if len(models) < 2:
-        return always
-    first, ratio = always, pipe.config.get("boundary_ratio")
-    if ratio is not None:
-        first = scheduler.timesteps >= ratio * scheduler.config.num_train_timesteps
-    return first if models["transformer"] is model else ~first
-
-
-def _transformers(pipe: Any) -> dict[str, nn.Module]:
-    """The transformers of a pipeline by component."""
-    found = {name: getattr(pipe, name, None) for name in TRANSFORMERS}
-    return {
-        name: getattr(model, "_orig_mod", model)
-        for name, model in found.items()
-        if isinstance(model, nn.Module)
-    }
-
-
 def _resolve(target: Any, component: str | None) -> tuple[nn.Module, Any]:
     """The transformer to change, and the pipeline if it was given one."""
     if isinstance(target, nn.Module):
         if component is not None:
             raise ValueError(f"component = {component!r}; legal for a bare model: None")
         return getattr(target, "_orig_mod", target), None
-    models, name = _transformers(target), type(target).__name__
+    models, name = transformers(target), type(target).__name__
     if not models:
         raise ValueError(f"{name} has no transformer; legal: a diffusers DiT pipeline or its model")
     if component is None and len(models) == 1:
@@ -356,9 +469,22 @@ def _resolve(target: Any, component: str | None) -> tuple[nn.Module, Any]:
     return models[component], target
 
 
-def _check_schedule(schedule: Schedule, method: Method) -> None:
+def _check_method(model: nn.Module, backbone: Backbone, method: Method) -> None:
+    if method.low_rank and not any(True for _ in backbone.low_rank_layers(model)):
+        raise ValueError(
+            f"method {method.name!r} adapts feed-forward layers, and those of "
+            f"{backbone.model_class} are not linear; legal: a method that adapts attention too"
+        )
+    if method.conditions and not any(True for _ in backbone.conditioning_layers(model)):
+        raise ValueError(
+            f"method {method.name!r} marks the conditioning vector, and none is known of "
+            f"{backbone.model_class}; legal: a method that marks tokens (flexidit, ddit)"
+        )
+
+
+def _check_modes(modes: set[Mode], method: Method, who: str) -> None:
     legal = {FULL, *method.modes}
-    unknown = sorted(mode.name for mode in schedule.modes - legal)
+    unknown = sorted(mode.name for mode in modes - legal)
     if unknown:
         names = ", ".join(["full", *(m.name for m in method.modes)])
-        raise ValueError(f"schedule asks for {', '.join(unknown)}; legal for this adapter: {names}")
+        raise ValueError(f"{who} asks for {', '.join(unknown)}; legal for this adapter: {names}")

@@ -7,28 +7,37 @@ the old ones. `Engine.install` and `Engine.uninstall` are inverses, and both may
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
+import math
 import warnings
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_eval_frame
 from torch.utils.hooks import RemovableHandle
 
+from elastic_dit import step_caches
 from elastic_dit.backbones import Backbone
-from elastic_dit.backbones.base import Call
+from elastic_dit.backbones.call import Branches, Call
+from elastic_dit.budget import Budget
+from elastic_dit.calibration import Calibration
 from elastic_dit.checkpoint import Adapter, check_tensors
+from elastic_dit.controller import Controller, Facts, Run
 from elastic_dit.cost import TransformerShape
 from elastic_dit.elastic_class import ENGINE, SIZES, elastic_class
+from elastic_dit.groups import Group, grouped, run_groups
 from elastic_dit.guidance import Remembered, run_batch, run_guidance
 from elastic_dit.methods import Method
 from elastic_dit.mode import FULL, Mode
+from elastic_dit.pipes import TRANSFORMERS, called_levels
+from elastic_dit.prediction import parametrisation
 from elastic_dit.report import CallRecord, Stopwatch
 from elastic_dit.routing import (
+    PARTS,
     ROUTER,
     Router,
     TextKey,
@@ -38,25 +47,33 @@ from elastic_dit.routing import (
     swap_class,
     versions,
 )
-from elastic_dit.schedule import Schedule, Segment
+from elastic_dit.schedule import Schedule
 from elastic_dit.seams import (
     AttentionSeam,
+    ConditioningSeam,
     EmbedSeam,
+    FusedSeam,
     LowRankSeam,
     ModulationSeam,
     OutputSeam,
     RotarySeam,
     TextSeam,
 )
+from elastic_dit.storage import (
+    NewParameters,
+    check_in_place,
+    compute_dtype,
+    is_offloaded,
+    is_ordinary,
+    is_silent,
+    onloaded,
+)
 
 ROUNDING = 2**-7
 """Relative error of a time that was divided and rounded in bfloat16 (2^-9 each time), with room."""
 
-TRANSFORMERS = ("transformer", "transformer_2")
-"""Components of a pipeline that may be made elastic."""
-
-CACHES = ("FirstBlockCache", "MagCache", "TaylorSeerCache")
-"""Step caches of diffusers whose state can be kept per branch and mode."""
+FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
+"""Projections of diffusers' attention that stand for several, and which."""
 
 LowRankPair = tuple[nn.Linear, nn.ParameterDict, nn.ParameterDict]
 
@@ -78,6 +95,12 @@ class Engine:
             branch.
         prompts: those of the present run, if text layers are kept.
         repeated: rows of the present call whose text layers are.
+        controller: chooses the modes of each run; None leaves that to the schedule.
+        chosen: what it is at work on; the schedule of a run whose choices were made before it.
+        groups: how the pictures of the present step run.
+        calibration: what each choice of modes loses at each noise level, if that was measured.
+        compiled: the stock forward as ``model.compile`` made it.
+        compiler: of the present call, if ``torch.compile`` was given the whole model.
     """
 
     router: Router
@@ -88,9 +111,13 @@ class Engine:
     adapted: list[nn.Module]
     other_weights: dict[str, Tensor] = field(default_factory=dict)
     schedule: Schedule = field(default_factory=Schedule.constant)
+    controller: Controller | None = None
+    chosen: Run | Schedule | None = None
+    groups: list[Group] = field(default_factory=list)
     packed: bool = False
     keep_text: bool = False
-    budget: float | None = None
+    budget: float | Budget | None = None
+    calibration: Calibration | None = None
     forced: Mode | None = None
     pipe: Any = None
     calls: list[CallRecord] = field(default_factory=list)
@@ -99,6 +126,7 @@ class Engine:
     seen_timesteps: Any = None
     exact_levels: tuple[Any, list[tuple[float, float]]] = (None, [])
     warned: bool = False
+    warned_apart: bool = False
     context: tuple[str, dict[str, Any]] | None = None
     remembered: Remembered | None = None
     previous: tuple[weakref.ref[Tensor], Any] | None = None
@@ -106,7 +134,11 @@ class Engine:
     repeated: int = 0
     shapes: dict[tuple[Any, ...], TransformerShape] = field(default_factory=dict)
     lists: dict[str, nn.Module] = field(default_factory=dict)
+    silent: list[nn.Module] = field(default_factory=list)
+    owners: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
+    quantised: dict[str, Tensor] = field(default_factory=dict)
     compiled: Any = None
+    compiler: Any = None
 
     @classmethod
     def build(
@@ -117,20 +149,30 @@ class Engine:
         The model is only read.
 
         Raises:
-            ValueError: the adapter's tensors do not fit, or the model already uses our attribute
-                name.
+            ValueError: the adapter's tensors do not fit, the model already uses our attribute name,
+                or its weights are held in a way that new tensors cannot be made from.
         """
         if hasattr(model, SIZES):
             raise ValueError(
                 f"the model already has an attribute {SIZES!r}, which is where new tensors go"
             )
+        check_in_place(model)
+        base = model.state_dict(keep_vars=True) if method.trains_base else {}
+        kinds = {type(x).__name__ for x in base.values() if not is_ordinary(x) and not x.is_meta}
+        if kinds:
+            raise ValueError(
+                f"this method trains the base's own weights, some of which are {sorted(kinds)}; "
+                "legal: elastify first and quantise then"
+            )
         sizes = method.build(model, backbone)
         pairs = _low_rank_pairs(model, backbone, method)
         router = Router(backbone, sizes, backbone.patch(model))
-        base = model.state_dict(keep_vars=True) if method.trains_base else {}
         parents = {name.rpartition(".")[0] for name in pairs}
         adapted = [model.get_submodule(name) for name in sorted(parents)]
         engine = cls(router, method, type(model), pairs, dict(base), adapted)
+        for name in base:
+            owner, _, leaf = name.rpartition(".")
+            engine.owners[name] = (model.get_submodule(owner), leaf)
         if adapter is None:
             return engine
         expected = engine.new_tensors()
@@ -154,14 +196,27 @@ class Engine:
 
     def adapter(self, model: nn.Module, **notes: Any) -> Adapter:
         """The present weights as an adapter."""
-        base = {f"base.{name}": tensor for name, tensor in self.base.items()}
+        holders = model.modules() if self.base else [*self._holders(), *self._adapted_layers()]
+        holders = [module for module in holders if is_offloaded([module])]
+        with onloaded(holders):
+            tensors = self.new_tensors() | {f"base.{k}": v for k, v in self.base.items()}
+            if holders:  # these leave again
+                tensors = {k: v.detach().clone() for k, v in tensors.items()}
         return Adapter(
             method=self.method,
             base=self.router.backbone.identity(model),
-            tensors=self.new_tensors() | base,
+            tensors=tensors,
             schedule=self.schedule,
             notes=notes,
         )
+
+    def _holders(self) -> list[nn.Module]:
+        """The modules that hold new tensors."""
+        factors = [x for _, A, B in self.pairs.values() for x in (A, B)]
+        return [*self.router.sizes.modules(), *factors]
+
+    def _adapted_layers(self) -> list[nn.Module]:
+        return [layer for layer, _, _ in self.pairs.values()]
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied model must not call the compiled forward of the original.
@@ -171,62 +226,175 @@ class Engine:
         """One call of the elastic model.
 
         Raises:
-            ValueError: the call has no single noise level, or its latent is too small for a mode.
+            ValueError: the rows have noise levels of different modes, or the latent is too small
+                for a mode.
             RuntimeError: the weights or arguments of the call do not allow a coarse mode.
         """
         backbone, router = self.router.backbone, self.router
-        sample = call[backbone.sample]
-        count, size = sample.shape[0], backbone.size(model, call)
+        sample = backbone.stack(call[backbone.sample])
+        count, size = len(sample), backbone.size(model, call)
         router.grid, shape = size[0], self.shape_of(model, size)
         self.repeated = 0
         self._keep_seams(model)
-        record = functools.partial(self._record, shape, count, Stopwatch(sample.device))
         with remembered_in_checkpoints(model, router):
             if self.forced is not None:
-                output = self._forward(model, call, self.forced)
-                record(None, self.forced, None)
+                watch, output = Stopwatch(sample.device), self._forward(model, call, self.forced)
+                self._record(shape, count, watch, None, self.forced, None)
                 return output
             level = self._level(model, call)
             if self._starts_run(model, level):
                 self.calls.clear()
                 self.prompts.clear()
-                self.remembered = self.previous = None
+                self.remembered = self.previous = self.chosen = None
                 self.router.run += 1
-            segment = self.schedule.at(level)
             if self._is_guidance(model, sample, level):
-                forward = functools.partial(self._forward, model)
-                output = run_guidance(router, forward, call, segment, self.remembered)
+                output = self._guidance(model, call, shape, level)
                 self.remembered = None
-                record(level, segment.guide_mode if segment.gain else None, None)
                 return output
-            output, guide, guided = self._conditional(model, call, segment)
-            record(level, segment.mode, guide, guided=guided)
-        return output
+            return self._conditional(model, call, shape, level)
+
+    def _guidance(self, model: nn.Module, call: Call, shape: TransformerShape, level: float) -> Any:
+        """The guidance call of a pipeline that makes one per branch."""
+        backbone, forward = self.router.backbone, functools.partial(self._forward, model)
+        groups = self.groups or [Group(self.schedule.at(level))]
+
+        def run(part: Call, group: Group, _: Branches | None, rows: tuple[int, ...] | None) -> Any:
+            watch, before = Stopwatch(backbone.stack(part[backbone.sample]).device), self.remembered
+            if before is not None and rows is not None:
+                before = Remembered(backbone.rows(before.call, rows), before.sample[list(rows)])
+            if not group.segment.gain:
+                self._check_cache_dit(model, FULL, step_caches.NO_ROWS)
+            output = run_guidance(self.router, forward, part, group.segment, before)
+            mode = group.segment.guide_mode if group.segment.gain else None
+            count = len(part[backbone.sample])
+            self._record(shape, count, watch, level, mode, None, pictures=group.pictures)
+            return output
+
+        return run_groups(backbone, call, groups, None, run)
 
     def _conditional(
-        self, model: nn.Module, call: Call, segment: Segment
-    ) -> tuple[Any, Mode | None, bool]:
+        self, model: nn.Module, call: Call, shape: TransformerShape, level: float
+    ) -> Any:
         """A call with the conditional branch, and the guidance branch if both are in one batch."""
         backbone, forward = self.router.backbone, functools.partial(self._forward, model)
         branches = backbone.branches(model, call, self.pipe_of(model))
         separate = backbone.conditional_first is None and self.pipe_of(model) is not None
         separate = separate or self.context is not None
+        self.groups = self._decide(model, call, shape, level, branches, separate=separate)
+        segments = [group.segment for group in self.groups]
+        weak = any(segment.weak_guidance for segment in segments)
         # One call per branch: nothing has used the conditional call of the step before.
         alone = branches is None and (not separate or self.remembered is not None)
-        if segment.weak_guidance and alone and not self.warned:
+        if weak and alone and not self.warned:
             warnings.warn(
                 "the schedule asks for weak guidance, but this call has no guidance branch",
                 stacklevel=5,
             )
             self.warned = True
-        output = run_batch(
-            self.router, forward, call, segment, branches, packed=self.packed and backbone.packs
+
+        def run(
+            part: Call, group: Group, own: Branches | None, rows: tuple[int, ...] | None
+        ) -> Any:
+            watch, segment = Stopwatch(backbone.stack(part[backbone.sample]).device), group.segment
+            packed = self.packed and backbone.packs
+            output = run_batch(self.router, forward, part, segment, own, packed=packed)
+            guide = None if own is None or segment.gain == 0 else segment.guide_mode
+            self._record(
+                shape,
+                len(part[backbone.sample]),
+                watch,
+                level,
+                segment.mode,
+                guide,
+                guided=own is not None,
+                pictures=group.pictures,
+                why=group.why,
+            )
+            return output
+
+        output = run_groups(backbone, call, self.groups, branches, run)
+        remembers = separate and (weak or any(segment.gain != 1 for segment in segments))
+        learns = isinstance(self.chosen, Run) and self.chosen.learns
+        if remembers or learns:
+            prediction = backbone.stack(
+                output.sample if call.get("return_dict", True) else output[0]
+            )
+            if remembers:
+                # FLUX's pipeline writes the other branch's arguments into the same dictionary.
+                kept = {k: dict(v) if isinstance(v, dict) else v for k, v in call.items()}
+                self.remembered = Remembered(kept, prediction)
+            if learns:
+                self._learn(model, call, prediction, level, branches)
+        return output
+
+    def _decide(
+        self,
+        model: nn.Module,
+        call: Call,
+        shape: TransformerShape,
+        level: float,
+        branches: Branches | None,
+        *,
+        separate: bool,
+    ) -> list[Group]:
+        """How the pictures of this step run."""
+        if self.controller is None:
+            return [Group(self.schedule.at(level))]
+        if self.chosen is None:
+            pipe = self.pipe_of(model)
+            scheduler, timesteps = self._scheduler(model)
+            levels = called_levels(pipe, model, scheduler) if timesteps is not None else ()
+            guided: bool | None = branches is not None
+            if separate:
+                guided = getattr(pipe, "do_classifier_free_guidance", None)
+            self.chosen = self.controller.begin(
+                Facts(levels=levels, macs=shape.macs, guided=guided)
+            )
+        if isinstance(self.chosen, Schedule):
+            self.schedule = self.chosen
+            return [Group(self.schedule.at(level))]
+        latents = self._on_grid(model, call, call[self.router.backbone.sample], branches)
+        groups = grouped(self.chosen.decide(level, latents))
+        if len(groups) > 1 and step_caches.has_step_cache(model):
+            raise RuntimeError(
+                "a step cache keeps one state for the whole batch, and pictures of this batch want "
+                "different modes; legal together with a cache: a controller with per_picture=False"
+            )
+        return groups
+
+    def _on_grid(
+        self, model: nn.Module, call: Call, sample: Any, branches: Branches | None
+    ) -> Tensor:
+        """Conditional rows of latents or predictions as ``(B, T, H, W, C, p)``."""
+        backbone, router = self.router.backbone, self.router
+        x = backbone.stack(sample)
+        if branches is not None:
+            x = x[branches.conditional]
+        embed = model.get_submodule(backbone.embed)
+        vectors = backbone.vectors(embed, x.detach(), router)
+        if len(vectors) != len(x):  # frames folded into the batch
+            vectors = vectors.reshape(len(x), -1, *vectors.shape[2:])
+        p = math.prod(router.patch)
+        if backbone.embed_layout == "Cthw":
+            return vectors.unflatten(-1, (-1, p))
+        return vectors.unflatten(-1, (p, -1)).transpose(-1, -2)
+
+    def _learn(
+        self, model: nn.Module, call: Call, prediction: Tensor, level: float, branches: Any
+    ) -> None:
+        """Show the run the clean latents that the conditional branch predicts."""
+        assert isinstance(self.chosen, Run)
+        backbone = self.router.backbone
+        latent = backbone.stack(call[backbone.sample])
+        # A learned variance comes behind the prediction, given channels behind the latent.
+        shared = tuple(
+            slice(0, min(n, m)) for n, m in zip(latent.shape, prediction.shape, strict=True)
         )
-        if separate and (segment.weak_guidance or segment.gain != 1):
-            prediction = output.sample if call.get("return_dict", True) else output[0]
-            self.remembered = Remembered(call, prediction)
-        guide = None if branches is None or segment.gain == 0 else segment.guide_mode
-        return output, guide, branches is not None
+        moves = backbone.direction * prediction[shared]
+        told = parametrisation(self.pipe_of(model))
+        clean = latent.clone()
+        clean[shared] = told.clean(level, latent[shared], moves).to(clean)
+        self.chosen.learn(level, self._on_grid(model, call, clean, branches))
 
     def _is_guidance(self, model: nn.Module, latent: Tensor, level: float) -> bool:
         """Whether a call is the guidance branch of a pipeline that calls once per branch.
@@ -256,52 +424,108 @@ class Engine:
         backbone = self.router.backbone
         backbone.check_grid(self.router.grid, mode)
         backbone.check_call(call, mode)
-        if any(getattr(module, "fused_projections", False) for module in self.adapted):
-            raise RuntimeError(
-                "fused query, key and value projections have no low-rank updates; call "
-                "unfuse_qkv_projections() before using a coarse mode"
-            )
+        self._keep_fused_seams()
         if getattr(model, "_parallel_config", None) is not None:
             raise RuntimeError(
                 f"context parallelism splits the base tokens, and mode {mode.name!r} has others; "
                 "legal together with it: full mode"
             )
 
-    def _forward(self, model: nn.Module, call: Call, mode: Mode) -> Any:
+    def _forward(
+        self, model: nn.Module, call: Call, mode: Mode, branch: str = step_caches.ALL_ROWS
+    ) -> Any:
         """The stock forward in a mode (of all rows, unless the router has a packed layout)."""
+        with onloaded(self.silent):
+            return self._forward_in_place(model, call, mode, branch)
+
+    def _forward_in_place(self, model: nn.Module, call: Call, mode: Mode, branch: str) -> Any:
         router = self.router
-        router.mode = mode
+        router.mode, router.device = mode, call[router.backbone.sample][0].device
         router.merging = router.merged and not torch.is_grad_enabled()
         for each in (mode,) if router.layout is None else [part.mode for part in router.layout]:
             if not each.is_full:
                 self._check_coarse(model, call, each)
+            self._check_cache_dit(model, each, branch)
             self._ready(model, each)
         if router.sizes.routes(mode):
             call = router.backbone.prepare(call, router, mode)
         router.text = self._prompt(call) if self._keeps_text() else None
         router.running = True
         try:
-            with self._cache_state(model, mode):
-                return (self.compiled or functools.partial(self.stock.forward, model))(**call)
+            alone = self.forced is None and self.controller is None
+            alone = alone and self.schedule.modes == {mode}
+            with step_caches.state(model, self.stock, self.context, mode, branch, alone=alone):
+                forward = self.compiled or functools.partial(self.stock.forward, model)
+                set_eval_frame(self.compiler)
+                try:
+                    return forward(**call)
+                finally:
+                    set_eval_frame(None)
         finally:
             router.running, router.text = False, None
+
+    @property
+    def compiling(self) -> bool:
+        """Whether the stock forward of the present call runs as a graph."""
+        return self.compiled is not None or self.compiler is not None
+
+    def run_inside(self, model: nn.Module, call: Call) -> Any:
+        """One call inside a larger graph or an export: nothing is read from tensors or recorded.
+
+        Raises:
+            RuntimeError: the mode would depend on the noise level, or the call does not allow it.
+        """
+        router, segments = self.router, self.schedule.segments
+        mode = self.forced or segments[0].mode
+        if self.forced is None and (
+            self.controller is not None
+            or any(s.mode != mode or s.guide_mode != mode or s.gain != 1 for s in segments)
+        ):
+            raise RuntimeError(
+                "a call inside a larger graph has one mode at all noise levels; legal: a schedule "
+                "of one mode, handle.using(mode), or to compile the model itself"
+            )
+        router.mode, router.merging, router.text = mode, False, None
+        if router.sizes.routes(mode):
+            router.grid = router.backbone.grid(model, call)
+            router.device = call[router.backbone.sample][0].device
+            if not mode.is_full:
+                self._check_coarse(model, call, mode)
+            call = router.backbone.prepare(call, router, mode)
+        router.running = True
+        try:
+            return self.stock.forward(model, **call)
+        finally:
+            router.running = False
+
+    def _check_cache_dit(self, model: nn.Module, mode: Mode, branch: str) -> None:
+        reads_blocks = self.router.backbone.reads_blocks
+        step_caches.check_cache_dit(model, mode, branch, reads_blocks=reads_blocks)
 
     def _ready(self, model: nn.Module, mode: Mode) -> None:
         """Make what a mode keeps between calls, outside any compiled region."""
         router = self.router
         if router.merging and not mode.is_full:
-            for layer, _, _ in self.pairs.values():
+            apart = 0
+            for layer in self._adapted_layers():
                 assert isinstance(layer, LowRankSeam)
-                layer.merge(mode, router.run)
+                apart += not layer.merge(mode, router.run, router.device)
+            if apart and not self.warned_apart:
+                warnings.warn(
+                    f"merge = True, but {apart} of {len(self.pairs)} layers keep their low-rank "
+                    "update apart: their weights are quantised, in eight bits or offloaded",
+                    stacklevel=7,
+                )
+                self.warned_apart = True
         if router.sizes.routes(mode):
             router.sizes.ready(mode)
-            if self.compiled is not None:  # else the module itself makes its table when asked
+            if self.compiling:  # else the module itself makes its table when asked
                 embed = model.get_submodule(router.backbone.embed)
                 router.backbone.positions(embed, router, mode)
 
     def _keeps_text(self) -> bool:
-        kept = self.keep_text and self.forced is None and self.compiled is None
-        return kept and not torch.is_grad_enabled()
+        kept = self.keep_text and self.forced is None and not self.compiling
+        return kept and not torch.is_grad_enabled() and len(self.groups) < 2
 
     def _prompt(self, call: Call) -> TextKey | None:
         """The prompt of a call, for layers that see nothing else."""
@@ -315,25 +539,6 @@ class Engine:
             self.prompts.append(key)
         return key
 
-    def _cache_state(self, model: nn.Module, mode: Mode) -> contextlib.AbstractContextManager[None]:
-        """The state of a step cache that belongs to this branch and mode.
-
-        Raises:
-            RuntimeError: the cache in use has one state for all patch sizes.
-        """
-        if not getattr(model, "is_cache_enabled", False):
-            return contextlib.nullcontext()
-        cache = type(model._cache_config).__name__.removesuffix("Config")
-        if not mode.is_full and cache not in CACHES:
-            raise RuntimeError(
-                f"{cache} keeps one state for all patch sizes; legal together with mode "
-                f"{mode.name!r}: {', '.join(CACHES)}"
-            )
-        if self.context is None:
-            return contextlib.nullcontext()
-        name, facts = self.context
-        return self.stock.cache_context(model, f"{name}@{mode.name}", **facts)
-
     def _record(
         self,
         shape: TransformerShape,
@@ -344,9 +549,11 @@ class Engine:
         guide: Mode | None,
         *,
         guided: bool = False,
+        pictures: tuple[int, ...] | None = None,
+        why: tuple[dict[str, Any] | None, ...] = (),
     ) -> None:
         """Keep what a call ran; ``mode`` is None where it only repeated a prediction."""
-        pictures = count // 2 if guided else count
+        shown = count // 2 if guided else count
         kept = self.repeated * shape.text_tokens * shape.text_once
         spent = shape.macs(mode) if mode is not None else 0.0
         if mode is not None and guide is not None:
@@ -360,9 +567,11 @@ class Engine:
                 guide=guide,
                 branch=None if self.context is None else self.context[0],
                 rows=count,
-                macs=pictures * spent - kept,
+                macs=shown * spent - kept,
                 full_macs=count * shape.macs(FULL),
                 watch=watch.stop(),
+                pictures=pictures,
+                why=why,
             )
         )
 
@@ -372,9 +581,15 @@ class Engine:
         Some pipelines (FLUX) cast the time to the dtype of the latents, and a rounded level may lie
         on the other side of a segment's edge than the planned one.
         """
-        level = self.router.backbone.level(call)
+        low, level = self.router.backbone.levels(call)
+        chosen = self.controller is not None or self.schedule.at(low) is not self.schedule.at(level)
+        if chosen and low != level:
+            raise ValueError(
+                f"noise levels of a batch go from {low} to {level}, and modes change between them; "
+                "legal: rows of one segment (handle.using(mode) sets a mode for all)"
+            )
         scheduler, timesteps = self._scheduler(model)
-        if timesteps is None:
+        if timesteps is None or low != level:
             return level
         if timesteps is not self.exact_levels[0]:
             scale = scheduler.config.num_train_timesteps
@@ -414,7 +629,7 @@ class Engine:
         if key not in self.shapes:
             self.shapes[key] = backbone.shape(self._with_own_blocks(model), *key)
         rank = 0 if self.router.merged else self.method.low_rank
-        return self.shapes[key].with_low_rank(rank)
+        return replace(self.shapes[key], low_rank=rank, skips=self.method.skips)
 
     def _with_own_blocks(self, model: nn.Module) -> nn.Module:
         """A view of the model to count in: cache-dit puts other blocks there while a call runs."""
@@ -438,13 +653,16 @@ class Engine:
             self.hooks.append((module, handle))
         for module in backbone.text_layers(model):
             self._swap(module, TextSeam)
+        for module in backbone.conditioning_layers(model) if self.method.conditions else ():
+            self._swap(module, ConditioningSeam)
         for layer, A, B in self.pairs.values():
             layer.coarse_A, layer.coarse_B = A, B
             self._swap(layer, LowRankSeam)
-        model.__class__ = elastic_class(self.stock)
+        model.__class__ = elastic_class(self.stock, backbone.rewired)
         model.__dict__[ENGINE] = self
         self.lists = {k: m for k, m in model.named_children() if isinstance(m, nn.ModuleList)}
-        rebind_hooks(model)
+        self.silent = [module for module in self._holders() if is_silent(module)]
+        rebind_hooks(model, self.stock)
 
     def _keep_seams(self, model: nn.Module) -> None:
         """Swap the modules that make and end tokens, wherever they are now.
@@ -461,12 +679,33 @@ class Engine:
             if ROUTER not in module.__dict__:
                 self._swap(module, mixin)
 
+    def _keep_fused_seams(self) -> None:
+        """Swap projections that ``fuse_qkv_projections`` has made of adapted layers."""
+        for module in self.adapted:
+            for name, parts in FUSED.items():
+                fused = module._modules.get(name)
+                if fused is not None and ROUTER not in fused.__dict__:
+                    layers = [module.get_submodule(part) for part in parts]
+                    # A user's LoRA wraps its layer.
+                    fused.__dict__[PARTS] = [getattr(x, "base_layer", x) for x in layers]
+                    self._swap(fused, FusedSeam)
+
     def _swap(self, module: nn.Module, mixin: type) -> None:
         swap_class(module, mixin, self.router)
         self.swapped.append(module)
 
     def uninstall(self, model: nn.Module) -> None:
-        """Undo `install` exactly."""
+        """Undo `install` exactly.
+
+        Raises:
+            RuntimeError: the adapter's own version of base weights is offloaded.
+        """
+        if self.other_weights and is_offloaded(model.modules()):
+            raise RuntimeError(
+                "the base's own weights cannot be put back while they are offloaded; take the "
+                "offloading off first (pipe.remove_all_hooks(), or "
+                "accelerate.hooks.remove_hook_from_submodules(model))"
+            )
         for module in reversed(self.swapped):
             restore_class(module)
         self.swapped.clear()
@@ -477,15 +716,23 @@ class Engine:
         for layer, _, _ in self.pairs.values():
             del layer.coarse_A, layer.coarse_B
         del model._modules[SIZES]
-        model.__class__ = self.stock
+        was, model.__class__ = type(model), self.stock
         del model.__dict__[ENGINE]
         self._exchange_weights()
-        rebind_hooks(model)
+        rebind_hooks(model, was)
 
     def _exchange_weights(self) -> None:
         for name, other in self.other_weights.items():
-            tensor = self.base[name]
+            owner, leaf = self.owners[name]
+            held: Any = owner._parameters if leaf in owner._parameters else owner._buffers
+            now, tensor = held[leaf], self.base[name]
+            if is_ordinary(now):  # moving a buffer, or a hook that was removed, makes a new object
+                tensor = self.base[name] = now
             tensor.data, self.other_weights[name] = other.to(tensor), tensor.data
+            if tensor is not now:  # quantised since
+                held[leaf], self.quantised[name] = tensor, now
+            elif name in self.quantised:
+                held[leaf] = self.quantised.pop(name)
 
 
 def is_new(key: str) -> bool:
@@ -498,14 +745,15 @@ def _low_rank_pairs(model: nn.Module, backbone: Backbone, method: Method) -> dic
     pairs: dict[str, LowRankPair] = {}
     if method.low_rank:
         for name, layer in backbone.low_rank_layers(model):
-            A, B = nn.ParameterDict(), nn.ParameterDict()
+            A, B = NewParameters(), NewParameters()
+            like: dict[str, Any] = {"device": layer.weight.device, "dtype": compute_dtype(layer)}
             for mode in method.modes:
                 A[mode.name] = nn.Parameter(
-                    torch.randn(method.low_rank, layer.in_features).to(layer.weight)
+                    torch.randn(method.low_rank, layer.in_features).to(**like)
                     / layer.in_features**0.5
                 )
                 B[mode.name] = nn.Parameter(
-                    torch.zeros(layer.out_features, method.low_rank).to(layer.weight)
+                    torch.zeros(layer.out_features, method.low_rank).to(**like)
                 )
             pairs[name] = (layer, A, B)
     return pairs

@@ -17,13 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elastic_dit.backbones.base import Branches, Call, rows
+from elastic_dit.backbones.call import Branches, Call
 from elastic_dit.mode import Mode
 from elastic_dit.routing import Part, Router
 from elastic_dit.schedule import Segment
 
-Forward = Callable[[Call, Mode], Any]
-"""Runs the stock forward on a call, in a mode."""
+Forward = Callable[..., Any]
+"""``forward(call, mode, branch="")`` runs the stock forward, on all rows or those of a branch."""
+
+CONDITIONAL, GUIDANCE = "/conditional", "/guidance"
+"""Branches of a batched call that run by themselves."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +60,18 @@ def run_batch(
     same = segment.guide_mode == segment.mode
     if same and segment.gain == 1:
         return forward(call, segment.mode)
-    total = call[router.backbone.sample].shape[0]
-    conditional = rows(call, branches.conditional, total)
+    conditional = router.backbone.rows(call, branches.conditional)
     if segment.gain == 0:
-        c = _sample(forward, conditional, segment.mode)
+        c = _sample(router, forward, conditional, segment.mode, CONDITIONAL)
         return _wrap(router, call, _interleave(branches, c, c))
-    guide = rows(call, branches.guidance, total)
+    guide = router.backbone.rows(call, branches.guidance)
     if segment.weak_guidance:
         guide = router.backbone.give_condition(guide, conditional)
     if packed and not same:
         c, g = _packed(router, forward, conditional, guide, segment)
     else:
-        c = _sample(forward, conditional, segment.mode)
-        g = _sample(forward, guide, segment.guide_mode)
+        c = _sample(router, forward, conditional, segment.mode, CONDITIONAL)
+        g = _sample(router, forward, guide, segment.guide_mode, GUIDANCE)
     if segment.gain != 1:
         g = torch.lerp(c, g, segment.gain)
     return _wrap(router, call, _interleave(branches, c, g))
@@ -97,14 +99,14 @@ def run_guidance(
         return _wrap(router, call, conditional.sample)
     if segment.weak_guidance:
         call = router.backbone.give_condition(call, conditional.call)
-    g = _sample(forward, call, segment.guide_mode)
+    g = _sample(router, forward, call, segment.guide_mode)
     return _wrap(router, call, torch.lerp(conditional.sample, g, segment.gain))
 
 
 def _packed(
     router: Router, forward: Forward, conditional: Call, guide: Call, segment: Segment
 ) -> tuple[Tensor, Tensor]:
-    count = conditional[router.backbone.sample].shape[0]
+    count = len(conditional[router.backbone.sample])
 
     def join(value: Any, other: Any) -> Any:
         if isinstance(value, dict):
@@ -119,14 +121,14 @@ def _packed(
     modes = (segment.mode, segment.guide_mode)
     router.layout = tuple(Part(mode, count, router.tokens(mode)) for mode in modes)
     try:
-        sample = _sample(forward, joined, segment.mode)
+        sample = _sample(router, forward, joined, segment.mode)
     finally:
         router.layout = None
     return sample[:count], sample[count:]
 
 
-def _sample(forward: Forward, call: Call, mode: Mode) -> Tensor:
-    return forward({**call, "return_dict": False}, mode)[0]
+def _sample(router: Router, forward: Forward, call: Call, mode: Mode, branch: str = "") -> Tensor:
+    return router.backbone.stack(forward({**call, "return_dict": False}, mode, branch)[0])
 
 
 def _interleave(branches: Branches, c: Tensor, g: Tensor) -> Tensor:
@@ -135,4 +137,5 @@ def _interleave(branches: Branches, c: Tensor, g: Tensor) -> Tensor:
 
 
 def _wrap(router: Router, call: Call, sample: Tensor) -> Any:
-    return router.backbone.wrap_output(sample) if call.get("return_dict", True) else (sample,)
+    output = router.backbone.unstack(sample)
+    return router.backbone.wrap_output(output) if call.get("return_dict", True) else (output,)

@@ -11,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from elastic_dit.ops.flow import path_norm, velocity
+from elastic_dit.prediction import Parametrisation
 
 
 class PixelDiTPipeline(DiffusionPipeline):
@@ -109,6 +110,16 @@ class PixelDiTPipeline(DiffusionPipeline):
         if output_type == "pil":
             images = self.numpy_to_pil(images)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def parametrisation(self) -> Parametrisation:
+        """Of the network: whatever the scheduler, it sees a latent of unit variance."""
+
+        def scales(level: float) -> tuple[float, float]:
+            norm = ((1 - level) ** 2 + level**2) ** 0.5
+            return (1 - level) / norm, level / norm
+
+        return Parametrisation("v_prediction", scales)
 
     def _check(
         self,

@@ -59,7 +59,9 @@ def _facts(backbone: Backbone, model: Any, grid: Triple | None, text: int | None
     }
     facts: dict[str, Any] = {
         "tokens from": backbone.embed,
-        "positions from": backbone.rotary or "the module that makes tokens, or the arguments",
+        "positions from": backbone.rotary
+        or ", ".join(dict(backbone.rewired))
+        or "the module that makes tokens, or the arguments",
         "tokens into latents": backbone.output,
         "coarse along": [AXES[axis] for axis in backbone.axes],
         "guidance": guidance[backbone.conditional_first],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -50,6 +51,8 @@ class CallRecord:
         guide: mode of the guidance branch in the same call, None if there was none.
         branch: what the pipeline called the branch, if it calls the model once per branch.
         macs, full_macs: multiply-adds of all rows, as run and as full mode would have cost.
+        pictures: which of the batch ran in this mode, where not all of them did.
+        why: what led to each of their modes, if a controller chose them.
     """
 
     level: float | None
@@ -60,6 +63,8 @@ class CallRecord:
     macs: float
     full_macs: float
     watch: Stopwatch
+    pictures: tuple[int, ...] | None = None
+    why: tuple[dict[str, Any] | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,8 @@ class Report:
                 "rows": call.rows,
                 "macs": call.macs,
                 "seconds": call.watch.seconds,
+                "pictures": call.pictures,
+                "why": list(call.why),
             }
             for index, call in enumerate(self.calls)
         ]

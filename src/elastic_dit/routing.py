@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 ROUTER = "_elastic_router"
 TEXT = "_elastic_text"
 MERGED = "_elastic_merged"
+PARTS = "_elastic_parts"
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Router:
         grid: base grid ``(frames, height, width)`` of the present call.
         run: number of the present run; what was computed in another may be stale.
         running: the engine has started the present forward pass.
+        device: of the latent; weights may be elsewhere until their module's hooks bring them.
         lengths: of the text and of the whole sequence of each row, where a class joins them row by
             row.
         text: what the text layers' outputs depend on, if they are to be kept for a whole run.
@@ -101,6 +103,7 @@ class Router:
     merged: bool = False
     merging: bool = False
     tables: dict[Any, Tensor] = field(default_factory=dict)
+    device: Any = None
 
     def tokens(self, mode: Mode) -> int:
         """Tokens of one picture of the present grid."""
@@ -170,35 +173,67 @@ def _generated(base: type, mixin: type) -> type:
 
 def swap_class(module: nn.Module, mixin: type, router: Router) -> None:
     """Put ``mixin`` in front of the class of ``module``; `restore_class` undoes it."""
-    module.__class__ = _generated(type(module), mixin)
+    was = type(module)
+    module.__class__ = _generated(was, mixin)
     module.__dict__[ROUTER] = router
-    rebind_hooks(module)
+    rebind_hooks(module, was)
 
 
 def restore_class(module: nn.Module) -> None:
     """Undo `swap_class` exactly."""
-    module.__class__ = type(module).__bases__[1]
-    for key in (ROUTER, MERGED, TEXT):
+    was = type(module)
+    module.__class__ = was.__bases__[1]
+    for key in (ROUTER, MERGED, PARTS, TEXT):
         module.__dict__.pop(key, None)
-    rebind_hooks(module)
+    rebind_hooks(module, was)
 
 
-def rebind_hooks(module: nn.Module) -> None:
-    """Let hooks that were installed earlier call the module's present class.
+def rebind_hooks(module: nn.Module, was: type) -> None:
+    """Let what was installed earlier call the module's present class.
 
-    accelerate and diffusers both keep the bound ``forward`` they replaced; without this the swap
-    would be a silent no-op.
+    accelerate and diffusers both keep the bound ``forward`` they replaced, and cache-dit leaves one
+    on the object when it goes; without this the swap would be a silent no-op.
+
+    Args:
+        was: the class before.
     """
     forward = types.MethodType(type(module).forward, module)
-
-    def is_stock(function: object) -> bool:  # not the wrapper of another hook
-        return isinstance(function, types.MethodType) and function.__self__ is module
-
-    if is_stock(module.__dict__.get("_old_forward")):  # accelerate
+    if _is_forward_of(was, module, module.__dict__.get("forward")):
+        module.__dict__["forward"] = forward
+    if _is_forward_of(was, module, module.__dict__.get("_old_forward")):  # accelerate
         module.__dict__["_old_forward"] = forward
     registry = module.__dict__.get("_diffusers_hook")
     for reference in registry._fn_refs if registry is not None else ():  # diffusers
-        if is_stock(reference.original_forward):
+        if _is_forward_of(was, module, reference.original_forward):
             reference.original_forward = forward
-        if is_stock(reference.forward):
+        if _is_forward_of(was, module, reference.forward):
             reference.forward = forward
+
+
+def check_forward(model: nn.Module) -> None:
+    """Refuse a model on which somebody has put a ``forward`` that would not ask for a mode.
+
+    Hooks of accelerate and diffusers are no such thing: they call what `rebind_hooks` gives them.
+
+    Raises:
+        ValueError: naming where the ``forward`` comes from.
+    """
+    registry = model.__dict__.get("_diffusers_hook")
+    references = registry._fn_refs if registry is not None else ()
+    forwards = [model.__dict__.get("forward"), model.__dict__.get("_old_forward")]
+    for forward in (*forwards, *(reference.original_forward for reference in references)):
+        origin = getattr(getattr(forward, "func", forward), "__module__", None) or "elsewhere"
+        is_hook = origin.startswith(("accelerate.hooks", "diffusers.hooks."))
+        if forward is None or is_hook or _is_forward_of(type(model), model, forward):
+            continue
+        raise ValueError(
+            f"this model has a forward of its own, from {origin}, which knows no modes; legal: "
+            "drop it (del model.forward), put it on the diffusers class, or, as with cache-dit, "
+            "elastify first and put it on then"
+        )
+
+
+def _is_forward_of(owner: type, module: nn.Module, function: object) -> bool:
+    """Whether a function is a class's ``forward``, bound to the module (not another's wrapper)."""
+    bound = isinstance(function, types.MethodType) and function.__self__ is module
+    return bound and function.__func__ is owner.forward  # pyrefly: ignore[missing-attribute]

@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic_dit.backbones.call import cut
 from elastic_dit.mode import FULL, Mode
-from elastic_dit.routing import MERGED, ROUTER, TEXT, Part, Router, TextKey, versions
+from elastic_dit.routing import MERGED, PARTS, ROUTER, TEXT, Part, Router, TextKey, versions
+from elastic_dit.storage import check_latent, is_summable
 
 PROMPTS = 3
 """Prompts whose text layers are kept: a run's own, its negative one, and both in one batch."""
@@ -56,6 +58,8 @@ class EmbedSeam(nn.Module):
     def _tokens(self, router: Router, mode: Mode, *inputs: Tensor) -> Tensor:
         if not router.sizes.routes(mode):
             return super().forward(*inputs)  # pyrefly: ignore[missing-attribute]
+        if not torch.compiler.is_compiling():
+            check_latent(inputs[-1], router.sizes, mode)
         tokens = router.backbone.tokens(self, router, mode, inputs[-1])
         return router.backbone.beside(self, tokens, *inputs[:-1])
 
@@ -177,7 +181,9 @@ def _part_by_part(
             router.mode = part.mode
             own = {"encoder_hidden_states": own_text, "attention_mask": own_mask}
             given = {name: value for name, value in own.items() if value is not None}
-            outputs.append(stock(x, **given, **kwargs))
+            first = sum(sizes[: len(outputs)])
+            rows = slice(first, first + part.rows)
+            outputs.append(stock(x, **given, **cut(kwargs, rows, sum(sizes))))
     finally:
         router.layout, router.mode = layout, mode
     if isinstance(outputs[0], tuple):  # joint attention returns the text's tokens too
@@ -207,6 +213,24 @@ class TextSeam(nn.Module):
         output = stock(text)
         kept[:] = [*kept[-(PROMPTS - 1) :], (router.text, version, output)]
         return output
+
+
+class ConditioningSeam(nn.Module):
+    """Mixed into a module that makes the conditioning vector, in which a method may mark modes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """``(B, D)``, each row for its own mode."""
+        router: Router = self.__dict__[ROUTER]
+        vector = super().forward(*args, **kwargs)  # pyrefly: ignore[missing-attribute]
+        if router.layout is None:
+            return router.sizes.condition(vector, router.mode)
+        pieces = vector.split([part.rows for part in router.layout])
+        return torch.cat(
+            [
+                router.sizes.condition(piece, part.mode)
+                for piece, part in zip(pieces, router.layout, strict=True)
+            ]
+        )
 
 
 class LowRankSeam(nn.Module):
@@ -260,15 +284,23 @@ class LowRankSeam(nn.Module):
     def _update(self, x: Tensor, mode: Mode) -> Tensor:
         return F.linear(F.linear(x, self.coarse_A[mode.name]), self.coarse_B[mode.name])
 
-    def merge(self, mode: Mode, run: int) -> None:
+    def merge(self, mode: Mode, run: int, device: torch.device) -> bool:
         """Make or renew the weight with a mode's update added in, where that is allowed.
 
         It is called outside any compiled region. Another class than `torch.nn.Linear` computes more
-        than its weight says (a user's LoRA, quantisation) and keeps its update apart.
+        than its weight says, a quantised weight holds no numbers to add to, and an offloaded one is
+        on another device than the latent: these keep their update apart.
+
+        Returns:
+            Whether the layer has no update that it keeps apart.
         """
-        if type(self).__bases__[1] is not nn.Linear or mode.name not in self.coarse_A:
+        if mode.name not in self.coarse_A:
             self.__dict__.pop(MERGED, None)
-            return
+            return True
+        linear = type(self).__bases__[1] is nn.Linear
+        if not linear or not is_summable(self.weight) or self.weight.device != device:
+            self.__dict__.pop(MERGED, None)
+            return False
         A, B = self.coarse_A[mode.name], self.coarse_B[mode.name]
         # A change of any of the three makes the copy stale. PEFT fuses a LoRA without a trace in
         # the version, so that a copy is good for one run only.
@@ -276,3 +308,27 @@ class LowRankSeam(nn.Module):
         cache = self.__dict__.setdefault(MERGED, {})
         if cache.get(mode.name, (None,))[0] != version:
             cache[mode.name] = (version, torch.addmm(self.weight, B, A).detach())
+        return True
+
+
+class FusedSeam(LowRankSeam):
+    """Mixed into a projection that stands for several: adds their updates, side by side."""
+
+    @property
+    def coarse_A(self) -> nn.ParameterDict:  # pyrefly: ignore[bad-override]
+        """Of one of the layers it was made of: they have the same modes."""
+        return next(part.coarse_A for part in self._parts() if isinstance(part, LowRankSeam))
+
+    def _update(self, x: Tensor, mode: Mode) -> Tensor:
+        return torch.cat(
+            [
+                part._update(x, mode)
+                if isinstance(part, LowRankSeam)
+                else x.new_zeros(*x.shape[:-1], part.out_features)
+                for part in self._parts()
+            ],
+            dim=-1,
+        )
+
+    def _parts(self) -> list[nn.Linear]:
+        return self.__dict__[PARTS]

@@ -10,7 +10,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
 
-from elastic_dit import FULL, Mode, Schedule, elastify, load_adapter
+from elastic_dit import FULL, DDiT, Mode, Schedule, elastify, load_adapter
 from elastic_dit.engine import is_new
 from elastic_dit.training.adapter import AdapterTask
 from elastic_dit.training.config import load_recipe
@@ -159,7 +159,17 @@ def test_a_batch_without_a_noisy_enough_picture_has_a_gradient(adapter_recipe):
     ("override", "error", "words"),
     [
         ("adapter.base=/nowhere", FileNotFoundError, "adapter.base = '/nowhere' holds no model"),
-        ("adapter.recipe=full", ValueError, "recipe = 'full'; legal: 'lora', 'shared'"),
+        ("adapter.recipe=full", ValueError, "recipe = 'full' is out of range; legal: lora, shared"),
+        (
+            "adapter.method=toad",
+            ValueError,
+            "method = 'toad' is out of range; legal: flexidit, ddit",
+        ),
+        (
+            "adapter.stage_ends=[0.5, 0.2]",
+            ValueError,
+            "legal: 1 numbers, one for each of adapter.st",
+        ),
         ("adapter.rank=0", ValueError, "rank = 0; legal: a whole number >= 1"),
         ("adapter.scales=[2, 5]", ValueError, "'patch5' does not fit the 1x4x4 .*at most 1x4x4"),
         ("adapter.scales=[2]", ValueError, r"min_levels = \[0.0, 0.4\] .*legal: 1 numbers"),
@@ -214,3 +224,40 @@ def test_an_adapter_of_another_kind_is_no_start(run, adapter_recipe, tmp_path):
     overrides = [f"adapter.init_from={export}", "adapter.rank=8"]
     with pytest.raises(ValueError, match=r"adapter.init_from = .* holds FlexiDiT.*rank=4.*legal"):
         AdapterTask(load_recipe(adapter_recipe, overrides))
+
+
+def test_ddit_learns_from_the_frozen_base(run, base, output, tmp_path):
+    task, export = run("adapter.method=ddit", "loop.images=640")
+    found = losses(tmp_path)
+    assert sum(found[-5:]) < 0.8 * sum(found[:5])
+    stock, state = base().state_dict(), task.module.state_dict()
+    assert all(torch.equal(state[name], stock[name]) for name in stock)
+    assert task.handle.sizes.gates["patch2"].abs() > 0
+    handle = elastify(base(), export)
+    assert handle.method == DDiT(scales=(2, 4), rank=4)
+    assert torch.equal(output_of(handle, FULL, call_of(), output), output(base(), call_of()))
+
+
+def test_ppflow_trains_every_weight_on_its_own_stage(run, base, output, tmp_path):
+    task, export = run("adapter.method=ppflow", "adapter.gains=[0, 1]", "loop.images=640")
+    found = losses(tmp_path)
+    assert sum(found[-8:]) < sum(found[:8])
+    stock, state = base().state_dict(), task.module.state_dict()
+    moved = {name for name in stock if not torch.equal(state[name], stock[name])}
+    assert {name for name in stock if name.endswith("weight")} - moved <= {"pos_embed.pos_embed"}
+    handle = elastify(base(), export)
+    assert [segment.gain for segment in handle.schedule.segments] == [0, 1]
+    assert handle.schedule.modes == {Mode(2), FULL}
+    trained = output_of(task.handle, Mode(2), call_of(), output)
+    torch.testing.assert_close(output_of(handle, Mode(2), call_of(), output), trained)
+
+
+def test_a_stage_sees_its_own_noise_levels_only(adapter_recipe):
+    """Without pictures of a stage its layers get no gradient; shared blocks do."""
+    overrides = ["adapter.method=ppflow", "adapter.level_mean=6", "adapter.level_std=0.1"]
+    task = AdapterTask(load_recipe(adapter_recipe, overrides))
+    images, labels = torch.randn(4, 1, 16, 16), torch.zeros(4, dtype=torch.long)
+    task.loss(task.module, images, labels, torch.Generator().manual_seed(0)).backward()
+    assert task.handle.sizes.level_embeds["patch2"].grad.abs().max() > 0
+    assert task.module.pos_embed.proj.weight.grad is None
+    assert task.module.transformer_blocks[0].ff.net[2].weight.grad.abs().max() > 0

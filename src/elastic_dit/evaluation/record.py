@@ -15,17 +15,16 @@ from typing import Any
 import diffusers
 import torch
 
+from elastic_dit.device import device_name
+
 
 def provenance(command: str | None = None) -> dict[str, Any]:
     """Command, commit, machine and versions of the running process."""
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name()
-    else:
-        device = f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
         "command": command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": _commit(),
-        "device": device,
+        "device": device_name(device),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
@@ -65,12 +64,3 @@ def _git(*arguments: str) -> str:
         check=True,
     )
     return done.stdout.strip()
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

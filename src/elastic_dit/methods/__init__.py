@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from elastic_dit.methods.base import Method
+from elastic_dit.methods.ddit import DDiT
 from elastic_dit.methods.flexidit import FlexiDiT
+from elastic_dit.methods.ppflow import PPFlow
 
-METHODS: dict[str, type[Method]] = {"flexidit": FlexiDiT}
+METHODS: dict[str, type[Method]] = {"flexidit": FlexiDiT, "ddit": DDiT, "ppflow": PPFlow}
 """Methods by name."""
 
 
@@ -25,4 +27,4 @@ def method_from_config(name: object, config: dict[str, Any]) -> Method:
         raise ValueError(f"configuration of method {name!r} is not understood: {error}") from error
 
 
-__all__ = ["METHODS", "FlexiDiT", "Method", "method_from_config"]
+__all__ = ["METHODS", "DDiT", "FlexiDiT", "Method", "PPFlow", "method_from_config"]

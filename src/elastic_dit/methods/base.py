@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from elastic_dit.backbones.base import Backbone
-from elastic_dit.mode import Mode
+from elastic_dit.mode import FULL, Mode
 from elastic_dit.ops.patching import Triple
+from elastic_dit.schedule import Schedule
 
 
 class Sizes(nn.Module, ABC):
@@ -35,6 +36,10 @@ class Sizes(nn.Module, ABC):
     def project(self, hidden: Tensor, mode: Mode, grid: Triple) -> Tensor:
         """Final hidden states ``(B, n, D)`` -> base patch vectors ``(B, T*H*W, c_out)``."""
 
+    def condition(self, vector: Tensor, mode: Mode) -> Tensor:
+        """The conditioning vector ``(B, D)`` of a mode, from the base's."""
+        return vector
+
 
 class Method(ABC):
     """One published system: its configuration and what it adds to a base.
@@ -43,11 +48,18 @@ class Method(ABC):
         name: key in `elastic_dit.methods.METHODS` and in adapter files.
         paper: where it comes from.
         recipes: ways to train it.
+        adapts: which of the backbone's layers carry low-rank updates: a regular expression that
+            their names match.
+        conditions: whether coarse modes change the conditioning vector.
+        skips: whether coarse modes have a path from the base patch vectors to the output's.
     """
 
     name: str
     paper: str
     recipes: tuple[str, ...]
+    adapts: str = ""
+    conditions: bool = False
+    skips: bool = False
 
     @property
     @abstractmethod
@@ -63,6 +75,11 @@ class Method(ABC):
     @abstractmethod
     def trains_base(self) -> bool:
         """Whether the base's own weights are trained, hence part of the adapter."""
+
+    @property
+    def default_schedule(self) -> Schedule:
+        """What a fresh method runs with."""
+        return Schedule.constant(FULL)
 
     @abstractmethod
     def build(self, model: nn.Module, backbone: Backbone) -> Sizes:

@@ -11,7 +11,6 @@ Shape legend: D model width, C channels, p base patch, q = k p coarse patch, u u
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from elastic_dit.backbones.base import Backbone
 from elastic_dit.methods.base import Method, Sizes
+from elastic_dit.methods.projections import MarkedProjections, legal_scale, times
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import (
     RESIZES,
@@ -67,7 +67,7 @@ class FlexiDiT(Method):
             raise ValueError(f"recipe = {self.recipe!r}; legal: 'lora', 'shared'")
         scales = tuple(tuple(k) if isinstance(k, list) else k for k in self.scales)
         object.__setattr__(self, "scales", scales)
-        legal = scales and all(_legal_scale(k) for k in scales)
+        legal = scales and all(legal_scale(k) for k in scales)
         if not legal or len(set(self.modes)) < len(scales):
             raise ValueError(
                 f"scales = {self.scales}; legal: at least one, all different, each a whole number "
@@ -100,51 +100,12 @@ class FlexiDiT(Method):
                         f"scales = {self.scales} with underlying = {self.underlying}; legal: of "
                         "each scale and the underlying size one divides the other"
                     )
-        sizes = LoraSizes if self.recipe == "lora" else SharedSizes
-        return sizes(self, model, backbone)
+        if self.recipe == "lora":
+            return MarkedProjections(self.modes, self.resize, model, backbone)
+        return SharedSizes(self, model, backbone)
 
     def to_config(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def _legal_scale(scale: object) -> bool:
-    if isinstance(scale, tuple):
-        whole = len(scale) == 3 and all(type(k) is int and k >= 1 for k in scale)
-        return whole and scale != (1, 1, 1)
-    return type(scale) is int and scale >= 2
-
-
-class LoraSizes(Sizes):
-    """An embedding, a de-embedding and a marker for each new size."""
-
-    def __init__(self, method: FlexiDiT, model: nn.Module, backbone: Backbone) -> None:
-        super().__init__()
-        kernel, bias = (x.detach() for x in backbone.embed_kernel(model))
-        rows, row_bias = (x.detach() for x in backbone.output_rows(model))
-        self.patch_embeds, self.proj_outs = nn.ModuleDict(), nn.ModuleDict()
-        self.size_embeds = nn.ParameterDict()
-        for mode in method.modes:
-            scale = mode.patch_scale
-            size = _times(scale, kernel.shape[2:])
-            embed = resize_embedding(kernel, size, method.resize)
-            embed = to_grouped(embed, scale, backbone.embed_layout)
-            self.patch_embeds[mode.name] = _linear(embed, bias)
-            out, out_bias = (
-                to_grouped(resize_output(x, size, method.resize), scale, backbone.output_layout)
-                for x in (rows, row_bias)
-            )
-            self.proj_outs[mode.name] = _linear(out.T, out_bias[0])
-            self.size_embeds[mode.name] = nn.Parameter(torch.zeros(len(kernel)).to(kernel))
-
-    def routes(self, mode: Mode) -> bool:
-        return not mode.is_full
-
-    def embed(self, vectors: Tensor, mode: Mode) -> Tensor:
-        grouped = group(vectors, mode.patch_scale)
-        return self.patch_embeds[mode.name](grouped) + self.size_embeds[mode.name]
-
-    def project(self, hidden: Tensor, mode: Mode, grid: Triple) -> Tensor:
-        return ungroup(self.proj_outs[mode.name](hidden), grid, mode.patch_scale)
 
 
 class SharedSizes(Sizes):
@@ -167,7 +128,7 @@ class SharedSizes(Sizes):
         kernel, bias = (x.detach() for x in backbone.embed_kernel(model))
         rows, row_bias = (x.detach() for x in backbone.output_rows(model))
         width, patch = len(kernel), kernel.shape[2:]
-        u = _times((1, method.underlying, method.underlying), patch)
+        u = times((1, method.underlying, method.underlying), patch)
         self.patch, self.kind = (patch[0], patch[1], patch[2]), method.resize
         self.layouts = backbone.embed_layout, backbone.output_layout
         self.live = False
@@ -227,23 +188,10 @@ class SharedSizes(Sizes):
 
     def _project_weights(self, mode: Mode) -> tuple[Tensor, Tensor, Tensor]:
         scale, (into, out) = mode.patch_scale, self.layouts
-        q = _times(scale, self.patch)
+        q = times(scale, self.patch)
         bias = to_grouped(resize_output(self.flex_out_bias, q, self.kind), scale, out)
         return (
             to_grouped(resize_embedding(self.flex_embed, q, self.kind), scale, into),
             to_grouped(resize_output(self.flex_out, q, self.kind), scale, out).T,
             bias[0],
         )
-
-
-def _times(scale: Sequence[int], patch: Sequence[int]) -> Triple:
-    t, h, w = (k * p for k, p in zip(scale, patch, strict=True))
-    return t, h, w
-
-
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
-    layer = nn.Linear(weight.shape[1], weight.shape[0], device=weight.device, dtype=weight.dtype)
-    with torch.no_grad():
-        layer.weight.copy_(weight)
-        layer.bias.copy_(bias)
-    return layer

@@ -40,19 +40,23 @@ def load_reference(name: str = "mnist") -> PixelDiTPipeline:
 
 
 def reference_adapter(recipe: str = "lora", name: str = "mnist") -> Path:
-    """Folder of a FlexiDiT adapter of a reference model.
+    """Folder of an adapter of a reference model.
+
+    Args:
+        recipe: ``lora`` or ``shared`` for FlexiDiT's, otherwise the method's name.
 
     Raises:
         ValueError: no such adapter; those at hand are named.
     """
-    folder = reference_folder(name)
-    path = folder / f"flexidit-{recipe}"
-    if not path.is_dir():
-        legal = sorted(p.name.removeprefix("flexidit-") for p in folder.glob("flexidit-*"))
+    folders = {
+        path.parent.name.removeprefix("flexidit-"): path.parent
+        for path in reference_folder(name).glob("*/adapter.safetensors")
+    }
+    if recipe not in folders:
         raise ValueError(
-            f"adapter {recipe!r} of reference model {name!r}; legal: {', '.join(legal)}"
+            f"adapter {recipe!r} of reference model {name!r}; legal: {', '.join(sorted(folders))}"
         )
-    return path
+    return folders[recipe]
 
 
 def reference_judge(name: str = "mnist") -> Judge:

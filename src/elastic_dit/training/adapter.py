@@ -1,16 +1,19 @@
-"""Train an adapter for a base: FlexiDiT by distillation (*lora*) or with all weights (*shared*).
+"""Train an adapter of any patch-size method for a base.
 
-The *lora* recipe needs no labels of quality, only samples: the frozen base in full mode is the
-teacher, each coarse mode its student on the same noisy input (FlexiDiT section 4.2). The *shared*
-recipe trains every weight on the data with the base's own objective, one patch size per step
-(section 4.1, without the moment-matching term).
+By distillation (FlexiDiT *lora*, section 4.2 there; DDiT): it needs no labels of quality, only
+samples. The frozen base in full mode is the teacher, each coarse mode its student on the same noisy
+input.
+
+With all weights on the data, by the base's own objective: FlexiDiT *shared* draws one patch size
+per step (section 4.1, without the moment-matching term); PPFlow gives every sample to the stage of
+its noise level, so that each size only sees its own (section 3.2 there).
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,8 @@ from elastic_dit.checkpoint import Adapter, load_adapter
 from elastic_dit.checks import require
 from elastic_dit.elastify import elastify
 from elastic_dit.engine import is_new
-from elastic_dit.methods.flexidit import FlexiDiT, SharedSizes
+from elastic_dit.methods import METHODS, DDiT, FlexiDiT, Method, PPFlow
+from elastic_dit.methods.flexidit import SharedSizes
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.schedule import Schedule
 from elastic_dit.training.config import Recipe, from_table
@@ -37,7 +41,8 @@ class AdapterSettings:
 
     Args:
         base: folder of the trained base model.
-        recipe: ``lora`` or ``shared``.
+        method: ``flexidit``, ``ddit`` or ``ppflow``.
+        recipe: of the method; its first by default. FlexiDiT has ``lora`` and ``shared``.
         init_from: folder of an adapter of this base to start from; its method replaces ``recipe``,
             ``scales``, ``rank`` and ``resize``, which must agree.
         scales: coarse sizes, in base patches per axis.
@@ -45,6 +50,9 @@ class AdapterSettings:
         min_levels: noise level below which a size is not trained, one per scale. The largest
             patches are only used on noisy pictures, and cannot represent clean ones.
         full_share: share of the steps that train full mode (shared).
+        stage_ends, stage_modes: of PPFlow, instead of ``scales``: the noise level where each coarse
+            stage ends, and its mode (``patch2``, ``patch1x1x2``).
+        gains: guidance gains of all its stages in the default schedule.
         level_mean, level_std: noise levels are drawn as ``sigmoid(mean + std * normal)``.
         teacher_dtype: of the teacher's forward pass (lora). ``bfloat16`` nearly halves its time,
             also on a CPU that has it, with an error far below what is distilled; ``float32`` leaves
@@ -54,13 +62,17 @@ class AdapterSettings:
 
     base: str
     init_from: str = ""
-    recipe: str = "lora"
+    method: str = "flexidit"
+    recipe: str = ""
     trained: list[int] = field(default_factory=list)
     scales: list[int] = field(default_factory=lambda: [2, 4])
     min_levels: list[float] = field(default_factory=lambda: [0.0, 0.0])
     rank: int = 32
     resize: str = "pinv"
     full_share: float = 0.4
+    stage_ends: list[float] = field(default_factory=lambda: [0.5])
+    stage_modes: list[str] = field(default_factory=lambda: ["patch2"])
+    gains: list[float] = field(default_factory=list)
     label_dropout: float = 0.1
     level_mean: float = 0.0
     level_std: float = 1.0
@@ -68,6 +80,10 @@ class AdapterSettings:
     weak_fraction: float = 0.48
 
     def __post_init__(self) -> None:
+        require(self.method in METHODS, "adapter.method", self.method, ", ".join(METHODS))
+        recipes = METHODS[self.method].recipes
+        object.__setattr__(self, "recipe", self.recipe or recipes[0])
+        require(self.recipe in recipes, "adapter.recipe", self.recipe, ", ".join(recipes))
         levels = self.min_levels
         legal = f"{len(self.scales)} numbers in [0, 1), one per scale"
         fits = len(levels) == len(self.scales) and all(0 <= x < 1 for x in levels)
@@ -76,18 +92,41 @@ class AdapterSettings:
         require(0 <= self.label_dropout < 1, "adapter.label_dropout", self.label_dropout, "[0, 1)")
         require(self.level_std > 0, "adapter.level_std", self.level_std, "> 0")
         require(
-            set(self.trained) <= set(self.scales) and not (self.trained and self.recipe != "lora"),
+            set(self.trained) <= set(self.scales) and not (self.trained and not self.distils),
             "adapter.trained",
             self.trained,
-            f"sizes of {self.scales}, with recipe 'lora'",
+            f"sizes of {self.scales}, with recipe 'lora' or 'distil'",
         )
+        paired = len(self.stage_ends) == len(self.stage_modes)
+        legal = f"{len(self.stage_modes)} numbers, one for each of adapter.stage_modes"
+        require(paired, "adapter.stage_ends", self.stage_ends, legal)
         known = self.teacher_dtype in TEACHER_DTYPES
         require(known, "adapter.teacher_dtype", self.teacher_dtype, ", ".join(TEACHER_DTYPES))
         require(0 <= self.weak_fraction <= 1, "adapter.weak_fraction", self.weak_fraction, "[0, 1]")
 
+    @property
+    def distils(self) -> bool:
+        """Whether the frozen base teaches the new sizes."""
+        return self.recipe in ("lora", "distil")
+
+    def build(self) -> Method:
+        """The method with these settings.
+
+        Raises:
+            ValueError: a value out of the method's range.
+        """
+        scales = tuple(self.scales)
+        if self.method == "ppflow":
+            scales = [Mode.parse(name).patch_scale for name in self.stage_modes]
+            stages = tuple(zip(self.stage_ends, scales, strict=True))
+            return PPFlow(stages=stages, gains=tuple(self.gains), resize=self.resize)
+        if self.method == "ddit":
+            return DDiT(scales=scales, rank=self.rank, resize=self.resize)
+        return FlexiDiT(recipe=self.recipe, scales=scales, rank=self.rank, resize=self.resize)
+
 
 class AdapterTask:
-    """Training of a FlexiDiT adapter for a `DiTTransformer2DModel`."""
+    """Training of a patch-size adapter for a `DiTTransformer2DModel`."""
 
     find_unused_parameters = True
 
@@ -97,18 +136,13 @@ class AdapterTask:
         if not (Path(settings.base) / "config.json").is_file():
             raise FileNotFoundError(f"adapter.base = {settings.base!r} holds no model")
         torch.manual_seed(recipe.seed)
-        method = FlexiDiT(
-            recipe=settings.recipe,
-            scales=tuple(settings.scales),
-            rank=settings.rank,
-            resize=settings.resize,
-        )
+        method = settings.build()
         self.module: Any = DiTTransformer2DModel.from_pretrained(settings.base)
         self.module.eval()
         self.handle = elastify(self.module, self._start(method))
         self.shared = settings.recipe == "shared"
         for name, parameter in self.module.named_parameters():
-            parameter.requires_grad_(self.shared or self._trains(name))
+            parameter.requires_grad_(not settings.distils or self._trains(name))
         if self.shared:
             sizes = self._shared_sizes()
             sizes.live = True
@@ -122,7 +156,7 @@ class AdapterTask:
         chosen = zip(modes, settings.scales, settings.min_levels, strict=True)
         return [(m, low) for m, k, low in chosen if not settings.trained or k in settings.trained]
 
-    def _start(self, method: FlexiDiT) -> FlexiDiT | Adapter:
+    def _start(self, method: Method) -> Method | Adapter:
         if not self.settings.init_from:
             return method
         adapter = load_adapter(self.settings.init_from)
@@ -131,7 +165,7 @@ class AdapterTask:
                 f"adapter.init_from = {self.settings.init_from!r} holds {adapter.method}; legal: "
                 f"{method}, as the recipe says"
             )
-        return adapter
+        return replace(adapter, calibration=None)  # it would be one of the old weights
 
     def _trains(self, name: str) -> bool:
         """Whether a new parameter belongs to a mode that is trained."""
@@ -156,6 +190,8 @@ class AdapterTask:
         )
         if self.shared:
             return self._denoise(model, batch, generator)
+        if isinstance(self.handle.method, PPFlow):
+            return self._denoise_by_stage(model, batch, self.handle.method.default_schedule)
         return self._distil(model, batch)
 
     def _distil(self, model: nn.Module, batch: NoisyBatch) -> Tensor:
@@ -183,6 +219,18 @@ class AdapterTask:
         kept = batch.where(batch.noisier_than(lowest))
         return (self._predict(model, kept, mode) - kept.target).square().mean()
 
+    def _denoise_by_stage(self, model: nn.Module, batch: NoisyBatch, stages: Schedule) -> Tensor:
+        total = batch.x.new_zeros(())
+        for stage in stages.segments:
+            above = batch.level >= stage.stop
+            own = above & (batch.level < stage.start) if stage.start < 1 else above
+            if own.any():
+                rows = batch.where(own)
+                total = (
+                    total + (self._predict(model, rows, stage.mode) - rows.target).square().sum()
+                )
+        return total / batch.target.numel()
+
     def _predict(self, model: nn.Module, batch: NoisyBatch, mode: Mode) -> Tensor:
         with self.handle.using(mode):
             output = model(batch.x, timestep=batch.times, class_labels=batch.labels)
@@ -194,9 +242,10 @@ class AdapterTask:
             sizes = self._shared_sizes()
             sizes.write_base(self.module, self.handle.backbone)
             sizes.live = False
-        self.handle.schedule = Schedule.weak_first(
-            self.settings.weak_fraction, self.settings.scales[0]
-        )
+        if self.settings.method != "ppflow":
+            self.handle.schedule = Schedule.weak_first(
+                self.settings.weak_fraction, self.settings.scales[0]
+            )
         notes = {"training": {"recipe": json.loads(self.recipe.to_json()), **facts}}
         self.handle.adapter(**notes).save(folder)
 

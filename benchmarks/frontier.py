@@ -1,0 +1,317 @@
+"""How to spend a budget: one frontier for fixed schedules, solved plans, DDiT, PPFlow, fewer steps.
+
+    python benchmarks/frontier.py [--images 800] [--tune-images 200] [--restart]
+
+The reference model at 12 steps. Every row has the same seeds and a guidance scale of its own, tuned
+on others. Solved plans use the calibration that ships with the LoRA adapter; DDiT's thresholds are
+calibrated on tuning seeds, once with FlexiDiT's weights (so that only the choice differs) and once
+with its own. ``against_fixed`` is the paired difference to the best hand-set schedule of the same
+budget and guidance.
+
+Rows that exist in the results file are kept. Writes benchmarks/results/frontier-<name>.json and
+.png, and how DDiT's choices differ from picture to picture: cost by class, and its rank correlation
+with the detail of the picture (its mean absolute gradient) in the full run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from reference_table import REPORT_SEED, SETS, TUNE_SEED, Bench, Row, _frechet
+from torch import Tensor
+
+from elastic_dit import FULL, DDiTController, Handle, Mode, Schedule, Segment, elastify
+from elastic_dit.bench import interleave
+from elastic_dit.budget import Budget, weak_first_for_budget
+from elastic_dit.controller import Facts
+from elastic_dit.ddit_controller import calibrated
+from elastic_dit.evaluation.pareto import plot_pareto
+from elastic_dit.evaluation.record import write_results
+from elastic_dit.reference import reference_adapter
+from elastic_dit.sampling import cyclic_labels
+
+RESULTS = Path(__file__).parent / "results"
+STEPS = 12
+BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.75)
+START = 1.3
+TRACES = 100
+
+Choose = Callable[[], None]
+"""Sets what a row's runs use."""
+
+
+class Costs:
+    """Adds up what the calls of many batches really cost."""
+
+    def __init__(self) -> None:
+        self.macs = self.full = 0.0
+        self.pictures: list[float] = []
+
+    def add(self, handle: Handle, count: int) -> None:
+        calls = handle.report().calls
+        self.macs += sum(call.macs for call in calls)
+        self.full += sum(call.full_macs for call in calls)
+        own = [0.0] * count
+        for call in calls:
+            places = range(count) if call.pictures is None else call.pictures
+            for place in places:
+                own[place] += call.macs / len(places)
+        whole = sum(call.full_macs for call in calls) / count
+        self.pictures += [cost / whole for cost in own]
+
+
+class Frontier(Bench):
+    """The reference model with one adapter at a time."""
+
+    handle: Handle | None = None
+
+    def use(self, adapter: str | None) -> None:
+        if self.handle is not None:
+            self.handle.remove()
+        self.handle = None
+        if adapter is not None:
+            folder = reference_adapter(adapter, self.name)
+            self.handle = elastify(self.pipe, folder, merge=True)
+
+    def draw(self, scale: float, steps: int, first_seed: int, count: int) -> Tensor:
+        self.costs = Costs()
+        parts = []
+        for start in range(0, count, 100):
+            size = min(100, count - start)
+            parts.append(super().draw(scale, steps, first_seed + start, size))
+            if self.handle is not None:
+                self.costs.add(self.handle, size)
+        return torch.cat(parts)
+
+    def measured(self, choose: Choose, **facts: Any) -> Row:
+        """Tune, draw and judge; the cost is what really ran."""
+        choose()
+        row = self.row(STEPS, START, **facts)
+        row["ratio"] = self.costs.macs / self.costs.full
+        row["time_ratio"] = self.seconds(choose)
+        row["cost_quartiles"] = (
+            torch.tensor(self.costs.pictures)
+            .quantile(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]))
+            .tolist()
+        )
+        return row
+
+    def seconds(self, choose: Choose) -> float:
+        handle = self.handle
+        assert handle is not None
+        labels, seeds = cyclic_labels(32, 10), list(range(32))
+
+        def full() -> None:
+            handle.schedule = Schedule.constant()
+
+        def call(which: Choose) -> Callable[[], None]:
+            def run() -> None:
+                which()
+                self.pipe(labels, seeds=seeds, num_inference_steps=STEPS, output_type="pt")
+
+            return run
+
+        timings = interleave({"full": call(full), "row": call(choose)}, rounds=5, warmup=1)
+        return timings["row"].ratio_to(timings["full"])
+
+    def traces(self, controller: DDiTController) -> tuple[list[list[dict[str, Any]]], Facts]:
+        """Statistics of full runs of tuning seeds."""
+        handle = self.handle
+        assert handle is not None
+        handle.controller = replace(controller, tau=0.0)
+        self.draw(START, STEPS, TUNE_SEED, TRACES)
+        calls = handle.report().calls
+        levels = tuple(call.level for call in calls)
+        traces = [[call.why[i] for call in calls] for i in range(TRACES)]
+        return traces, Facts(levels=levels, macs=handle.shape.macs, guided=True)
+
+
+def fixed(handle: Handle, budget: float) -> Iterator[tuple[str, Schedule]]:
+    """Schedules that somebody would set by hand for a budget."""
+    macs = handle.shape.macs
+    yield "weak-first", weak_first_for_budget(budget, macs, handle.method.modes)
+    share = {mode: macs(mode) / macs(FULL) for mode in (Mode(2), Mode(4))}
+    # The noisiest fifth four times as coarse, then patch x2, then full mode.
+    rest = (1 - budget - 0.2 * (1 - share[Mode(4)])) / (1 - share[Mode(2)])
+    if 0 < rest <= 0.8:
+        edges = (1.0, 0.8, round(0.8 - rest, 9), 0.0)
+        parts = zip(edges, edges[1:], (Mode(4), Mode(2), FULL), strict=False)
+        segments = [Segment(start=a, stop=b, mode=mode) for a, b, mode in parts if a > b]
+        yield "coarse to fine", Schedule(segments)
+    # Weak-model guidance: all guidance weak from 20 % on, as much of the rest as it takes.
+    for tenth in range(0, 101, 2):
+        schedule = Schedule.weak_first(tenth / 100, guidance="weak")
+        handle.schedule = schedule
+        if handle.plan(STEPS).ratio <= budget:
+            yield "weak guidance", schedule
+            break
+
+
+def detail(images: Tensor) -> Tensor:
+    """Mean absolute gradient of each picture, ``(n,)``."""
+    across = images.diff(dim=3).abs().mean(dim=(1, 2, 3))
+    return across + images.diff(dim=2).abs().mean(dim=(1, 2, 3))
+
+
+def rank_correlation(a: Tensor, b: Tensor) -> float:
+    """Spearman's; equal values share their mean rank."""
+
+    def ranks(x: Tensor) -> Tensor:
+        _, place, count = x.unique(return_inverse=True, return_counts=True)
+        ends = count.cumsum(0).double()
+        return (ends - (count - 1) / 2)[place]
+
+    return torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1].item()
+
+
+def spread(bench: Frontier, row: Row, full: Tensor) -> dict[str, Any]:
+    """How a row's cost differs between pictures, and with what."""
+    costs = torch.tensor(bench.costs.pictures)
+    labels = torch.tensor(cyclic_labels(len(costs), 10))
+    return {
+        "key": row["key"],
+        "mean_by_class": [costs[labels == digit].mean().item() for digit in range(10)],
+        "histogram": torch.histc(costs, bins=20, min=0, max=1).int().tolist(),
+        "correlation_with_detail": rank_correlation(costs, detail(full)),
+    }
+
+
+def compare(rows: list[Row]) -> None:
+    """Paired differences: to the base, to fewer steps, and to the best hand-set schedule."""
+    base = next(row for row in rows if row["key"] == "base")
+    for row in rows:
+        if row is base:
+            continue
+        loss = _frechet(row).minus(_frechet(base))
+        row["loss"], row["loss_noise"] = loss.value, loss.noise
+        budget = row.get("budget")
+        for name, own in (("steps", "fewer steps"), ("fixed", "hand-set")):
+            rivals = [r for r in rows if r.get("budget") == budget and r.get("kind") == own]
+            if rivals and row.get("kind") not in (own, None):
+                best = min(rivals, key=lambda r: r["frechet"])
+                apart = _frechet(row).minus(_frechet(best))
+                row[f"against_{name}"], row[f"against_{name}_noise"] = apart.value, apart.noise
+                row[f"best_{name}"] = best["key"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--name", default="mnist")
+    parser.add_argument("--images", type=int, default=800)
+    parser.add_argument("--tune-images", type=int, default=200)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--restart", action="store_true")
+    arguments = parser.parse_args()
+    path = RESULTS / f"frontier-{arguments.name}.json"
+    facts = {
+        "images": arguments.images,
+        "tune_images": arguments.tune_images,
+        "steps": STEPS,
+        "sets": SETS,
+        "dtype": arguments.dtype,
+    }
+    rows: list[Row] = []
+    spreads: list[dict[str, Any]] = []
+    if path.exists() and not arguments.restart:
+        known = json.loads(path.read_text())
+        rows, spreads = known["rows"], known["spreads"]
+    bench = Frontier(arguments.name, arguments.images, arguments.tune_images, arguments.dtype)
+
+    def keep(key: str, make: Callable[[], Row], spreading: bool = False) -> Row:
+        found = next((row for row in rows if row["key"] == key), None)
+        if found is None:
+            found = {**make(), "key": key}
+            rows.append(found)
+            if spreading:
+                assert bench.full is not None
+                spreads.append(spread(bench, found, bench.full))
+            compare(rows)
+            write_results(path, {**facts, "rows": rows, "spreads": spreads})
+        names = ("ratio", "time_ratio", "scale", "frechet", "accuracy", "loss", "against_fixed")
+        print(key, {k: round(found[k], 3) for k in names if k in found}, flush=True)
+        return found
+
+    base = keep("base", lambda: bench.row(STEPS, START, ratio=1.0, time_ratio=1.0, series="base"))
+    bench.full = bench.draw(base["scale"], STEPS, REPORT_SEED, bench.images)
+    for budget in BUDGETS:
+        steps = round(STEPS * budget)
+        share = steps / STEPS
+        settings = {"series": "fewer steps", "kind": "fewer steps", "budget": budget}
+        keep(
+            f"fewer-steps/{budget}",
+            lambda steps=steps, share=share, settings=settings: bench.row(
+                steps, START, ratio=share, time_ratio=share, **settings
+            ),
+        )
+    bench.use("lora")
+    handle = bench.handle
+    assert handle is not None
+    for budget in BUDGETS:
+        for name, schedule in fixed(handle, budget):
+
+            def set_by_hand(schedule: Schedule = schedule) -> None:
+                handle.schedule = schedule
+
+            settings = {"series": name, "kind": "hand-set", "budget": budget}
+            keep(
+                f"{name}/{budget}",
+                lambda choose=set_by_hand, settings=settings: bench.measured(choose, **settings),
+            )
+        for criterion in ("path", "picture"):
+
+            def solve(budget: float = budget, criterion: str = criterion) -> None:
+                handle.budget = Budget(budget, criterion=criterion)
+
+            settings = {"series": f"solved, {criterion}", "kind": "solved", "budget": budget}
+            keep(
+                f"solved {criterion}/{budget}",
+                lambda choose=solve, settings=settings: bench.measured(choose, **settings),
+            )
+    for weights in ("lora", "ddit"):
+        bench.use(weights)
+        handle = bench.handle
+        assert handle is not None
+        series = "DDiT" if weights == "ddit" else "DDiT's choice, FlexiDiT's weights"
+        controller = DDiTController(tau=0.0, start=Mode(2))
+        traces, known_facts = bench.traces(controller)
+        for budget in BUDGETS:
+            tuned = calibrated(controller, budget, traces, known_facts)
+
+            def look(handle: Handle = handle, tuned: DDiTController = tuned) -> None:
+                handle.controller = tuned
+
+            settings = {"series": series, "kind": "ddit", "budget": budget, "tau": tuned.tau}
+            keep(
+                f"ddit {weights}/{budget}",
+                lambda choose=look, settings=settings: bench.measured(choose, **settings),
+                spreading=True,
+            )
+    bench.use("ppflow")
+    handle = bench.handle
+    assert handle is not None
+    stages = handle.schedule
+    for name, gains in (("guided", (1.0, 1.0)), ("first stage unguided", (0.0, 1.0))):
+        pairs = zip(stages.segments, gains, strict=True)
+        schedule = Schedule([replace(segment, gain=gain) for segment, gain in pairs])
+
+        def staged(handle: Handle = handle, schedule: Schedule = schedule) -> None:
+            handle.schedule = schedule
+
+        keep(
+            f"ppflow/{name}",
+            lambda choose=staged: bench.measured(choose, series="PPFlow", kind="ppflow"),
+        )
+    drawn: dict[str, list[Row]] = {}
+    for row in rows:
+        drawn.setdefault(row["series"], []).append(row)
+    plot_pareto(drawn, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

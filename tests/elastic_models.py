@@ -1,0 +1,51 @@
+"""Tiny elastic models with noise on the new tensors, and runs of them, for ecosystem tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tests.backbones.tiny import CASES
+from torch import Tensor
+
+from elastic_dit import FlexiDiT, Mode, elastify, handle_of
+from elastic_dit.elastify import Handle
+from elastic_dit.engine import is_new
+
+WEAK = Mode(2)
+
+
+def call_of(name: str, time: float = 700.0, count: int = 2) -> dict[str, Any]:
+    """A call at a class's first grid."""
+    case = CASES[name]
+    return case.call(count, case.grids[0], time)
+
+
+@torch.no_grad()
+def shake(model: Any, keep: Callable[[str], bool], seed: int = 3) -> None:
+    """Add noise to some parameters, the same each time."""
+    generator = torch.Generator().manual_seed(seed)
+    for key, parameter in model.named_parameters():
+        if keep(key):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.05 * noise.to(parameter.dtype))
+
+
+def elastic(name: str, model: Any = None, recipe: str = "lora", **options: Any) -> Handle:
+    """An elastic model that differs from its base in every new tensor."""
+    model = model or CASES[name].model()
+    torch.manual_seed(2)
+    handle = elastify(model, FlexiDiT(rank=3, scales=(2,), recipe=recipe), **options)
+    shake(handle.model, is_new)
+    return handle
+
+
+@torch.no_grad()
+def run(handle_or_model: Any, call: dict[str, Any], mode: Mode | None = None) -> Tensor:
+    """The prediction of a call, in a mode if one is given."""
+    model = getattr(handle_or_model, "model", handle_or_model)
+    if mode is None:
+        return model(**call).sample
+    with handle_of(model).using(mode):
+        return model(**call).sample
