@@ -1,6 +1,6 @@
 """How to spend a budget: one frontier for fixed schedules, solved plans, DDiT, PPFlow, fewer steps.
 
-    python benchmarks/frontier.py [--images 800] [--tune-images 200] [--restart]
+    python benchmarks/frontier.py [--images 800] [--tune-images 200] [--series ...] [--restart]
 
 The reference model at 12 steps. Every row has the same seeds and a guidance scale of its own, tuned
 on others. Solved plans use the calibration that ships with the LoRA adapter; DDiT's thresholds are
@@ -40,6 +40,16 @@ RESULTS = Path(__file__).parent / "results"
 STEPS = 12
 BUDGETS = (0.3, 0.4, 0.5, 0.6, 0.75)
 START = 1.3
+SERIES = (
+    "weak-first",
+    "weak guidance",
+    "solved path",
+    "solved picture",
+    "ddit lora",
+    "ddit ddit",
+    "ppflow",
+    "coarse to fine",
+)
 TRACES = 100
 
 Choose = Callable[[], None]
@@ -205,6 +215,7 @@ def main() -> None:
     parser.add_argument("--name", default="mnist")
     parser.add_argument("--images", type=int, default=800)
     parser.add_argument("--tune-images", type=int, default=200)
+    parser.add_argument("--series", nargs="+", default=SERIES, choices=SERIES)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--restart", action="store_true")
     arguments = parser.parse_args()
@@ -254,6 +265,8 @@ def main() -> None:
     assert handle is not None
     for budget in BUDGETS:
         for name, schedule in fixed(handle, budget):
+            if name not in arguments.series:
+                continue
 
             def set_by_hand(schedule: Schedule = schedule) -> None:
                 handle.schedule = schedule
@@ -264,6 +277,8 @@ def main() -> None:
                 lambda choose=set_by_hand, settings=settings: bench.measured(choose, **settings),
             )
         for criterion in ("path", "picture"):
+            if f"solved {criterion}" not in arguments.series:
+                continue
 
             def solve(budget: float = budget, criterion: str = criterion) -> None:
                 handle.budget = Budget(budget, criterion=criterion)
@@ -274,6 +289,8 @@ def main() -> None:
                 lambda choose=solve, settings=settings: bench.measured(choose, **settings),
             )
     for weights in ("lora", "ddit"):
+        if f"ddit {weights}" not in arguments.series:
+            continue
         bench.use(weights)
         handle = bench.handle
         assert handle is not None
@@ -292,11 +309,13 @@ def main() -> None:
                 lambda choose=look, settings=settings: bench.measured(choose, **settings),
                 spreading=True,
             )
-    bench.use("ppflow")
+    bench.use("ppflow" if "ppflow" in arguments.series else "lora")
     handle = bench.handle
     assert handle is not None
     stages = handle.schedule
     for name, gains in (("guided", (1.0, 1.0)), ("first stage unguided", (0.0, 1.0))):
+        if "ppflow" not in arguments.series:
+            continue
         pairs = zip(stages.segments, gains, strict=True)
         schedule = Schedule([replace(segment, gain=gain) for segment, gain in pairs])
 
