@@ -22,8 +22,11 @@ def main() -> None:
     demo = load("demo-mnist.json")
     replace(HERE.parent / "README.md", "demo-table", markdown(demo["rows"]) + source(demo))
     parts = []
-    speed = load("speed-cpu.json")
-    parts.append("## Do seconds follow FLOPs?\n\n" + speed_tables(speed) + source(speed))
+    for name, title in (("speed-cpu", "eager"), ("speed-cpu-compiled", "compiled")):
+        if (RESULTS / f"{name}.json").exists():
+            speed = load(f"{name}.json")
+            head = f"## Do seconds follow FLOPs? ({title})\n\n"
+            parts.append(head + speed_tables(speed) + source(speed))
     overhead = load("overhead-cpu.json")
     parts.append(
         "## What full mode adds to the stock forward\n\n"
@@ -37,6 +40,10 @@ def main() -> None:
     chosen = ("base", "lora/cfg/0.4", "lora/weak/0.2", "lora/cfg/1.0", "shared/cfg/0.4")
     rows = [row for row in table["rows"] if row["key"] in chosen]
     replace(card, "card", quality_table(table | {"rows": rows}))
+    spent = load("frontier-mnist.json")
+    figure = "![Frontier of plans](../docs/images/frontier.png)\n\n"
+    parts.append("## How to spend a budget\n\n" + figure + frontier_table(spent) + source(spent))
+    parts.append("## Who takes how much\n\n" + spread_table(spent) + source(spent))
     levels = load("level-error-mnist.json")
     parts.append(
         "## Error of each mode over noise levels\n\n" + level_table(levels) + source(levels)
@@ -101,6 +108,51 @@ def quality_table(table: dict[str, Any]) -> str:
             f"{row['scale']} | {row['frechet']:.3f} ± {row['frechet_noise']:.3f} | {loss} | "
             f"{rival} | {ahead} | {row['accuracy']:.2%} ± {row['accuracy_noise']:.2%} | "
             f"{similar} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def frontier_table(table: dict[str, Any]) -> str:
+    lines = [
+        f"{table['images']} pictures a row in {table['sets']} seed sets at {table['steps']} steps, "
+        f"drawn in {table['dtype']}; scales tuned on {table['tune_images']} pictures of other "
+        "seeds. *Loss*: Frechet distance minus the base's; *against the best fixed*: minus that of "
+        "the best hand-set schedule of the same budget; *against fewer steps*: minus that of as "
+        "many full steps as the budget buys. All paired by seed set; less than zero is better.",
+        "",
+        "| plan | budget | FLOPs | time | scale | loss | against the best fixed | against fewer "
+        "steps | accuracy |",
+        "| --- " * 9 + "|",
+    ]
+    for row in sorted(table["rows"], key=lambda row: (row.get("budget", 1), row["series"])):
+        cells = [
+            plus_minus(row, name) if name in row else "-"
+            for name in ("loss", "against_fixed", "against_steps")
+        ]
+        lines.append(
+            f"| {row['series']} | {row.get('budget', '-')} | {row['ratio']:.3f} | "
+            f"{row['time_ratio']:.3f} | {row['scale']} | {' | '.join(cells)} | "
+            f"{row['accuracy']:.2%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def spread_table(table: dict[str, Any]) -> str:
+    lines = [
+        "DDiT's choices, picture by picture: mean share of the full cost by class, and Spearman's "
+        "rank correlation of a picture's cost with its detail (mean absolute gradient of the same "
+        "seed's full run).",
+        "",
+        f"| run | {' | '.join(map(str, range(10)))} | least, median, most | correlation |",
+        "| --- " * 13 + "|",
+    ]
+    rows = {row["key"]: row for row in table["rows"]}
+    for spread in table["spreads"]:
+        means = " | ".join(f"{mean:.2f}" for mean in spread["mean_by_class"])
+        least, _, median, _, most = rows[spread["key"]]["cost_quartiles"]
+        lines.append(
+            f"| {spread['key']} | {means} | {least:.2f}, {median:.2f}, {most:.2f} | "
+            f"{spread['correlation_with_detail']:+.2f} |"
         )
     return "\n".join(lines) + "\n"
 

@@ -55,10 +55,20 @@ def test_sample_and_report(monkeypatch, capsys, tmp_path):
         "class3-seed0.png",
         "class7-seed1.png",
         "class8-seed2.png",
+        "decisions.png",
     ]
     code, out, _ = run(monkeypatch, capsys, "report", str(folder / "report.json"), "--json")
     assert code == 0
     assert len(json.loads(out)["calls"]) == 4
+
+
+def test_sample_with_a_threshold_keeps_the_budget_as_its_cap(monkeypatch, capsys, tmp_path):
+    asked = ("sample", str(tmp_path / "out"), "--labels", "3,7", "--steps", "6", "--tau", "0")
+    code, _, err = run(monkeypatch, capsys, *asked, "--budget", "0.7", "--adapter", "ddit")
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert 0.6 < report["ratio"] <= 0.7
+    assert {call["mode"] for call in report["calls"]} > {"full"}
 
 
 @pytest.mark.parametrize(
@@ -70,6 +80,9 @@ def test_sample_and_report(monkeypatch, capsys, tmp_path):
         (["sample", "nowhere", "--budget", "0"], ["budget = 0", "(0, 1]"]),
         (["sample", "nowhere", "--budget", "1.2"], ["budget = 1.2", "(0, 1]"]),
         (["sample", "nowhere", "--budget", "0.01"], ["0.01", "cheapest"]),
+        (["sample", "nowhere", "--tau", "-1"], ["tau = -1", ">= 0"]),
+        (["sample", "nowhere", "--tau", "1", "--steps", "3"], ["3 steps", "more than 3"]),
+        (["sample", "nowhere", "--tau", "1", "--budget", "0.01"], ["cap = 0.01", "cheapest"]),
         (["sample", "nowhere", "--labels", "3,x"], ["3,x", "legal"]),
         (["sample", "nowhere", "--labels", "12"], ["12", "0..9"]),
         (["sample", "nowhere", "--adapter", "other"], ["other", "lora"]),

@@ -8,12 +8,14 @@ import math
 import pytest
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
-from tests.backbones.pipes import PIPES
+from tests.backbones.pipes import PIPES, PROMPTS
 
 from elastic_dit import FULL, FlexiDiT, Mode, PixelDiTPipeline, Schedule, elastify
 from elastic_dit.controller import Facts
 from elastic_dit.ddit_controller import Account, DDiTController, calibrated, traced
+from elastic_dit.evaluation.picture import decisions, mode_colour
 from elastic_dit.pipelines import flow_matched_betas
+from elastic_dit.report import Report
 
 WEAK, WEAKER = Mode(2), Mode(4)
 COST = {FULL: 100.0, WEAK: 25.0, WEAKER: 8.0}.__getitem__
@@ -238,13 +240,9 @@ def median_tau(handle, pipe, **settings):
     return sorted(found)[len(found) // 2]
 
 
-def by_picture(report, count=4):
+def by_picture(report):
     """Modes of each picture over the run."""
-    found = [[] for _ in range(count)]
-    for call in report.calls:
-        for place in range(count) if call.pictures is None else call.pictures:
-            found[place].append(call.mode)
-    return found
+    return [trail.modes for trail in report.by_picture()]
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -258,7 +256,7 @@ def test_a_picture_of_a_mixed_batch_is_that_picture_alone(pipe, scale):
     assert {len(m) for m in modes} == {12}
     for place in range(4):
         alone = draw(pipe, [place], scale=scale)
-        assert by_picture(handle.report(), 1)[0] == modes[place]
+        assert by_picture(handle.report())[0] == modes[place]
         torch.testing.assert_close(alone[0], together[place], atol=1e-5, rtol=1e-5)
     macs = handle.shape.macs
     branches = 2 if scale > 1 else 1
@@ -316,6 +314,30 @@ def test_why_is_in_the_report(pipe):
     late = [why for call in calls[4:] for why in call["why"]]
     assert all(set(why["statistic"]) == {"patch2", "patch4"} for why in late)
     assert any(why.get("wanted") == "full" for why in late)  # the cap said no
+
+
+@pytest.mark.parametrize("name", ["dit", "wan", "flux"])
+def test_the_report_follows_each_picture(name):
+    """Costs of the pictures add up to the run's; a step of two calls is one line."""
+    case, steps = PIPES[name], 6
+    pipe = case.pipe()
+    handle = case.elastic(pipe)
+    prompts = PROMPTS[: 1 if name == "flux" else 2]
+    handle.controller = DDiTController(tau=1e-9, cap=0.8, coarse=handle.modes[1:])
+    case.draw(pipe, prompts, num_inference_steps=steps)
+    report = handle.report()
+    trails = report.by_picture()
+    assert len(trails) == len(prompts)
+    assert {len(trail.modes) for trail in trails} == {steps}
+    assert sum(trail.macs for trail in trails) == pytest.approx(report.macs)
+    assert all(trail.ratio <= 0.8 + 1e-9 for trail in trails)
+    assert all(why["statistic"] for why in trails[0].why[3:])
+    picture = decisions(report, plan=None)
+    colours = {tuple(pixel) for pixel in picture.reshape(-1, 3)}
+    used = {mode_colour(mode) for trail in trails for mode in trail.modes}
+    assert used <= colours
+    with pytest.raises(ValueError, match="holds no calls"):
+        decisions(Report(()))
 
 
 def test_schedule_and_controller_replace_each_other(pipe):

@@ -369,22 +369,6 @@ def test_fused_projections_give_the_same_in_every_mode(name):
     assert torch.equal(run(handle, call, WEAK), expected[WEAK])
 
 
-def test_controlnet_residuals_refuse_coarse_modes_only():
-    handle, call = elastic("flux"), call_of("flux")
-    call["controlnet_block_samples"] = [torch.zeros(2, 64, 32)]
-    run(handle, call, FULL)
-    with pytest.raises(ValueError, match=r"controlnet_block_samples .*'patch2'.*legal.*full mode"):
-        run(handle, call, WEAK)
-
-
-def test_context_parallelism_refuses_coarse_modes_only():
-    handle, call = elastic("flux"), call_of("flux")
-    handle.model._parallel_config = object()
-    run(handle, call, FULL)
-    with pytest.raises(RuntimeError, match=r"context parallel.*full mode"):
-        run(handle, call, WEAK)
-
-
 # Saving
 
 

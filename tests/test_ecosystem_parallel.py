@@ -39,35 +39,39 @@ def split_sequences(model, rank):
     return model
 
 
-def work(rank, name, store):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
+def check(rank, name):
     call = {**call_of(name), "return_dict": False}  # the gathering hooks know tuples only
     call["encoder_hidden_states"] = call["encoder_hidden_states"][:, :4]  # a whole number each
     if "txt_ids" in call:
         call["txt_ids"] = call["txt_ids"][:4]
-    with torch.no_grad():
-        alone = CASES[name].model()(**call)[0]
-        expected = split_sequences(CASES[name].model(), rank)(**call)[0]
-        torch.testing.assert_close(expected, alone)
-        before = elastic(name, split_sequences(CASES[name].model(), rank))
-        after = elastic(name)
-        split_sequences(after.model, rank)
-        for handle in (before, after):
-            with handle.using(FULL):
-                assert torch.equal(handle.model(**call)[0], expected)
-            message = r"context parallelism .*'patch2'.*legal together with it: full mode"
-            with pytest.raises(RuntimeError, match=message), handle.using(WEAK):
-                handle.model(**call)
-            handle.remove()
+    alone = CASES[name].model()(**call)[0]
+    expected = split_sequences(CASES[name].model(), rank)(**call)[0]
+    torch.testing.assert_close(expected, alone)
+    before = elastic(name, split_sequences(CASES[name].model(), rank))
+    after = elastic(name)
+    split_sequences(after.model, rank)
+    for handle in (before, after):
+        with handle.using(FULL):
             assert torch.equal(handle.model(**call)[0], expected)
+        message = r"context parallelism .*'patch2'.*legal together with it: full mode"
+        with pytest.raises(RuntimeError, match=message), handle.using(WEAK):
+            handle.model(**call)
+        handle.remove()
+        assert torch.equal(handle.model(**call)[0], expected)
+
+
+@torch.no_grad()
+def work(rank, store):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
+    for name in ("flux", "wan"):
+        check(rank, name)
     dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("name", ["flux", "wan"])
-def test_two_processes_share_a_sequence_in_full_mode_only(name, tmp_path):
-    torch.multiprocessing.spawn(work, args=(name, tmp_path / "store"), nprocs=PROCESSES)
+def test_two_processes_share_a_sequence_in_full_mode_only(tmp_path):
+    torch.multiprocessing.spawn(work, args=(tmp_path / "store",), nprocs=PROCESSES)
 
 
 def test_enable_parallelism_needs_an_accelerator():

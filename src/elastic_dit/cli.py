@@ -104,24 +104,33 @@ def sample(
     output: Annotated[Path, typer.Argument(help="Folder for the pictures and report.json.")],
     labels: Annotated[str, typer.Option(help="Classes, as in 0,1,2 or 0-9.")] = "0-9",
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
-    adapter: Annotated[str, typer.Option(help="lora, shared, or a folder.")] = "lora",
+    adapter: Annotated[str, typer.Option(help="lora, shared, ddit, ppflow, or a folder.")] = "lora",
     budget: Annotated[float, typer.Option(help="Share of the full cost, in (0, 1].")] = 1.0,
+    tau: Annotated[
+        float | None, typer.Option(help="DDiT's threshold; --budget is then its cap.")
+    ] = None,
     schedule: ScheduleFile = None,
     guidance_scale: Annotated[float, typer.Option(help="1 turns guidance off.")] = 2.0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
     model: Annotated[str, typer.Option(help="Reference model or pipeline folder.")] = "mnist",
 ) -> None:
     """Sample pictures at a budget; each depends on its own seed alone."""
+    from elastic_dit.ddit_controller import DDiTController
+    from elastic_dit.evaluation.picture import decisions
     from elastic_dit.evaluation.sheet import save_png
     from elastic_dit.sampling import sample as draw
 
     classes = parse_labels(labels)
     given = _read_schedule(schedule)
+    if given is not None and tau is not None:
+        raise ValueError("--schedule and --tau are both given; legal: one of them")
     pipe, handle = _elastic(model, adapter)
-    if given is None:
-        handle.budget = budget
-    else:
+    if given is not None:
         handle.schedule = given
+    elif tau is not None:
+        handle.controller = DDiTController(tau=tau, coarse=handle.modes[1:], cap=budget)
+    else:
+        handle.budget = budget
     seeds = list(range(seed, seed + len(classes)))
     drawn = draw(pipe, classes, seeds, guidance_scale=guidance_scale, steps=steps)
     output.mkdir(parents=True, exist_ok=True)
@@ -130,13 +139,14 @@ def sample(
         save_png(output / f"class{label}-seed{number}.png", pixels)
     report = handle.report()
     (output / "report.json").write_text(report.to_json())
+    save_png(output / "decisions.png", decisions(report))
     console.print(f"{len(classes)} pictures at {report.ratio:.1%} of the full cost: {output}")
 
 
 @app.command("eval")
 def evaluate(
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("out/eval.json"),
-    adapter: Annotated[str, typer.Option(help="lora, shared, or a folder.")] = "lora",
+    adapter: Annotated[str, typer.Option(help="lora, shared, ddit, ppflow, or a folder.")] = "lora",
     weak_fraction: Annotated[float, typer.Option(help="Share of noise levels run weak.")] = 0.48,
     guidance: Annotated[str, typer.Option(help="cfg or weak.")] = "cfg",
     schedule: ScheduleFile = None,
@@ -176,7 +186,7 @@ def calibrate(
     output: Annotated[
         Path | None, typer.Option(help="File to write; in the adapter's folder by default.")
     ] = None,
-    adapter: Annotated[str, typer.Option(help="lora, shared, or a folder.")] = "lora",
+    adapter: Annotated[str, typer.Option(help="lora, shared, ddit, ppflow, or a folder.")] = "lora",
     guidance_scale: Annotated[float, typer.Option(help="1 turns guidance off.")] = 2.0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
     images: Annotated[int, typer.Option(help="Pictures in all.")] = 32,

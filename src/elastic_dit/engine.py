@@ -435,7 +435,9 @@ class Engine:
         self, model: nn.Module, call: Call, mode: Mode, branch: str = step_caches.ALL_ROWS
     ) -> Any:
         """The stock forward in a mode (of all rows, unless the router has a packed layout)."""
-        with onloaded(self.silent):
+        # Whoever offloads a model puts hooks on all of it: a look at these few modules is enough.
+        away = is_offloaded(self.router.sizes.modules())
+        with onloaded(self.silent if away else ()):
             return self._forward_in_place(model, call, mode, branch)
 
     def _forward_in_place(self, model: nn.Module, call: Call, mode: Mode, branch: str) -> Any:
@@ -572,6 +574,7 @@ class Engine:
                 watch=watch.stop(),
                 pictures=pictures,
                 why=why,
+                guided=guided,
             )
         )
 

@@ -53,6 +53,7 @@ class CallRecord:
         macs, full_macs: multiply-adds of all rows, as run and as full mode would have cost.
         pictures: which of the batch ran in this mode, where not all of them did.
         why: what led to each of their modes, if a controller chose them.
+        guided: the rows hold both branches.
     """
 
     level: float | None
@@ -65,6 +66,28 @@ class CallRecord:
     watch: Stopwatch
     pictures: tuple[int, ...] | None = None
     why: tuple[dict[str, Any] | None, ...] = ()
+    guided: bool = False
+
+
+@dataclass
+class Trail:
+    """One picture's way through a run, a line per step.
+
+    Attributes:
+        why: what led to each mode, if a controller chose it.
+        macs, full_macs: multiply-adds of all its branches, as run and in full mode.
+    """
+
+    levels: list[float | None]
+    modes: list[Mode | None]
+    why: list[dict[str, Any] | None]
+    macs: float
+    full_macs: float
+
+    @property
+    def ratio(self) -> float:
+        """Cost over that of the same calls in full mode."""
+        return self.macs / self.full_macs if self.full_macs else 1.0
 
 
 @dataclass(frozen=True)
@@ -88,6 +111,33 @@ class Report:
     def seconds(self) -> float:
         """Seconds inside the model."""
         return sum(call.watch.seconds for call in self.calls)
+
+    def by_picture(self) -> list[Trail]:
+        """The run of each picture of the batch, branches of one step in one line.
+
+        A call of a guidance branch by itself adds to the step of the conditional call before it.
+        """
+        count = max((self._pictures(call) for call in self.calls), default=0)
+        trails = [Trail([], [], [], 0.0, 0.0) for _ in range(count)]
+        for call in self.calls:
+            places = range(count) if call.pictures is None else call.pictures
+            follows = call.branch is not None and call.guide is None and not call.why
+            for row, place in enumerate(places):
+                trail = trails[place]
+                trail.macs += call.macs / len(places)
+                trail.full_macs += call.full_macs / len(places)
+                if follows and trail.levels and trail.levels[-1] == call.level:
+                    continue
+                trail.levels.append(call.level)
+                trail.modes.append(call.mode)
+                trail.why.append(call.why[row] if call.why else None)
+        return trails
+
+    @staticmethod
+    def _pictures(call: CallRecord) -> int:
+        if call.pictures is not None:
+            return max(call.pictures) + 1
+        return call.rows // 2 if call.guided else call.rows
 
     def to_dict(self) -> dict[str, object]:
         """Plain data: totals and one row per call."""

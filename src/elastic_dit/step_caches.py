@@ -67,7 +67,7 @@ def check_cache_dit(model: Any, mode: Mode, branch: str, *, reads_blocks: bool) 
 
     Args:
         branch: which rows of a batched call run by themselves.
-        reads_blocks: the stock forward looks into one of its blocks.
+        reads_blocks: the stock forward looks into its blocks or counts them.
 
     Raises:
         RuntimeError: naming the setting, and what is legal.
@@ -77,8 +77,8 @@ def check_cache_dit(model: Any, mode: Mode, branch: str, *, reads_blocks: bool) 
         return
     if reads_blocks:
         raise RuntimeError(
-            f"cache-dit hides the blocks of {type(model).__name__}, whose forward looks into them; "
-            "legal: cache_dit.disable_cache, or a stock model"
+            f"cache-dit hides the blocks of {type(model).__name__}, whose forward looks into them "
+            "or counts them; legal: cache_dit.disable_cache, or a stock model"
         )
     if branch != ALL_ROWS:
         raise RuntimeError(

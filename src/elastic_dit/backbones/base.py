@@ -69,7 +69,7 @@ class Backbone(Times, ABC):
         low_rank: layers of self-attention and feed-forward by block list.
         adapts: which of them the method in use adapts: a regular expression that their names match.
         prompt_only: layers that see nothing but the prompt, by block list.
-        reads_blocks: the stock forward looks into one of its blocks, beside calling them.
+        reads_blocks: the stock forward looks into its blocks or counts them, beside calling them.
         residuals: arguments that hold something per base token (ControlNet's residuals), which
             coarse modes refuse.
         packs: whether branches of different modes can share one packed call.

@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from elastic_dit.mode import Mode
+from elastic_dit.report import Report
 from elastic_dit.schedule import Plan
 
 LABEL_WIDTH = 170
@@ -86,3 +87,43 @@ def _strip(draw: ImageDraw.ImageDraw, plan: Plan, left: int, top: int, width: in
         x0, x1 = left + step.index * width // steps, left + (step.index + 1) * width // steps - 2
         draw.rectangle((x0, top, x1, top + half - 2), fill=mode_colour(step.mode))
         draw.rectangle((x0, top + half, x1, top + 2 * half - 2), fill=mode_colour(step.guide))
+
+
+def decisions(report: Report, *, plan: Plan | None = None, cell: int = 16) -> np.ndarray:
+    """One line per picture, one column per step, in the colour of the mode; its cost beside it.
+
+    Args:
+        plan: what was planned, as a line above.
+
+    Returns:
+        ``(height, width, 3)`` uint8.
+
+    Raises:
+        ValueError: a report without calls.
+    """
+    trails = report.by_picture()
+    if not trails:
+        raise ValueError("the report holds no calls; legal: one of a run that was made")
+    lines: list[tuple[str, list[Mode | None]]] = []
+    if plan is not None:
+        lines.append((f"plan {plan.ratio:.1%}", [step.mode for step in plan.steps]))
+    lines += [(f"{i}: {trail.ratio:.1%}", trail.modes) for i, trail in enumerate(trails)]
+    steps = max(len(modes) for _, modes in lines)
+    left = LABEL_WIDTH // 2
+    canvas = Image.new(
+        "RGB", (left + steps * cell + MARGIN, len(lines) * cell + 22 + 2 * MARGIN), "white"
+    )
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
+    for row, (label, modes) in enumerate(lines):
+        top = MARGIN + row * cell
+        draw.text((MARGIN, top), label, fill="black", font=font)
+        for step, mode in enumerate(modes):
+            x = left + step * cell
+            draw.rectangle((x, top, x + cell - 2, top + cell - 2), fill=mode_colour(mode))
+    known = {mode for _, modes in lines for mode in modes if mode is not None}
+    x, y = MARGIN, MARGIN + len(lines) * cell + 4
+    for mode in sorted(known, key=lambda m: m.patch_scale):
+        draw.rectangle((x, y + 3, x + 10, y + 13), fill=mode_colour(mode))
+        draw.text((x + 15, y), mode.name, fill="black", font=font)
+        x += 80
+    return np.asarray(canvas)
