@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import shutil
 from dataclasses import replace
@@ -470,6 +471,22 @@ def test_budgets_in_stock_pipelines(name):
     plan = handle.plan(8, **facts)
     assert handle.report().ratio == pytest.approx(plan.ratio, rel=1e-6)
     assert 0.6 < plan.ratio <= 0.8 + 1e-9
+
+
+def test_packed_branches_keep_the_budget(calibrated):
+    """A masked call multiplies more than two calls; the plan pays for it."""
+    pipe, handle, *_ = calibrated
+    unlike = 0
+    for packed, budget in itertools.product((False, True), (0.5, 0.7, 0.9)):
+        handle.packed = packed
+        handle.budget = budget
+        plan = handle.plan(10)
+        sampler(pipe, steps=10)(0)
+        report = handle.report()
+        unlike += packed and any(call.mode != call.guide for call in report.calls)
+        assert plan.ratio <= budget
+        assert report.ratio == pytest.approx(plan.ratio, rel=1e-9)
+    assert unlike
 
 
 def test_all_of_the_budget_is_the_base(calibrated):

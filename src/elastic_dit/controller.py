@@ -27,16 +27,21 @@ class Facts:
             no scheduler tells them (a bare model).
         macs: multiply-adds of one forward pass of one picture in a mode.
         guided: whether there is a guidance branch; None where that is not known yet.
+        packing: what two branches of different modes cost more where they share one packed call.
     """
 
     levels: tuple[float, ...]
     macs: Callable[[Mode], float]
     guided: bool | None = None
+    packing: Callable[[Mode, Mode], float] | None = None
 
     def cost(self, segment: Segment) -> float:
         """Multiply-adds of one picture in one call, both branches."""
-        guided = self.guided is not False and segment.gain > 0
-        return self.macs(segment.mode) + (self.macs(segment.guide_mode) if guided else 0.0)
+        mode, guide = segment.mode, segment.guide_mode
+        if self.guided is False or segment.gain == 0:
+            return self.macs(mode)
+        both = self.macs(mode) + self.macs(guide)
+        return both if self.packing is None or guide == mode else both + self.packing(mode, guide)
 
 
 @dataclass(frozen=True, kw_only=True)

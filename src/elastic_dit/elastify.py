@@ -268,7 +268,13 @@ class Handle:
         controller = self._solved(Budget(1.0, currency, criterion=criterion))
         steps = self.plan(num_inference_steps, guidance=guidance, scheduler=scheduler).steps
         levels = tuple(step.level for step in steps)
-        facts = Facts(levels=levels, macs=self.shape.macs, guided=guidance)
+        shape = self.shape
+        facts = Facts(
+            levels=levels,
+            macs=shape.macs,
+            guided=guidance,
+            packing=shape.packing_macs if self._engine.packs else None,
+        )
         return controller.offers(facts, count)
 
     @property
@@ -374,7 +380,7 @@ class Handle:
         keeps = engine.keep_text and engine.compiled is None
         schedule = engine.schedule
         if engine.controller is not None:
-            facts = Facts(levels=tuple(levels), macs=shape.macs, guided=guidance)
+            facts = Facts(levels=tuple(levels), macs=shape.macs, guided=guidance, packing=packing)
             begun = engine.controller.begin(facts)
             if not isinstance(begun, Schedule):
                 raise ValueError(

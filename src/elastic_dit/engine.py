@@ -218,6 +218,11 @@ class Engine:
     def _adapted_layers(self) -> list[nn.Module]:
         return [layer for layer, _, _ in self.pairs.values()]
 
+    @property
+    def packs(self) -> bool:
+        """Whether branches of different modes share one packed call."""
+        return self.packed and self.router.backbone.packs
+
     def __getstate__(self) -> dict[str, Any]:
         # A copied model must not call the compiled forward of the original.
         return {**self.__dict__, "compiled": None, "remembered": None}
@@ -296,7 +301,7 @@ class Engine:
             part: Call, group: Group, own: Branches | None, rows: tuple[int, ...] | None
         ) -> Any:
             watch, segment = Stopwatch(backbone.stack(part[backbone.sample]).device), group.segment
-            packed = self.packed and backbone.packs
+            packed = self.packs
             output = run_batch(self.router, forward, part, segment, own, packed=packed)
             guide = None if own is None or segment.gain == 0 else segment.guide_mode
             self._record(
@@ -348,7 +353,12 @@ class Engine:
             if separate:
                 guided = getattr(pipe, "do_classifier_free_guidance", None)
             self.chosen = self.controller.begin(
-                Facts(levels=levels, macs=shape.macs, guided=guided)
+                Facts(
+                    levels=levels,
+                    macs=shape.macs,
+                    guided=guided,
+                    packing=shape.packing_macs if self.packs else None,
+                )
             )
         if isinstance(self.chosen, Schedule):
             self.schedule = self.chosen
@@ -560,7 +570,7 @@ class Engine:
         spent = shape.macs(mode) if mode is not None else 0.0
         if mode is not None and guide is not None:
             spent += shape.macs(guide)
-            if self.packed and self.router.backbone.packs and guide != mode:
+            if self.packs and guide != mode:
                 spent += shape.packing_macs(mode, guide)
         self.calls.append(
             CallRecord(
