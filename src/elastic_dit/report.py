@@ -73,7 +73,7 @@ class CallRecord:
 class Trail:
     """One picture's way through a run, a line per step.
 
-    Attributes:
+    Args:
         why: what led to each mode, if a controller chose it.
         macs, full_macs: multiply-adds of all its branches, as run and in full mode.
     """
