@@ -12,7 +12,7 @@ from tests.backbones.pipes import PIPES, PROMPTS
 
 from elastic_dit import FULL, FlexiDiT, Mode, PixelDiTPipeline, Schedule, elastify
 from elastic_dit.controller import Facts
-from elastic_dit.ddit_controller import Account, DDiTController, calibrated, traced
+from elastic_dit.ddit_controller import Account, DDiTController, calibrated, settled, traced
 from elastic_dit.evaluation.picture import decisions, mode_colour
 from elastic_dit.pipelines import flow_matched_betas
 from elastic_dit.report import Report
@@ -166,6 +166,35 @@ def test_a_recorded_run_predicts_the_cost_of_a_threshold():
     assert costs[0] < costs[1]
     with pytest.raises(ValueError, match=r"budget = 0.2; legal: 0.356"):
         calibrated(DDiTController(tau=0), 0.2, traces, facts())
+
+
+def test_settling_follows_what_coarse_steps_do():
+    """Latents that get rougher where steps were coarse: full runs alone promise too little."""
+    asked = []
+
+    def record(controller):
+        asked.append(controller.tau)
+        run, trace, coarse = controller.begin(facts(20)), [], 0
+        for level in levels(20):
+            rough = still_and_lively(level) * (1 + 0.2 * coarse)
+            (*_, last) = decisions = run.decide(level, rough)
+            coarse += last.segment.mode != FULL
+            trace.append(decisions)
+        return [[step[i].why for step in trace] for i in range(2)]
+
+    start = DDiTController(tau=0)
+    once = settled(start, 0.6, record, facts(20), rounds=1)
+    asked.clear()
+    tuned = settled(start, 0.6, record, facts(20), rounds=4)
+    assert asked[0] == 0
+    assert len(asked) == 5
+
+    def cost(controller):
+        traces = record(controller)
+        return sum(traced(controller, trace, facts(20)) for trace in traces) / 2
+
+    assert abs(cost(tuned) - 0.6) < 0.06  # two pictures, one of which feeds back on itself
+    assert abs(cost(tuned) - 0.6) <= abs(cost(once) - 0.6)
 
 
 @pytest.mark.parametrize(

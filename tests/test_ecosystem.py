@@ -382,7 +382,7 @@ def test_an_elastic_model_saves_as_the_stock_model_with_its_adapter_inside(name,
     again = stock.from_pretrained(tmp_path)
     assert torch.equal(run(again, call), expected[FULL])
     assert set(again.state_dict()) == set(CASES[name].model().state_dict())
-    handle = elastify(again, tmp_path / "elastic")
+    handle = elastify(again, tmp_path / "elastic.adapter")
     for mode in (FULL, WEAK):
         assert torch.equal(run(handle, call, mode), expected[mode])
 

@@ -13,7 +13,7 @@ account turn the threshold into a promise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -355,3 +355,40 @@ def calibrated(
         else:
             low = middle + 1
     return replace(controller, tau=taus[high])
+
+
+def settled(
+    controller: DDiTController,
+    budget: float,
+    record: Callable[[DDiTController], Sequence[Sequence[dict[str, Any]]]],
+    facts: Facts,
+    *,
+    rounds: int = 4,
+) -> DDiTController:
+    """`calibrated` to runs that really use the threshold, a few times over.
+
+    Coarse steps leave rougher latents than full ones do, so that a threshold found on full runs
+    alone is too small for a small budget.
+
+    Args:
+        record: runs some pictures with a controller and returns their traces.
+        rounds: how often, after one of full runs.
+
+    Raises:
+        ValueError: as `calibrated`, or no rounds.
+    """
+    require(rounds >= 1, "rounds", rounds, ">= 1")
+    low, high, found = 0.0, float("inf"), {}
+    bare = calibrated(controller, budget, record(replace(controller, tau=0.0)), facts)
+    bare = replace(bare, cap=None, account=None)
+    for _ in range(rounds):
+        traces = record(bare)
+        cost = sum(traced(bare, trace, facts) for trace in traces) / len(traces)
+        found[bare.tau] = cost
+        low, high = (max(low, bare.tau), high) if cost > budget else (low, min(high, bare.tau))
+        tau = calibrated(bare, budget, traces, facts).tau
+        if not low < tau < high:  # it went to and fro: halve the way instead
+            tau = 2 * low if high == float("inf") else (low * high) ** 0.5 or high / 2
+        bare = replace(bare, tau=tau)
+    best = min(found, key=lambda tau: abs(found[tau] - budget))
+    return replace(controller, tau=best)

@@ -22,7 +22,10 @@ ENGINE = "_elastic_engine"
 """Attribute of an elastic model that holds its engine."""
 
 SIZES = "elastic"
-"""Submodule with the new tensors, and the folder of the adapter in a saved model."""
+"""Submodule with the new tensors."""
+
+FOLDER = "elastic.adapter"
+"""Folder of the adapter in a saved model. What reads such folders splits all names at the dot."""
 
 
 @functools.cache
@@ -77,13 +80,13 @@ def elastic_class(stock: type, rewired: tuple[tuple[str, Rewired], ...] = ()) ->
             engine.context = previous
 
     def save_pretrained(self: Any, folder: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save the stock model, and the adapter in a folder ``elastic`` inside."""
+        """Save the stock model, and the adapter in a folder ``elastic.adapter`` inside."""
         engine: Engine | None = self.__dict__.get(ENGINE)
         if engine is None:
             stock.save_pretrained(self, folder, *args, **kwargs)
             return
         if kwargs.get("is_main_process", True):  # before the rest, which may go to the hub at once
-            engine.adapter(self).save(Path(folder) / SIZES)
+            engine.adapter(self).save(Path(folder) / FOLDER)
         engine.uninstall(self)
         try:
             self.save_pretrained(folder, *args, **kwargs)
@@ -96,7 +99,7 @@ def elastic_class(stock: type, rewired: tuple[tuple[str, Rewired], ...] = ()) ->
         from elastic_dit.elastify import elastify  # it makes use of this class
 
         loaded = stock.from_pretrained(folder, *args, **kwargs)
-        adapter = Path(folder) / (kwargs.get("subfolder") or "") / SIZES
+        adapter = Path(folder) / (kwargs.get("subfolder") or "") / FOLDER
         if adapter.is_dir():
             elastify(loaded[0] if isinstance(loaded, tuple) else loaded, adapter)
         return loaded
