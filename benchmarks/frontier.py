@@ -299,7 +299,8 @@ def main() -> None:
         handle = bench.handle
         assert handle is not None
         series = "DDiT" if weights == "ddit" else "DDiT's choice, FlexiDiT's weights"
-        controller = DDiTController(tau=0.0, start=Mode(2))
+        # Patch x4 was trained on noisy levels only, and a threshold would use it on clean ones.
+        controller = DDiTController(tau=0.0, start=Mode(2), coarse=(Mode(2),))
         known_facts = bench.facts()
         for budget in BUDGETS:
             if any(row["key"] == f"ddit {weights}/{budget}" for row in rows):
