@@ -87,6 +87,15 @@ def test_settings_that_force_modes():
     assert found[-4] == [WEAKER, WEAKER]
 
 
+@pytest.mark.parametrize("cap", [None, 0.5])
+def test_a_size_is_not_used_below_its_lowest_level(cap):
+    settings = {"lowest": (0.25, 0.55), "start": WEAKER, "cap": cap}
+    found = modes(DDiTController(tau=1e6, **settings).begin(facts()), still_and_lively)
+    assert found == [[WEAKER] * 2] * 5 + [[WEAK] * 2] * 3 + [[FULL] * 2] * 2
+    with pytest.raises(ValueError, match=r"cap = 0\.3; legal: 0\.3150"):
+        DDiTController(tau=1e6, **{**settings, "cap": 0.3}).begin(facts())
+
+
 def test_refine_only_never_goes_back():
     def waking(level):  # lively in the middle only
         bump = math.exp(-(((level - 0.5) / 0.1) ** 2))
@@ -208,6 +217,8 @@ def test_settling_follows_what_coarse_steps_do():
         ({"coarse": (FULL,)}, "coarse"),
         ({"start": Mode(8)}, "start = 'patch8' .*legal: full, patch2, patch4"),
         ({"fine_below": 1}, "fine_below"),
+        ({"lowest": (0.5,)}, "lowest = .*legal: 2 noise levels"),
+        ({"lowest": (0.5, 1.5)}, "lowest = .*legal: 2 noise levels"),
         ({"signal": "noise"}, "signal = 'noise' .*legal: latent, clean"),
         ({"cap": 0}, r"cap = 0 .*legal: \(0, 1\]"),
         ({"refine_only": True}, "start = 'full' .*legal: coarse"),

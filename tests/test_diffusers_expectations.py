@@ -148,6 +148,19 @@ def test_the_class_loads_what_its_model_saved(name, tmp_path):
     assert handle_of(stock.from_pretrained(tmp_path / "here")) is None
 
 
+def test_saving_and_loading_take_the_stock_arguments_by_name(tmp_path):
+    pipe = PIPES["sd3"].pipe()
+    handle, call = PIPES["sd3"].elastic(pipe, scales=(2,)), call_of("sd3")
+    expected = run(handle, call, WEAK)
+    pipe.save_pretrained(tmp_path, variant="fp16", safe_serialization=False)
+    files = {path.name for path in (tmp_path / "transformer").iterdir()}
+    assert files == {"config.json", "diffusion_pytorch_model.fp16.bin", "elastic.adapter"}
+    handle.model.save_pretrained(save_directory=tmp_path / "own", max_shard_size="20KB")
+    assert (tmp_path / "own" / "diffusion_pytorch_model.safetensors.index.json").is_file()
+    again = type(handle.model).from_pretrained(pretrained_model_name_or_path=tmp_path / "own")
+    assert torch.equal(run(again, call, WEAK), expected)
+
+
 def test_only_the_main_process_saves(tmp_path):
     elastic("sd3").model.save_pretrained(tmp_path, is_main_process=False)
     assert not (tmp_path / "elastic.adapter").exists()

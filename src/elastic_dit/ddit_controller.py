@@ -71,6 +71,8 @@ class DDiTController(Controller):
         start: mode of those calls; full mode in the paper.
         refine_only: never go back to a coarser mode in a run. Needs a coarse ``start``.
         fine_below: noise level below which full mode is forced.
+        lowest: noise level below which a mode of ``coarse`` is never chosen, one for each; none by
+            default. The statistic does not know at which levels a size was trained.
         signal: ``latent``, or ``clean`` to look at the predicted clean latents instead, whose
             derivative a stochastic sampler does not drown in its own noise.
         guide: mode of the guidance branch; that of the conditional branch unless given.
@@ -91,6 +93,7 @@ class DDiTController(Controller):
     start: Mode = FULL
     refine_only: bool = False
     fine_below: float = 0.0
+    lowest: tuple[float, ...] = ()
     signal: str = "latent"
     guide: Mode | None = None
     guidance: str = "cfg"
@@ -110,6 +113,9 @@ class DDiTController(Controller):
         known = self.start in self.modes
         require(known, "start", self.start.name, ", ".join(["full", *names]))
         require(0 <= self.fine_below < 1, "fine_below", self.fine_below, "[0, 1)")
+        fits = not self.lowest or len(self.lowest) == len(self.coarse)
+        legal = f"{len(self.coarse)} noise levels in [0, 1], or none"
+        require(fits and all(0 <= x <= 1 for x in self.lowest), "lowest", self.lowest, legal)
         require(self.signal in SIGNALS, "signal", self.signal, ", ".join(SIGNALS))
         fits = self.cap is None or 0 < self.cap <= 1
         require(fits, "cap", self.cap, "(0, 1], or None")
@@ -155,6 +161,9 @@ class DDiTRun(Run):
         self.by_cost = sorted({FULL, *controller.coarse}, key=costs.__getitem__)
         self.full = facts.macs(FULL) * (1 if facts.guided is False else 2)
         self.shares = {mode: costs[mode] / self.full for mode in self.by_cost}
+        lowest = controller.lowest or (0.0,) * len(controller.coarse)
+        pairs = zip(controller.coarse, lowest, strict=True)
+        self.lows = {mode: max(low, controller.fine_below) for mode, low in pairs}
         self.history: list[tuple[float, Tensor]] = []
         self.step = 0
         self.spent: Tensor | None = None
@@ -182,16 +191,19 @@ class DDiTRun(Run):
                     f"{len(levels)} steps) to 1"
                 )
 
+    def _allowed(self, level: float) -> list[Mode]:
+        """The modes that the settings allow at a noise level, cheapest first."""
+        return [mode for mode in self.by_cost if level >= self.lows.get(mode, 0.0)]
+
     def _cheapest(self, step: int, last: Mode | None) -> Mode:
         """The cheapest mode that the settings allow a step, whatever the latents say."""
-        controller = self.controller
-        if self.facts.levels and self.facts.levels[step] < controller.fine_below:
-            return FULL
+        allowed = self._allowed(self.facts.levels[step] if self.facts.levels else 1.0)
+        at_least = self.by_cost[0]
         if step < self.warmup:
-            return controller.start
-        if controller.refine_only and last is not None:
-            return last
-        return self.by_cost[0]
+            at_least = self.controller.start
+        elif self.controller.refine_only and last is not None:
+            at_least = last
+        return next(m for m in allowed if self.shares[m] >= self.shares[at_least])
 
     def _least(self, step: int, last: Mode | None) -> float:
         """Least cost of the steps from this one on, in full calls."""
@@ -255,22 +267,22 @@ class DDiTRun(Run):
 
     def _wanted(self, level: float, picture: int, statistic: dict[Mode, float]) -> Mode:
         """The cheapest mode that is quiet enough, by the settings and the latents alone."""
-        controller = self.controller
-        if level < controller.fine_below:
-            return FULL
+        controller, allowed = self.controller, self._allowed(level)
         if not statistic:
-            return controller.start
-        quiet = [mode for mode in self.by_cost if statistic.get(mode, 0.0) < controller.tau]
-        mode = quiet[0] if quiet and controller.tau > 0 else FULL
-        if controller.refine_only:
-            mode = max(mode, self.last[picture], key=self.shares.__getitem__)
-        return mode
+            at_least = controller.start
+        else:
+            quiet = [m for m in allowed if not m.is_full and statistic[m] < controller.tau]
+            at_least = quiet[0] if quiet else FULL
+            if controller.refine_only:
+                at_least = max(at_least, self.last[picture], key=self.shares.__getitem__)
+        return next(m for m in allowed if self.shares[m] >= self.shares[at_least])
 
     def _afford(self, wanted: list[Mode], statistics: list[dict[Mode, float]]) -> list[Mode]:
         """The same within what the cap and the account leave; who moves most is served first."""
         controller, count = self.controller, len(wanted)
         last = self.last or [None] * count
         modes = [self._cheapest(self.step, last[i]) for i in range(count)]
+        level = self.facts.levels[self.step]
         need = [max(s.values(), default=0.0) for s in statistics]
         left = float("inf")
         if controller.account is not None:
@@ -279,7 +291,7 @@ class DDiTRun(Run):
         steps = len(self.facts.levels)
         for i in sorted(range(count), key=lambda i: -need[i]):
             planned = self.shares[modes[i]] + self._least(self.step + 1, modes[i])
-            for mode in reversed(self.by_cost):  # the dearest first
+            for mode in reversed(self._allowed(level)):  # the dearest first
                 if not self.shares[modes[i]] <= self.shares[mode] <= self.shares[wanted[i]]:
                     continue
                 whole = self.shares[mode] + self._least(self.step + 1, mode)

@@ -79,25 +79,29 @@ def elastic_class(stock: type, rewired: tuple[tuple[str, Rewired], ...] = ()) ->
         finally:
             engine.context = previous
 
-    def save_pretrained(self: Any, folder: str | Path, *args: Any, **kwargs: Any) -> None:
-        """Save the stock model, and the adapter in a folder ``elastic.adapter`` inside."""
+    @functools.wraps(stock.save_pretrained)  # pipelines read what it accepts
+    def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
         engine: Engine | None = self.__dict__.get(ENGINE)
         if engine is None:
-            stock.save_pretrained(self, folder, *args, **kwargs)
+            stock.save_pretrained(self, save_directory, *args, **kwargs)
             return
-        if kwargs.get("is_main_process", True):  # before the rest, which may go to the hub at once
-            engine.adapter(self).save(Path(folder) / FOLDER)
+        # The adapter goes first: with the stock model's files the folder may go to the hub at once.
+        if kwargs.get("is_main_process", True):
+            engine.adapter(self).save(Path(save_directory) / FOLDER)
         engine.uninstall(self)
         try:
-            self.save_pretrained(folder, *args, **kwargs)
+            self.save_pretrained(save_directory, *args, **kwargs)
         finally:
             engine.install(self)
 
     @classmethod
-    def from_pretrained(cls: type, folder: str | Path, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(
+        cls: type, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+    ) -> Any:
         """The model of a folder, elastic if `save_pretrained` has left an adapter inside."""
         from elastic_dit.elastify import elastify  # it makes use of this class
 
+        folder = pretrained_model_name_or_path
         loaded = stock.from_pretrained(folder, *args, **kwargs)
         adapter = Path(folder) / (kwargs.get("subfolder") or "") / FOLDER
         if adapter.is_dir():
