@@ -74,3 +74,24 @@ def test_a_copy_does_not_call_the_original(elastic):
     from elastic_dit import handle_of
 
     torch.testing.assert_close(forward(handle_of(twin), Mode(2)), expected)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True)
+def test_more_modes_than_one_function_may_have_graphs(elastic, whole):
+    """Otherwise torch gives up at its limit and runs the rest as eager."""
+    modes = [Mode(1), Mode(2), Mode(4)]
+    eager = [forward(elastic, mode) for mode in modes]
+    counter, stock = CompileCounterWithBackend("eager"), elastic.model
+    if whole:
+        model = torch.compile(stock, backend=counter)
+    else:
+        stock.compile(backend=counter)
+        model = stock
+    x = torch.randn(4, 1, 32, 32, generator=torch.Generator().manual_seed(1))
+    times, labels = torch.full((4,), 500.0), torch.tensor([1, 2, 3, 4])
+    for mode, expected in zip(modes * 2, eager * 2, strict=True):
+        with torch.no_grad(), elastic.using(mode):
+            out = model(x, timestep=times, class_labels=labels).sample
+        torch.testing.assert_close(out, expected)
+    assert counter.frame_count == 3

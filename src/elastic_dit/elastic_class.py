@@ -14,6 +14,8 @@ from torch import nn
 from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._dynamo.decorators import skip_code
 
+from elastic_dit.graphs import Graphs
+
 if TYPE_CHECKING:
     from elastic_dit.backbones.base import Rewired
     from elastic_dit.engine import Engine
@@ -62,7 +64,9 @@ def elastic_class(stock: type, rewired: tuple[tuple[str, Rewired], ...] = ()) ->
         if engine is None:
             stock.compile(self, *args, **kwargs)
         else:
-            engine.compiled = torch.compile(functools.partial(stock.forward, self), *args, **kwargs)
+            engine.compiled = Graphs(
+                stock.forward, lambda function: torch.compile(function, *args, **kwargs)
+            )
 
     @contextlib.contextmanager
     def cache_context(self: nn.Module, name: str, **facts: Any) -> Iterator[None]:

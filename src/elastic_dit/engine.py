@@ -12,6 +12,7 @@ import functools
 import math
 import warnings
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +30,7 @@ from elastic_dit.checkpoint import Adapter, check_tensors
 from elastic_dit.controller import Controller, Facts, Run
 from elastic_dit.cost import TransformerShape
 from elastic_dit.elastic_class import ENGINE, SIZES, elastic_class
+from elastic_dit.graphs import Graphs
 from elastic_dit.groups import Group, grouped, run_groups
 from elastic_dit.guidance import Remembered, run_batch, run_guidance
 from elastic_dit.methods import Method
@@ -99,8 +101,9 @@ class Engine:
         chosen: what it is at work on; the schedule of a run whose choices were made before it.
         groups: how the pictures of the present step run.
         calibration: what each choice of modes loses at each noise level, if that was measured.
-        compiled: the stock forward as ``model.compile`` made it.
+        compiled: the stock forward by mode, if ``model.compile`` was called.
         compiler: of the present call, if ``torch.compile`` was given the whole model.
+        apart: the stock forward by mode, for that compiler.
     """
 
     router: Router
@@ -137,8 +140,9 @@ class Engine:
     silent: list[nn.Module] = field(default_factory=list)
     owners: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
     quantised: dict[str, Tensor] = field(default_factory=dict)
-    compiled: Any = None
+    compiled: Graphs | None = None
     compiler: Any = None
+    apart: Graphs | None = None
 
     @classmethod
     def build(
@@ -225,7 +229,7 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied model must not call the compiled forward of the original.
-        return {**self.__dict__, "compiled": None, "remembered": None}
+        return {**self.__dict__, "compiled": None, "apart": None, "remembered": None}
 
     def run(self, model: nn.Module, call: Call) -> Any:
         """One call of the elastic model.
@@ -454,7 +458,8 @@ class Engine:
         router = self.router
         router.mode, router.device = mode, call[router.backbone.sample][0].device
         router.merging = router.merged and not torch.is_grad_enabled()
-        for each in (mode,) if router.layout is None else [part.mode for part in router.layout]:
+        modes = (mode,) if router.layout is None else tuple([p.mode for p in router.layout])
+        for each in modes:
             if not each.is_full:
                 self._check_coarse(model, call, each)
             self._check_cache_dit(model, each, branch)
@@ -467,7 +472,7 @@ class Engine:
             alone = self.forced is None and self.controller is None
             alone = alone and self.schedule.modes == {mode}
             with step_caches.state(model, self.stock, self.context, mode, branch, alone=alone):
-                forward = self.compiled or functools.partial(self.stock.forward, model)
+                forward = self._stock_forward(model, modes)
                 set_eval_frame(self.compiler)
                 try:
                     return forward(**call)
@@ -475,6 +480,15 @@ class Engine:
                     set_eval_frame(None)
         finally:
             router.running, router.text = False, None
+
+    def _stock_forward(self, model: nn.Module, modes: tuple[Mode, ...]) -> Callable[..., Any]:
+        if self.compiled is not None:
+            return self.compiled.at(model, modes)
+        if self.compiler is None:
+            return functools.partial(self.stock.forward, model)
+        if self.apart is None or self.apart.forward is not self.stock.forward:  # or one put there
+            self.apart = Graphs(self.stock.forward)
+        return self.apart.at(model, modes)
 
     @property
     def compiling(self) -> bool:
