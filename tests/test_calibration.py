@@ -580,7 +580,7 @@ def test_a_budget_in_seconds_is_spent_in_seconds():
         calibration=calibration, budget=Budget(0.6, "seconds"), seconds=seconds
     )
     levels = tuple(1 - i / 20 for i in range(20))
-    schedule = controller.begin(Facts(levels=levels, macs=lambda mode: 1.0, guided=True))
+    schedule = controller.begin(Facts(levels=levels, macs=lambda mode, level: 1.0, guided=True))
     spent = sum(seconds.of(schedule.at(level), guided=True) for level in levels)
     assert 0.58 < spent / (20 * 1.8) <= 0.6
     with pytest.raises(ValueError, match="seconds = None; legal for a budget in seconds"):
@@ -589,7 +589,10 @@ def test_a_budget_in_seconds_is_spent_in_seconds():
 
 def test_repeated_levels_and_no_levels():
     """A solver's second look at a level runs as the first; a bare model tells no levels."""
-    macs = {FULL: 1.0, WEAK: 0.3}.__getitem__
+
+    def macs(mode, level):
+        return {FULL: 1.0, WEAK: 0.3}[mode]
+
     controller = SolvedBudget(calibration=made_up(), budget=Budget(0.7))
     levels = (1.0, 0.8, 0.8, 0.6, 0.6, 0.4, 0.4, 0.2, 0.2)
     schedule = controller.begin(Facts(levels=levels, macs=macs, guided=True))

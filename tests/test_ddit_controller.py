@@ -18,8 +18,12 @@ from elastic_dit.pipelines import flow_matched_betas
 from elastic_dit.report import Report
 
 WEAK, WEAKER = Mode(2), Mode(4)
-COST = {FULL: 100.0, WEAK: 25.0, WEAKER: 8.0}.__getitem__
+COSTS = {FULL: 100.0, WEAK: 25.0, WEAKER: 8.0}
 GRID = (1, 8, 8, 1, 4)  # T, H, W, C, p
+
+
+def macs_of(mode, level=None):
+    return COSTS[mode]
 
 
 def levels(steps):
@@ -27,7 +31,7 @@ def levels(steps):
 
 
 def facts(steps=10):
-    return Facts(levels=levels(steps), macs=COST, guided=True)
+    return Facts(levels=levels(steps), macs=macs_of, guided=True)
 
 
 def texture(seed=0):
@@ -71,7 +75,7 @@ def test_larger_thresholds_are_never_dearer():
     costs = []
     for tau in (0, 1e-3, 0.1, 1, 10, 1e6):
         found = modes(DDiTController(tau=tau).begin(facts()), still_and_lively)
-        costs.append(sum(COST(mode) for step in found for mode in step))
+        costs.append(sum(macs_of(mode) for step in found for mode in step))
     assert costs == sorted(costs, reverse=True)
     assert costs[0] == 2000
     assert costs[-1] == 2 * (300 + 7 * 8)
@@ -103,7 +107,7 @@ def test_refine_only_never_goes_back():
 
     free = DDiTController(tau=20.0, start=WEAKER)
     kept = DDiTController(tau=20.0, start=WEAKER, refine_only=True)
-    costs = [[COST(m) for (m,) in modes(c.begin(facts(25)), waking, 25)] for c in (free, kept)]
+    costs = [[macs_of(m) for (m,) in modes(c.begin(facts(25)), waking, 25)] for c in (free, kept)]
     assert costs[0] != sorted(costs[0])
     assert costs[1] == sorted(costs[1])
 
@@ -117,7 +121,7 @@ def test_no_picture_exceeds_its_cap(cap, settings, steps):
     run = DDiTController(tau=0, cap=cap, **settings).begin(facts(steps))
     found = modes(run, still_and_lively, steps)
     for place in range(2):
-        share = sum(COST(step[place]) for step in found) / (100 * steps)
+        share = sum(macs_of(step[place]) for step in found) / (100 * steps)
         assert share <= cap + 1e-9
         assert share > cap - 1 / steps or settings  # and leaves little unused
 
@@ -135,13 +139,13 @@ def test_an_account_lets_easy_pictures_pay_for_hard_ones():
     for _ in range(4):
         found = modes(controller.begin(facts()), still_and_lively)
         assert account.spent <= 0.6 * account.full * (1 + 1e-9)
-    quiet, lively = (sum(COST(step[i]) for step in found) / 1000 for i in range(2))
+    quiet, lively = (sum(macs_of(step[i]) for step in found) / 1000 for i in range(2))
     assert quiet < 0.4
     assert lively > 0.75
     assert account.full == 4 * 2 * 10 * 200
     mean = DDiTController(tau=0.5, cap=0.6).begin(facts())
     capped = modes(mean, still_and_lively)
-    assert sum(COST(step[1]) for step in capped) < sum(COST(step[1]) for step in found)
+    assert sum(macs_of(step[1]) for step in capped) < sum(macs_of(step[1]) for step in found)
 
 
 def test_savings_of_one_run_are_spent_in_the_next():
@@ -155,7 +159,7 @@ def test_savings_of_one_run_are_spent_in_the_next():
         modes(controller.begin(facts()), only(0))
     rich = modes(controller.begin(facts()), only(1))
     assert [m for (m,) in rich] == [FULL] * 10
-    assert sum(COST(m) for (m,) in poor) <= 600
+    assert sum(macs_of(m) for (m,) in poor) <= 600
     assert account.spent <= 0.6 * account.full
 
 
@@ -167,7 +171,7 @@ def test_a_recorded_run_predicts_the_cost_of_a_threshold():
         controller = DDiTController(tau=tau)
         found = modes(controller.begin(facts()), still_and_lively)
         for place in range(2):
-            share = sum(COST(step[place]) for step in found) / 1000
+            share = sum(macs_of(step[place]) for step in found) / 1000
             assert traced(controller, traces[place], facts()) == pytest.approx(share)
     tuned = calibrated(DDiTController(tau=0), 0.678, traces, facts())
     costs = [traced(tuned, trace, facts()) for trace in traces]
@@ -232,7 +236,7 @@ def test_bad_settings_are_named(settings, words):
 def test_too_few_steps_and_unknown_steps_are_refused():
     with pytest.raises(ValueError, match="3 steps; legal with order = 3: more than 3"):
         DDiTController(tau=1).begin(facts(3))
-    bare = Facts(levels=(), macs=COST)
+    bare = Facts(levels=(), macs=macs_of)
     with pytest.raises(ValueError, match="number of steps before the run"):
         DDiTController(tau=1, cap=0.5).begin(bare)
     assert DDiTController(tau=1).begin(bare)

@@ -29,6 +29,8 @@ def test_parse_is_the_inverse_of_name(scale):
 
 
 def test_names():
+    assert Mode(2, width=0.5, token_keep=0.8).name == "patch2_width50_keep80"
+    assert Mode(width=0.7).name == "width70"
     names = [Mode(x).name for x in (1, 2, (1, 2, 2), (2, 1, 1), (2, 2, 2), (1, 2, 4))]
     assert names == ["full", "patch2", "patch2", "patch2x1x1", "patch2x2x2", "patch1x2x4"]
 
@@ -48,6 +50,39 @@ def test_illegal_scales_are_named(scale):
 def test_illegal_names_are_named(name):
     with pytest.raises(ValueError, match=f"unknown mode {name!r}; legal: 'full', 'patchK'"):
         Mode.parse(name)
+
+
+@pytest.mark.parametrize("name", ["width100", "patch2width50", "keep50", "_width50", "patch1"])
+def test_names_that_no_mode_has(name):
+    with pytest.raises(ValueError, match=r"unknown mode|token_keep"):
+        Mode.parse(name)
+
+
+@pytest.mark.parametrize("width", [0, 1.2, -0.5, 0.001, 0.505, True, "half"])
+def test_illegal_widths_are_named(width):
+    with pytest.raises(ValueError, match=r"width = .*; legal: whole percents in \(0, 1\]"):
+        Mode(width=width)
+
+
+@pytest.mark.parametrize(("width", "keep"), [(0.5, 0), (0.5, 1.5), (1, 0.5), (0.5, "all")])
+def test_illegal_shares_of_tokens_are_named(width, keep):
+    with pytest.raises(ValueError, match=r"token_keep = .*; legal: None, or whole percents"):
+        Mode(width=width, token_keep=keep)
+
+
+@pytest.mark.parametrize("mode", [Mode(width=0.29), Mode(2, width=0.58), Mode(width=0.07)])
+def test_percents_survive_their_names(mode):
+    assert Mode.parse(mode.name) == mode
+    assert hash(Mode.parse(mode.name)) == hash(mode)
+
+
+def test_what_is_coarser():
+    order = [FULL, Mode(width=0.7), Mode(width=0.5), Mode(2, width=0.5)]
+    for i, a in enumerate(order):
+        for j, b in enumerate(order):
+            assert a.is_coarser_than(b) == (i > j)
+    assert not Mode(2).is_coarser_than(Mode(width=0.5))
+    assert Mode(width=0.5, token_keep=0.5).is_coarser_than(Mode(width=0.5))
 
 
 def test_a_zero_scale_in_a_name_is_refused():

@@ -92,6 +92,12 @@ class Choice:
         return f"{self.mode.name}/{guide.name}"
 
 
+def _rank(mode: Mode) -> tuple[float, str]:
+    """Finest first."""
+    kept = 1.0 if mode.token_keep is None else mode.token_keep
+    return math.prod(mode.patch_scale) / mode.width / kept, mode.name
+
+
 def pairings(modes: Iterable[Mode], guidance: str = "cfg") -> tuple[Choice, ...]:
     """The usual choices for a set of modes; the first one is what the others are compared with.
 
@@ -104,7 +110,9 @@ def pairings(modes: Iterable[Mode], guidance: str = "cfg") -> tuple[Choice, ...]
     Raises:
         ValueError: guidance out of range, or weak guidance without a coarse mode.
     """
-    known = sorted(set(modes) | {FULL}, key=lambda mode: (math.prod(mode.patch_scale), mode.name))
+    known = sorted(
+        set(modes) | {FULL}, key=lambda mode: (math.prod(mode.patch_scale) / mode.width, mode.name)
+    )
     if guidance == "cfg":
         return tuple(
             Choice(mode=mode, guide=None if guide == mode else guide)
@@ -219,7 +227,7 @@ def _up(cost: float) -> float:
 
 
 def weak_first_for_budget(
-    budget: float, macs: Callable[[Mode], float], modes: Iterable[Mode]
+    budget: float, macs: Callable[[Mode, float | None], float], modes: Iterable[Mode]
 ) -> Schedule:
     """The weak-first schedule that costs ``budget`` times as much as full mode.
 
@@ -227,7 +235,7 @@ def weak_first_for_budget(
 
     Args:
         budget: share of the full cost, in (0, 1].
-        macs: multiply-adds of one forward pass in a mode.
+        macs: multiply-adds of one forward pass in a mode at a noise level (None: in the mean).
         modes: the coarse modes at hand.
 
     Raises:
@@ -237,7 +245,7 @@ def weak_first_for_budget(
         raise ValueError(f"budget = {budget}; legal: (0, 1]")
     if budget == 1:
         return Schedule.constant(FULL)
-    ratios = {mode: macs(mode) / macs(FULL) for mode in modes}
+    ratios = {mode: macs(mode, None) / macs(FULL, None) for mode in modes}
     reachable = [mode for mode, ratio in ratios.items() if ratio <= budget]
     if not reachable:
         cheapest = min(ratios.values(), default=1.0)

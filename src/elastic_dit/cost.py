@@ -9,6 +9,7 @@ counter misses fused attention.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,6 +46,59 @@ class Attention:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Routable:
+    """What routers can leave out of one block.
+
+    Args:
+        attention: of the block; heads left out shorten its products and its linear layers.
+        head_macs, head_text_macs: multiply-adds of one image token and one text token in the linear
+            layers that narrow with the heads.
+        channel_macs, channel_text_macs: in those that narrow with the channels.
+        skips_tokens: whether image tokens may skip the latter.
+        width: of the tokens that the token router reads.
+    """
+
+    attention: Attention
+    head_macs: float
+    channel_macs: float
+    head_text_macs: float = 0.0
+    channel_text_macs: float = 0.0
+    skips_tokens: bool = True
+    width: int = 0
+
+    def macs(self, grid: tuple[int, int, int], text: int, kept: Kept) -> float:
+        """Multiply-adds of the block's routed part; `ALL` for the base's."""
+        frames, height, width = grid
+        tokens = math.prod(grid)
+        heads = self.attention.macs(frames, height * width, text)
+        heads += tokens * self.head_macs + text * self.head_text_macs
+        skipping = kept.tokens if self.skips_tokens else 1.0
+        channels = tokens * skipping * self.channel_macs + text * self.channel_text_macs
+        return kept.heads * heads + kept.channels * channels
+
+    def router_macs(self, tokens: int) -> float:
+        """Multiply-adds of the token router; those that read the timestep run once per run."""
+        return tokens * token_router_macs(self.width) if self.skips_tokens else 0.0
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Shares of one block's heads and channels, and of the tokens that enter its feed-forward."""
+
+    heads: float = 1.0
+    channels: float = 1.0
+    tokens: float = 1.0
+
+
+ALL = Kept()
+
+
+def token_router_macs(width: int) -> int:
+    """Multiply-adds of DyDiT's token router for one token: two layers, a sixteenth as wide."""
+    return width * (width // 16) + width // 16
+
+
+@dataclass(frozen=True, kw_only=True)
 class TransformerShape:
     """What the cost of a diffusion transformer depends on.
 
@@ -62,6 +116,9 @@ class TransformerShape:
             as picture tokens and text tokens go through them.
         low_rank: rank of those updates in coarse modes; 0 if merged or absent.
         skips: coarse modes also multiply each base patch vector on its way past the model.
+        routable: what routed modes can leave out, block by block.
+        kept: what is left in there in a mode at a noise level; None as a level asks for the mean
+            over all.
     """
 
     width: int
@@ -78,13 +135,40 @@ class TransformerShape:
     adapted_text: int = 0
     low_rank: int = 0
     skips: bool = False
+    routable: tuple[Routable, ...] = ()
+    kept: Callable[[Mode, float | None], Sequence[Kept]] | None = None
 
     def tokens(self, mode: Mode) -> int:
         """Tokens of one picture in a mode."""
         return math.prod(coarse_grid(self.grid, mode.patch_scale))
 
-    def block_macs(self, mode: Mode) -> float:
+    def block_macs(self, mode: Mode, level: float | None = None) -> float:
         """Attention and feed-forward of all blocks: the accounting of the FlexiDiT paper."""
+        return self.dense_macs(mode) - self.left_out(mode, level)
+
+    def left_out(
+        self, mode: Mode, level: float | None = None, kept: Sequence[Kept] | None = None
+    ) -> float:
+        """What routers leave out of the blocks in a mode, less what they multiply themselves.
+
+        Args:
+            level: noise level in [0, 1].
+            kept: of each block, as counted; by default what `kept` says of the mode.
+        """
+        if not mode.is_routed:
+            return 0.0
+        if kept is None:
+            assert self.kept is not None, "a routed mode needs to know what its routers keep"
+            kept = self.kept(mode, level)
+        grid, text = coarse_grid(self.grid, mode.patch_scale), self.text_tokens
+        routers = sum(block.router_macs(math.prod(grid)) for block in self.routable)
+        return -routers + sum(
+            block.macs(grid, text, ALL) - block.macs(grid, text, share)
+            for block, share in zip(self.routable, kept, strict=True)
+        )
+
+    def dense_macs(self, mode: Mode) -> float:
+        """`block_macs` with nothing left out by routers."""
         frames, height, width = coarse_grid(self.grid, mode.patch_scale)
         attention = sum(
             layer.macs(frames, height * width, self.text_tokens) for layer in self.attention
@@ -92,15 +176,19 @@ class TransformerShape:
         linear = self.tokens(mode) * self.token_macs + self.text_tokens * self.text_macs
         return linear + attention
 
-    def macs(self, mode: Mode) -> float:
-        """Everything a forward pass of one picture multiplies."""
+    def macs(self, mode: Mode, level: float | None = None) -> float:
+        """Everything a forward pass of one picture multiplies.
+
+        Args:
+            level: noise level in [0, 1], on which routed modes depend; None for the mean over all.
+        """
         grouped = self.tokens(mode) * math.prod(mode.patch_scale)
         projections = grouped * (self.patch_in + self.patch_out) * self.width
         adapted = self.tokens(mode) * self.adapted + self.text_tokens * self.adapted_text
         beside = self.low_rank * adapted
-        if self.skips:
+        if self.skips and not mode.has_base_patch:
             beside += math.prod(self.grid) * self.patch_in * self.patch_out
-        whole = self.block_macs(mode) + projections + self.picture_macs
+        whole = self.block_macs(mode, level) + projections + self.picture_macs
         return whole if mode.is_full else whole + beside
 
     def packing_macs(self, a: Mode, b: Mode) -> float:

@@ -159,7 +159,7 @@ class DDiTRun(Run):
             )
         costs = {mode: facts.cost(controller.segment(mode)) for mode in controller.modes}
         self.by_cost = sorted({FULL, *controller.coarse}, key=costs.__getitem__)
-        self.full = facts.macs(FULL) * (1 if facts.guided is False else 2)
+        self.full = facts.macs(FULL, None) * (1 if facts.guided is False else 2)
         self.shares = {mode: costs[mode] / self.full for mode in self.by_cost}
         lowest = controller.lowest or (0.0,) * len(controller.coarse)
         pairs = zip(controller.coarse, lowest, strict=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
+PATCH = r"patch(\d+)(?:x(\d+)x(\d+))?"
+NAME = re.compile(rf"(?:{PATCH})?(?:_?width(\d+))?(?:_?keep(\d+))?")
+
 
 @dataclass(frozen=True)
 class Mode:
@@ -13,36 +16,87 @@ class Mode:
     Args:
         patch_scale: base patches per axis that one token covers; an int for height and width alike,
             or ``(t, h, w)``. 1 is the base's own patch size.
+        width: share of the blocks' work that routers were trained to leave in (DyDiT's lambda), in
+            whole percents; 1 leaves in everything.
+        token_keep: share of the tokens that enter the feed-forward, in whole percents; None leaves
+            that to the token routers.
 
     Raises:
-        ValueError: a scale that is not a whole number of at least 1.
+        ValueError: a scale that is not a whole number of at least 1; a share out of range.
     """
 
     patch_scale: tuple[int, int, int] = (1, 1, 1)
+    width: float = 1.0
+    token_keep: float | None = None
     name: str = field(init=False, compare=False)
-    """``full``, ``patch2``, or ``patch2x1x1``; the inverse of `parse`, and a legal module key."""
+    """``full``, ``patch2``, ``patch2x1x1``, ``width50``, ``patch2_width50_keep80``; the inverse of
+    `parse`, and a legal module key."""
 
-    def __init__(self, patch_scale: int | tuple[int, int, int] = 1) -> None:
+    def __init__(
+        self,
+        patch_scale: int | tuple[int, int, int] = 1,
+        *,
+        width: float = 1.0,
+        token_keep: float | None = None,
+    ) -> None:
         scale = (1, patch_scale, patch_scale) if isinstance(patch_scale, int) else patch_scale
         whole = isinstance(scale, tuple | list) and all(type(k) is int and k >= 1 for k in scale)
         if not whole or len(scale) != 3:
             raise ValueError(
                 f"patch_scale = {patch_scale!r}; legal: a whole number >= 1, or three (t, h, w)"
             )
+        if not _is_share(width):
+            raise ValueError(f"width = {width!r}; legal: whole percents in (0, 1]")
+        if token_keep is not None and (width == 1 or not _is_share(token_keep)):
+            raise ValueError(
+                f"token_keep = {token_keep!r} with width = {width}; legal: None, or whole percents "
+                "in (0, 1] with a width below 1 (whose token routers it uses)"
+            )
         t, h, w = scale
-        square = f"patch{h}" if t == 1 and h == w else f"patch{t}x{h}x{w}"
+        parts = []
+        if (t, h, w) != (1, 1, 1):
+            parts.append(f"patch{h}" if t == 1 and h == w else f"patch{t}x{h}x{w}")
+        if width != 1:
+            parts.append(f"width{round(100 * width)}")
+        if token_keep is not None:
+            parts.append(f"keep{round(100 * token_keep)}")
+            token_keep = round(100 * token_keep) / 100
         object.__setattr__(self, "patch_scale", (t, h, w))
-        object.__setattr__(self, "name", "full" if t == h == w == 1 else square)
+        object.__setattr__(self, "width", round(100 * width) / 100)
+        object.__setattr__(self, "token_keep", token_keep)
+        object.__setattr__(self, "name", "_".join(parts) or "full")
 
     @property
     def is_full(self) -> bool:
         """Whether this is the base network, exactly as it came."""
+        return self.has_base_patch and not self.is_routed
+
+    @property
+    def has_base_patch(self) -> bool:
+        """Whether its tokens are the base's."""
         return self.patch_scale == (1, 1, 1)
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether routers choose heads, channels and tokens."""
+        return self.width < 1
+
+    @property
+    def patch(self) -> Mode:
+        """The mode of its tokens, at full width."""
+        return Mode(self.patch_scale)
+
+    @property
+    def routers(self) -> Mode:
+        """The mode whose routers it uses: those of its width, whatever the tokens that are kept."""
+        return Mode(self.patch_scale, width=self.width)
+
     def is_coarser_than(self, other: Mode) -> bool:
-        """Whether tokens cover at least as much along every axis, and more along one."""
+        """Whether it does at most as much along every axis, and less along one."""
         pairs = list(zip(self.patch_scale, other.patch_scale, strict=True))
-        return all(a >= b for a, b in pairs) and self != other
+        kept, others = (1.0 if x.token_keep is None else x.token_keep for x in (self, other))
+        narrower = self.width <= other.width and kept <= others
+        return all(a >= b for a, b in pairs) and narrower and self != other
 
     @classmethod
     def parse(cls, name: str) -> Mode:
@@ -53,14 +107,30 @@ class Mode:
         """
         if name == "full":
             return FULL
-        if match := re.fullmatch(r"patch(\d+)", name):
-            return cls(int(match[1]))
-        if match := re.fullmatch(r"patch(\d+)x(\d+)x(\d+)", name):
-            return cls((int(match[1]), int(match[2]), int(match[3])))
-        raise ValueError(f"unknown mode {name!r}; legal: 'full', 'patchK', 'patchTxHxW'")
+        match = NAME.fullmatch(name)
+        if name and match:
+            scale, rows, columns, width, keep = match.groups()
+            three = (int(scale), int(rows), int(columns)) if rows else int(scale or 1)
+            mode = cls(
+                three,
+                width=int(width) / 100 if width else 1.0,
+                token_keep=int(keep) / 100 if keep else None,
+            )
+            if mode.name == name:
+                return mode
+        raise ValueError(
+            f"unknown mode {name!r}; legal: 'full', 'patchK' ('patchTxHxW'), 'widthP', 'keepP' in "
+            "percent, the last three joined by '_' in this order"
+        )
 
     def __str__(self) -> str:
         return self.name
+
+
+def _is_share(share: object) -> bool:
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        return False
+    return 0.01 <= share <= 1 and abs(100 * share - round(100 * share)) < 1e-6
 
 
 FULL = Mode(1)

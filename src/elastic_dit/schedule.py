@@ -262,7 +262,7 @@ class Plan:
         cls,
         schedule: Schedule,
         levels: Sequence[float],
-        macs: Callable[[Mode], float],
+        macs: Callable[[Mode, float], float],
         *,
         guidance: bool,
         packing: Callable[[Mode, Mode], float] | None = None,
@@ -272,7 +272,7 @@ class Plan:
         """Bind a schedule to the noise levels of a run's model calls.
 
         Args:
-            macs: multiply-adds of one forward pass of one picture in a mode.
+            macs: multiply-adds of one forward pass of one picture in a mode at a noise level.
             guidance: whether the run has a guidance branch.
             packing: what two branches of different modes cost more in one packed call.
             kept: what a branch saves whose prompt was seen before, where text layers are kept.
@@ -288,7 +288,7 @@ class Plan:
             segment = schedule.at(level)
             guide = segment.guide_mode if guidance and segment.gain > 0 else None
             branches = [segment.mode] if guide is None else [segment.mode, guide]
-            cost = sum(macs(mode) for mode in branches)
+            cost = sum(macs(mode, level) for mode in branches)
             if packing is not None and guide is not None and guide != segment.mode:
                 cost += packing(segment.mode, guide)
             else:  # a packed call keeps no text
@@ -298,7 +298,7 @@ class Plan:
             steps.append(
                 PlanStep(index=index, level=level, mode=segment.mode, guide=guide, macs=cost)
             )
-        full = len(levels) * macs(FULL) * (2 if guidance else 1)
+        full = sum(macs(FULL, level) for level in levels) * (2 if guidance else 1)
         return cls(steps=tuple(steps), full_macs=full, schedule=schedule)
 
     @property

@@ -114,7 +114,8 @@ class _Steps:
             shares = np.array([seconds.of(segment, guided=guided) for segment in segments])
             shares /= seconds.of(full, guided=guided)
         else:
-            shares = np.array([facts.cost(segment) for segment in segments]) / facts.cost(full)
+            rows = [[facts.cost(s, level) for s in segments] for level in self.levels]
+            shares = np.array(rows) / facts.cost(full)
         self.costs = counts[::-1, None] * shares / counts.sum()
 
     def frontier(self, limit: float = np.inf) -> Frontier:

@@ -50,13 +50,13 @@ class FilledShape(TransformerShape):
     def tokens(self, mode: Mode) -> int:
         return filled(super().tokens(mode), self.multiple)
 
-    def block_macs(self, mode: Mode) -> float:
+    def dense_macs(self, mode: Mode) -> float:
         tokens, text = self.tokens(mode), self.text_tokens
         attention = sum(layer.macs(1, tokens, text) for layer in self.attention)
         return attention + tokens * self.token_macs + text * self.text_macs
 
-    def macs(self, mode: Mode) -> float:
-        if mode.is_full:  # the last layer projects the text as well
-            return super().macs(mode) + self.text_tokens * self.patch_out * self.width
+    def macs(self, mode: Mode, level: float | None = None) -> float:
+        if mode.has_base_patch:  # the last layer projects the text as well
+            return super().macs(mode, level) + self.text_tokens * self.patch_out * self.width
         filler = (self.tokens(mode) - super().tokens(mode)) * math.prod(mode.patch_scale)
-        return super().macs(mode) - filler * (self.patch_in + self.patch_out) * self.width
+        return super().macs(mode, level) - filler * (self.patch_in + self.patch_out) * self.width

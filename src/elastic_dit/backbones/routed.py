@@ -1,0 +1,127 @@
+"""Which layers of a block heads, channels and tokens go through: what routed modes leave out.
+
+A backbone names them once per list of blocks. A head has rows in the layers that make queries, keys
+and values, and columns in those that take what attention returns; a channel has rows on the way
+into the feed-forward and columns on the way out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from elastic_dit.cost import Attention, Routable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routed:
+    """The routed layers of one list of blocks, as names inside a block.
+
+    Args:
+        blocks: the list.
+        attention: module whose heads are routed.
+        kind: what its tokens attend to (see `elastic_dit.cost.Attention`).
+        inputs, outputs: its layers before and after the heads, by name inside it.
+        text_inputs, text_outputs: those of the text's tokens, where they attend jointly.
+        norms: norms over all its heads at once.
+        widen, narrow: layers with a row, or a column, for each channel.
+        shared: ``narrow`` has a column for each head feature before those of the channels.
+        residual: module that is given the residual stream before the feed-forward.
+        feed_forward: module that tokens may skip; None if they may not.
+    """
+
+    blocks: str
+    attention: str
+    kind: str = "self"
+    inputs: tuple[str, ...] = ("to_q", "to_k", "to_v")
+    outputs: tuple[str, ...] = ("to_out.0",)
+    text_inputs: tuple[str, ...] = ()
+    text_outputs: tuple[str, ...] = ()
+    norms: tuple[str, ...] = ()
+    widen: str = "ff.net.0.proj"
+    narrow: str = "ff.net.2"
+    shared: bool = False
+    residual: str | None = None
+    feed_forward: str | None = "ff"
+
+    def of(self, model: Any) -> Iterator[RoutedBlock]:
+        """The modules of each block."""
+        for index, block in enumerate(model.get_submodule(self.blocks)):
+            attention = block.get_submodule(self.attention)
+
+            def layers(names: tuple[str, ...], owner: Any = attention) -> tuple[Any, ...]:
+                return tuple(owner.get_submodule(name) for name in names)
+
+            residual = self.residual and block.get_submodule(self.residual)
+            forward = self.feed_forward if residual is not None else None
+            yield RoutedBlock(
+                name=f"{self.blocks}.{index}",
+                kind=self.kind,
+                attention=attention,
+                inputs=layers(self.inputs),
+                outputs=layers(self.outputs),
+                text_inputs=layers(self.text_inputs),
+                text_outputs=layers(self.text_outputs),
+                norms=layers(self.norms),
+                widen=block.get_submodule(self.widen),
+                narrow=block.get_submodule(self.narrow),
+                shared=self.shared,
+                residual=residual,
+                feed_forward=forward and block.get_submodule(forward),
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedBlock:
+    """The modules of one block that routed modes narrow; see `Routed`."""
+
+    name: str
+    kind: str
+    attention: Any
+    inputs: tuple[nn.Linear, ...]
+    outputs: tuple[nn.Linear, ...]
+    text_inputs: tuple[nn.Linear, ...]
+    text_outputs: tuple[nn.Linear, ...]
+    norms: tuple[nn.Module, ...]
+    widen: nn.Linear
+    narrow: nn.Linear
+    shared: bool
+    residual: nn.Module | None
+    feed_forward: nn.Module | None
+    heads: int = field(init=False)
+    width: int = field(init=False)
+    channels: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        width = self.inputs[0].out_features
+        object.__setattr__(self, "heads", self.attention.heads)
+        object.__setattr__(self, "width", width)
+        columns = self.narrow.in_features - (width if self.shared else 0)
+        object.__setattr__(self, "channels", columns)
+
+    @property
+    def layers(self) -> tuple[nn.Linear, ...]:
+        """Every linear layer that is narrowed."""
+        text = (*self.text_inputs, *self.text_outputs)
+        return (*self.inputs, *self.outputs, *text, self.widen, self.narrow)
+
+    def routable(self, tokens_skip: bool) -> Routable:
+        """Its multiply-adds per token, for the cost model."""
+        into = sum(x.in_features * x.out_features for x in (*self.inputs, *self.outputs))
+        text = sum(x.in_features * x.out_features for x in (*self.text_inputs, *self.text_outputs))
+        narrow = self.narrow.out_features * self.channels
+        wide = self.widen.in_features * self.widen.out_features + narrow
+        both = self.shared  # text tokens are in the same sequence
+        into += self.narrow.out_features * self.width if both else 0
+        return Routable(
+            attention=Attention(1, self.width, self.kind),
+            head_macs=into,
+            head_text_macs=into if both else text,
+            channel_macs=wide,
+            channel_text_macs=wide if both else 0,
+            skips_tokens=tokens_skip and self.feed_forward is not None,
+            width=self.width,
+        )
