@@ -92,10 +92,14 @@ class Choice:
         return f"{self.mode.name}/{guide.name}"
 
 
-def _rank(mode: Mode) -> tuple[float, str]:
+def _rank(mode: Mode) -> tuple[float, float, str]:
     """Finest first."""
     kept = 1.0 if mode.token_keep is None else mode.token_keep
-    return math.prod(mode.patch_scale) / mode.width / kept, mode.name
+    return math.prod(mode.patch_scale) / mode.width / kept, -_sparse_tokens(mode), mode.name
+
+
+def _sparse_tokens(mode: Mode) -> float:
+    return math.inf if mode.token_grid is None else math.prod(mode.token_grid)
 
 
 def pairings(modes: Iterable[Mode], guidance: str = "cfg") -> tuple[Choice, ...]:
@@ -111,7 +115,12 @@ def pairings(modes: Iterable[Mode], guidance: str = "cfg") -> tuple[Choice, ...]
         ValueError: guidance out of range, or weak guidance without a coarse mode.
     """
     known = sorted(
-        set(modes) | {FULL}, key=lambda mode: (math.prod(mode.patch_scale) / mode.width, mode.name)
+        set(modes) | {FULL},
+        key=lambda mode: (
+            math.prod(mode.patch_scale) / mode.width,
+            -_sparse_tokens(mode),
+            mode.name,
+        ),
     )
     if guidance == "cfg":
         return tuple(

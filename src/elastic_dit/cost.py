@@ -16,6 +16,7 @@ from typing import Any
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.ops.patching import coarse_grid
 from elastic_dit.schedule import Plan, Schedule
+from elastic_dit.sparse_cost import SparseCost
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,7 @@ class TransformerShape:
         low_rank: rank of those updates in coarse modes; 0 if merged or absent.
         skips: coarse modes also multiply each base patch vector on its way past the model.
         routable: what routed modes can leave out, block by block.
+        sparse: what blocks multiply on two token grids, where sparse modes have them.
         kept: what is left in there in a mode at a noise level; None as a level asks for the mean
             over all.
     """
@@ -136,6 +138,7 @@ class TransformerShape:
     low_rank: int = 0
     skips: bool = False
     routable: tuple[Routable, ...] = ()
+    sparse: SparseCost | None = None
     kept: Callable[[Mode, float | None], Sequence[Kept]] | None = None
 
     def tokens(self, mode: Mode) -> int:
@@ -144,7 +147,19 @@ class TransformerShape:
 
     def block_macs(self, mode: Mode, level: float | None = None) -> float:
         """Attention and feed-forward of all blocks: the accounting of the FlexiDiT paper."""
-        return self.dense_macs(mode) - self.left_out(mode, level)
+        return self.dense_macs(mode) - self.left_out(mode, level) - self.thinned(mode)
+
+    def thinned(self, mode: Mode) -> float:
+        """What blocks leave out that see fewer tokens than others."""
+        if mode.token_grid is None:
+            return 0.0
+        if self.sparse is None or mode.is_routed:
+            raise ValueError(
+                f"mode {mode.name!r} has a sparse grid, and the plan of its blocks is not known; "
+                "legal: modes of method 'sparsedit'"
+            )
+        grid = coarse_grid(self.grid, mode.patch_scale)
+        return self.sparse.left_out(grid, mode.token_grid, self.text_tokens)
 
     def left_out(
         self, mode: Mode, level: float | None = None, kept: Sequence[Kept] | None = None
@@ -185,6 +200,9 @@ class TransformerShape:
         grouped = self.tokens(mode) * math.prod(mode.patch_scale)
         projections = grouped * (self.patch_in + self.patch_out) * self.width
         adapted = self.tokens(mode) * self.adapted + self.text_tokens * self.adapted_text
+        if mode.token_grid is not None and self.low_rank and self.sparse is not None:
+            grid = coarse_grid(self.grid, mode.patch_scale)
+            adapted -= self.sparse.adapted_left_out(grid, mode.token_grid)
         beside = self.low_rank * adapted
         if self.skips and not mode.has_base_patch:
             beside += math.prod(self.grid) * self.patch_in * self.patch_out

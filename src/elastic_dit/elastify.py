@@ -290,10 +290,10 @@ class Handle:
             ValueError: the model's class cannot pack.
         """
         engine = self._live()
-        if packed and not self.backbone.packs:
+        if packed and not (self.backbone.packs and engine.method.packs):
+            who = self.backbone.model_class if not self.backbone.packs else engine.method.name
             raise ValueError(
-                f"packed = True; legal for {self.backbone.model_class}: False (its branches run "
-                "one after the other)"
+                f"packed = True; legal for {who}: False (its branches run one after the other)"
             )
         engine.packed = packed
 

@@ -225,7 +225,7 @@ class Engine:
     @property
     def packs(self) -> bool:
         """Whether branches of different modes share one packed call."""
-        return self.packed and self.router.backbone.packs
+        return self.packed and self.router.backbone.packs and self.method.packs
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied model must not call the compiled forward of the original.
@@ -439,6 +439,7 @@ class Engine:
         backbone.check_grid(self.router.grid, mode)
         backbone.check_call(call, mode)
         self._keep_fused_seams()
+        step_caches.check_sparse(model, mode)
         if getattr(model, "_parallel_config", None) is not None:
             raise RuntimeError(
                 f"context parallelism splits the base tokens, and mode {mode.name!r} has others; "
@@ -467,6 +468,7 @@ class Engine:
         if router.sizes.routes(mode):
             call = router.backbone.prepare(call, router, mode)
         router.text = self._prompt(call) if self._keeps_text() else None
+        router.streams = router.sizes.begin(model, router, mode)
         router.running = True
         try:
             alone = self.forced is None and self.controller is None
@@ -479,7 +481,7 @@ class Engine:
                 finally:
                     set_eval_frame(None)
         finally:
-            router.running, router.text = False, None
+            router.running, router.text, router.streams = False, None, None
 
     def _stock_forward(self, model: nn.Module, modes: tuple[Mode, ...]) -> Callable[..., Any]:
         if self.compiled is not None:
@@ -512,17 +514,18 @@ class Engine:
                 "of one mode, handle.using(mode), or to compile the model itself"
             )
         router.mode, router.merging, router.text = mode, False, None
-        if router.sizes.routes(mode):
+        if router.sizes.routes(mode) or mode.is_sparse:
             router.grid = router.backbone.grid(model, call)
             router.device = call[router.backbone.sample][0].device
             if not mode.is_full:
                 self._check_coarse(model, call, mode)
             call = router.backbone.prepare(call, router, mode)
+        router.streams = router.sizes.begin(model, router, mode)
         router.running = True
         try:
             return self.stock.forward(model, **call)
         finally:
-            router.running = False
+            router.running, router.streams = False, None
 
     def _check_cache_dit(self, model: nn.Module, mode: Mode, branch: str) -> None:
         reads_blocks = self.router.backbone.reads_blocks
@@ -654,7 +657,8 @@ class Engine:
         if len(key[0]) != 3 or any(side < 1 for side in key[0]):
             raise ValueError(f"grid = {key[0]}; legal: (frames, height, width), each >= 1")
         if key not in self.shapes:
-            self.shapes[key] = backbone.shape(self._with_own_blocks(model), *key)
+            own = self._with_own_blocks(model)
+            self.shapes[key] = self.method.priced(backbone.shape(own, *key), own, backbone)
         rank = 0 if self.router.merged else self.method.low_rank
         return replace(self.shapes[key], low_rank=rank, skips=self.method.skips)
 
@@ -678,6 +682,7 @@ class Engine:
             module.__dict__[ROUTER] = self.router
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             self.hooks.append((module, handle))
+        self.hooks += self.router.sizes.attach(model, self.router)
         for module in backbone.text_layers(model):
             self._swap(module, TextSeam)
         for module in backbone.conditioning_layers(model) if self.method.conditions else ():
@@ -738,7 +743,7 @@ class Engine:
         self.swapped.clear()
         for module, handle in self.hooks:
             handle.remove()
-            del module.__dict__[ROUTER]
+            module.__dict__.pop(ROUTER, None)  # it may have several, or have been swapped too
         self.hooks.clear()
         for layer, _, _ in self.pairs.values():
             del layer.coarse_A, layer.coarse_B

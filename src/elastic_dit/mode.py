@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
 PATCH = r"patch(\d+)(?:x(\d+)x(\d+))?"
-NAME = re.compile(rf"(?:{PATCH})?(?:_?width(\d+))?(?:_?keep(\d+))?")
+GRID = r"grid(\d+)(?:x(\d+))?"
+NAME = re.compile(rf"(?:{PATCH})?(?:_?{GRID})?(?:_?width(\d+))?(?:_?keep(\d+))?")
 
 
 @dataclass(frozen=True)
@@ -16,21 +18,25 @@ class Mode:
     Args:
         patch_scale: base patches per axis that one token covers; an int for height and width alike,
             or ``(t, h, w)``. 1 is the base's own patch size.
+        token_grid: rows and columns of the sparse tokens (SparseDiT), a number for both alike; None
+            for blocks that all see the same tokens.
         width: share of the blocks' work that routers were trained to leave in (DyDiT's lambda), in
             whole percents; 1 leaves in everything.
         token_keep: share of the tokens that enter the feed-forward, in whole percents; None leaves
             that to the token routers.
 
     Raises:
-        ValueError: a scale that is not a whole number of at least 1; a share out of range.
+        ValueError: a scale or grid that is not of whole numbers of at least 1; a share out of
+            range.
     """
 
     patch_scale: tuple[int, int, int] = (1, 1, 1)
     width: float = 1.0
     token_keep: float | None = None
+    token_grid: tuple[int, int] | None = None
     name: str = field(init=False, compare=False)
-    """``full``, ``patch2``, ``patch2x1x1``, ``width50``, ``patch2_width50_keep80``; the inverse of
-    `parse`, and a legal module key."""
+    """``full``, ``patch2``, ``patch2x1x1``, ``grid8``, ``grid8x6``, ``patch2_width50_keep80``; the
+    inverse of `parse`, and a legal module key."""
 
     def __init__(
         self,
@@ -38,6 +44,7 @@ class Mode:
         *,
         width: float = 1.0,
         token_keep: float | None = None,
+        token_grid: int | tuple[int, int] | None = None,
     ) -> None:
         scale = (1, patch_scale, patch_scale) if isinstance(patch_scale, int) else patch_scale
         whole = isinstance(scale, tuple | list) and all(type(k) is int and k >= 1 for k in scale)
@@ -45,6 +52,14 @@ class Mode:
             raise ValueError(
                 f"patch_scale = {patch_scale!r}; legal: a whole number >= 1, or three (t, h, w)"
             )
+        grid = (token_grid, token_grid) if isinstance(token_grid, int) else token_grid
+        if grid is not None:
+            whole = isinstance(grid, tuple | list) and all(type(k) is int and k >= 1 for k in grid)
+            if not whole or len(grid) != 2:
+                raise ValueError(
+                    f"token_grid = {token_grid!r}; legal: None, a whole number >= 1, or two (h, w)"
+                )
+            grid = (grid[0], grid[1])
         if not _is_share(width):
             raise ValueError(f"width = {width!r}; legal: whole percents in (0, 1]")
         if token_keep is not None and (width == 1 or not _is_share(token_keep)):
@@ -56,6 +71,8 @@ class Mode:
         parts = []
         if (t, h, w) != (1, 1, 1):
             parts.append(f"patch{h}" if t == 1 and h == w else f"patch{t}x{h}x{w}")
+        if grid is not None:
+            parts.append(f"grid{grid[0]}" if grid[0] == grid[1] else f"grid{grid[0]}x{grid[1]}")
         if width != 1:
             parts.append(f"width{round(100 * width)}")
         if token_keep is not None:
@@ -64,12 +81,13 @@ class Mode:
         object.__setattr__(self, "patch_scale", (t, h, w))
         object.__setattr__(self, "width", round(100 * width) / 100)
         object.__setattr__(self, "token_keep", token_keep)
+        object.__setattr__(self, "token_grid", grid)
         object.__setattr__(self, "name", "_".join(parts) or "full")
 
     @property
     def is_full(self) -> bool:
         """Whether this is the base network, exactly as it came."""
-        return self.has_base_patch and not self.is_routed
+        return self.has_base_patch and not self.is_routed and not self.is_sparse
 
     @property
     def has_base_patch(self) -> bool:
@@ -80,6 +98,11 @@ class Mode:
     def is_routed(self) -> bool:
         """Whether routers choose heads, channels and tokens."""
         return self.width < 1
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether some blocks see fewer tokens than others."""
+        return self.token_grid is not None
 
     @property
     def patch(self) -> Mode:
@@ -94,6 +117,10 @@ class Mode:
     def is_coarser_than(self, other: Mode) -> bool:
         """Whether it does at most as much along every axis, and less along one."""
         pairs = list(zip(self.patch_scale, other.patch_scale, strict=True))
+        own, theirs = (
+            (math.inf,) * 2 if x.token_grid is None else x.token_grid for x in (self, other)
+        )
+        pairs += zip(theirs, own, strict=True)
         kept, others = (1.0 if x.token_keep is None else x.token_keep for x in (self, other))
         narrower = self.width <= other.width and kept <= others
         return all(a >= b for a, b in pairs) and narrower and self != other
@@ -109,18 +136,20 @@ class Mode:
             return FULL
         match = NAME.fullmatch(name)
         if name and match:
-            scale, rows, columns, width, keep = match.groups()
+            scale, rows, columns, height, across, width, keep = match.groups()
             three = (int(scale), int(rows), int(columns)) if rows else int(scale or 1)
+            sides = height and (int(height), int(across or height))
             mode = cls(
                 three,
+                token_grid=sides,
                 width=int(width) / 100 if width else 1.0,
                 token_keep=int(keep) / 100 if keep else None,
             )
             if mode.name == name:
                 return mode
         raise ValueError(
-            f"unknown mode {name!r}; legal: 'full', 'patchK' ('patchTxHxW'), 'widthP', 'keepP' in "
-            "percent, the last three joined by '_' in this order"
+            f"unknown mode {name!r}; legal: 'full', 'patchK' ('patchTxHxW'), 'gridK' ('gridHxW'), "
+            "'widthP', 'keepP' in percent, all but the first joined by '_' in this order"
         )
 
     def __str__(self) -> str:

@@ -23,6 +23,7 @@ from elastic_dit.ops.patching import Triple, coarse_grid
 if TYPE_CHECKING:
     from elastic_dit.backbones.base import Backbone
     from elastic_dit.methods.base import Sizes
+    from elastic_dit.streams import Streams
 
 ROUTER = "_elastic_router"
 TEXT = "_elastic_text"
@@ -80,6 +81,7 @@ class Router:
         joined: inside attention, packed tokens are regrouped by picture.
         grid: base grid ``(frames, height, width)`` of the present call.
         run: number of the present run; what was computed in another may be stale.
+        streams: of the present forward pass, in a sparse mode.
         running: the engine has started the present forward pass.
         device: of the latent; weights may be elsewhere until their module's hooks bring them.
         lengths: of the text and of the whole sequence of each row, where a class joins them row by
@@ -95,6 +97,7 @@ class Router:
     mode: Mode = FULL
     layout: tuple[Part, ...] | None = None
     joined: bool = False
+    streams: Streams | None = None
     running: bool = False
     run: int = 0
     text: TextKey | None = None
@@ -143,15 +146,15 @@ def remembered_in_checkpoints(model: nn.Module, router: Router) -> Iterator[None
 
     def remembering(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            then = (router.mode, router.layout, router.joined, router.grid)
+            then = (router.mode, router.layout, router.joined, router.grid, router.streams)
 
             def again(*inner: Any, **named: Any) -> Any:
-                now = (router.mode, router.layout, router.joined, router.grid)
-                router.mode, router.layout, router.joined, router.grid = then
+                now = (router.mode, router.layout, router.joined, router.grid, router.streams)
+                router.mode, router.layout, router.joined, router.grid, router.streams = then
                 try:
                     return function(*inner, **named)
                 finally:
-                    router.mode, router.layout, router.joined, router.grid = now
+                    router.mode, router.layout, router.joined, router.grid, router.streams = now
 
             return checkpoint(again, *args, **kwargs)
 

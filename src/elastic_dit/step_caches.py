@@ -62,6 +62,19 @@ def state(
     return stock.cache_context(model, f"{name}@{mode.name}{branch}", **facts)
 
 
+def check_sparse(model: nn.Module, mode: Mode) -> None:
+    """Refuse caches that skip blocks between which tokens change grids.
+
+    Raises:
+        RuntimeError: a sparse mode together with a step cache.
+    """
+    if mode.is_sparse and has_step_cache(model):
+        raise RuntimeError(
+            f"a step cache skips blocks, and in mode {mode.name!r} tokens change grids between "
+            "them; legal together with it: full mode"
+        )
+
+
 def check_cache_dit(model: Any, mode: Mode, branch: str, *, reads_blocks: bool) -> None:
     """Refuse what cache-dit would get wrong.
 

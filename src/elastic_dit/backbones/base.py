@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from elastic_dit.backbones.call import Branches, Call, cut
 from elastic_dit.backbones.layers import Layers, named
+from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.backbones.times import Times
 from elastic_dit.cost import TransformerShape
 from elastic_dit.mode import Mode
@@ -72,6 +73,7 @@ class Backbone(Times, ABC):
         reads_blocks: the stock forward looks into its blocks or counts them, beside calling them.
         residuals: arguments that hold something per base token (ControlNet's residuals), which
             coarse modes refuse.
+        streamed: where tokens meet in its blocks, if sparse modes are known to work.
         packs: whether branches of different modes can share one packed call.
         masks_attention: whether the stock attention processors obey an attention mask.
     """
@@ -96,6 +98,7 @@ class Backbone(Times, ABC):
     prompt_only: Layers = ()
     residuals: tuple[str, ...] = ()
     reads_blocks: bool = False
+    streamed: Streamed | None = None
     packs: bool = False
     masks_attention: bool = False
 
@@ -348,6 +351,14 @@ class Backbone(Times, ABC):
             raise ValueError(
                 f"mode {mode.name!r} does not fit the {t}x{h}x{w} base grid of this latent; "
                 f"legal: at most {t}x{h}x{w} base patches per token"
+            )
+        _, height, width = coarse_grid(grid, mode.patch_scale)
+        if mode.token_grid is not None and (
+            mode.token_grid[0] > height or mode.token_grid[1] > width
+        ):
+            raise ValueError(
+                f"mode {mode.name!r} does not fit the {height}x{width} tokens of this latent; "
+                f"legal: a sparse grid of at most {height}x{width}"
             )
 
     def as_volume(self, tokens: Tensor, router: Router, mode: Mode) -> Tensor:

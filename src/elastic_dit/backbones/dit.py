@@ -11,6 +11,7 @@ from torch import nn
 from elastic_dit.backbones.base import Model, pair
 from elastic_dit.backbones.call import Branches, Call
 from elastic_dit.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
+from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.cost import TransformerShape, dit_shape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
@@ -34,6 +35,7 @@ class DiTBackbone(PatchEmbedBackbone):
     )
     conditional_first = True
     low_rank = (("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),)
+    streamed = Streamed(apart=r"^norm1\.")
     packs = masks_attention = reads_blocks = True
 
     def modulation_layers(self, model: Model) -> Iterator[nn.Module]:

@@ -11,6 +11,7 @@ from torch import nn
 from elastic_dit.backbones.base import COMMON_FACTS, BlockHook, Model, pair
 from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
+from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.ops.patching import Triple
 from elastic_dit.routing import ROUTER
@@ -30,6 +31,10 @@ class LatteBackbone(PatchEmbedBackbone):
         ("temporal_transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),
     )
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
+    # Behind the first block, positions in time are added to whichever tokens there are.
+    streamed = Streamed(
+        kind="spatial", text="attn2", beside="temporal_transformer_blocks", pools_first=True
+    )
 
     def output_grid(self, grid: Triple) -> Triple:
         return 1, grid[1], grid[2]
@@ -73,9 +78,9 @@ class LatteBackbone(PatchEmbedBackbone):
 def fewer_times(
     block: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
-    """Temporal blocks get their time once per base token of a frame; cut it to a mode's tokens."""
-    router = block.__dict__[ROUTER]
-    base, tokens = math.prod(router.grid[1:]), router.tokens(router.mode) // router.grid[0]
+    """Temporal blocks get their time once per base token of a frame; cut it to the tokens there."""
+    base = math.prod(block.__dict__[ROUTER].grid[1:])
+    tokens = len(args[0]) * base // len(args[4])
     if tokens == base:
         return None
     times = args[4].unflatten(0, (-1, base))[:, :tokens].flatten(0, 1)

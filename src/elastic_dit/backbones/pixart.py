@@ -9,6 +9,7 @@ from torch import nn
 from elastic_dit.backbones.base import COMMON_FACTS, Model, pair
 from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
+from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.ops.patching import Triple
 
@@ -28,6 +29,7 @@ class PixArtBackbone(PatchEmbedBackbone):
     facts = (*COMMON_FACTS, "caption_channels")
     low_rank = (("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),)
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
+    streamed = Streamed(text="attn2")
     packs = masks_attention = True
 
     def modulation_layers(self, model: Model) -> Iterator[nn.Module]:

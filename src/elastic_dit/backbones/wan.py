@@ -12,6 +12,7 @@ from elastic_dit.backbones.base import COMMON_FACTS, Backbone, Model
 from elastic_dit.backbones.call import Call, grouped_times, has_token_times
 from elastic_dit.backbones.layers import attention, feed_forward
 from elastic_dit.backbones.macs import linear_macs
+from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
@@ -35,6 +36,13 @@ class WanBackbone(Backbone):
     conditional_first = None
     low_rank = (("blocks", (*attention("attn1"), *feed_forward("ffn"))),)
     prompt_only = (("blocks", ("attn2.to_k", "attn2.to_v")),)
+    streamed = Streamed(
+        blocks=("blocks",),
+        arguments=("hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb"),
+        phases="rotary_emb",
+        text="attn2",
+        apart=TEXT,
+    )
 
     def tokens(self, module: Model, router: Router, mode: Mode, latent: Tensor) -> Tensor:
         return self.as_volume(super().tokens(module, router, mode, latent), router, mode)
@@ -50,6 +58,14 @@ class WanBackbone(Backbone):
         if not has_token_times(call):
             return call
         return call | {"timestep": grouped_times(call["timestep"], router.grid, mode)}
+
+    def check_call(self, call: Call, mode: Mode) -> None:
+        super().check_call(call, mode)
+        if mode.is_sparse and has_token_times(call):
+            raise ValueError(
+                f"timestep has a time for each base token, and blocks of mode {mode.name!r} see "
+                "others; legal: one time per row, or full mode"
+            )
 
     def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
         yield model.condition_embedder.time_embedder

@@ -8,8 +8,14 @@ from elastic_dit.methods.base import Method
 from elastic_dit.methods.ddit import DDiT
 from elastic_dit.methods.flexidit import FlexiDiT
 from elastic_dit.methods.ppflow import PPFlow
+from elastic_dit.methods.sparsedit import SparseDiT
 
-METHODS: dict[str, type[Method]] = {"flexidit": FlexiDiT, "ddit": DDiT, "ppflow": PPFlow}
+METHODS: dict[str, type[Method]] = {
+    "flexidit": FlexiDiT,
+    "ddit": DDiT,
+    "ppflow": PPFlow,
+    "sparsedit": SparseDiT,
+}
 """Methods by name."""
 
 
@@ -27,4 +33,4 @@ def method_from_config(name: object, config: dict[str, Any]) -> Method:
         raise ValueError(f"configuration of method {name!r} is not understood: {error}") from error
 
 
-__all__ = ["METHODS", "DDiT", "FlexiDiT", "Method", "PPFlow", "method_from_config"]
+__all__ = ["METHODS", "DDiT", "FlexiDiT", "Method", "PPFlow", "SparseDiT", "method_from_config"]

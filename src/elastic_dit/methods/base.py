@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -11,6 +11,13 @@ from elastic_dit.backbones.base import Backbone
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.ops.patching import Triple
 from elastic_dit.schedule import Schedule
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from elastic_dit.cost import TransformerShape
+    from elastic_dit.routing import Router
+    from elastic_dit.streams import Streams
 
 
 class Sizes(nn.Module, ABC):
@@ -36,6 +43,18 @@ class Sizes(nn.Module, ABC):
     def project(self, hidden: Tensor, mode: Mode, grid: Triple) -> Tensor:
         """Final hidden states ``(B, n, D)`` -> base patch vectors ``(B, T*H*W, c_out)``."""
 
+    def attach(self, model: nn.Module, router: Router) -> list[tuple[nn.Module, RemovableHandle]]:
+        """Put hooks on modules of the model, which find the router in ``module.__dict__[ROUTER]``.
+
+        Returns:
+            The modules, and what takes their hooks off again.
+        """
+        return []
+
+    def begin(self, model: nn.Module, router: Router, mode: Mode) -> Streams | None:
+        """State of one forward pass in a mode, where its hooks need one."""
+        return None
+
     def condition(self, vector: Tensor, mode: Mode) -> Tensor:
         """The conditioning vector ``(B, D)`` of a mode, from the base's."""
         return vector
@@ -52,6 +71,7 @@ class Method(ABC):
             their names match.
         conditions: whether coarse modes change the conditioning vector.
         skips: whether coarse modes have a path from the base patch vectors to the output's.
+        packs: whether branches of different modes may share one packed call, where the class can.
     """
 
     name: str
@@ -60,6 +80,7 @@ class Method(ABC):
     adapts: str = ""
     conditions: bool = False
     skips: bool = False
+    packs: bool = True
 
     @property
     @abstractmethod
@@ -80,6 +101,12 @@ class Method(ABC):
     def default_schedule(self) -> Schedule:
         """What a fresh method runs with."""
         return Schedule.constant(FULL)
+
+    def priced(
+        self, shape: TransformerShape, model: nn.Module, backbone: Backbone
+    ) -> TransformerShape:
+        """What the cost of a model depends on, with what the method changes in its blocks."""
+        return shape
 
     @abstractmethod
     def build(self, model: nn.Module, backbone: Backbone) -> Sizes:

@@ -1,0 +1,456 @@
+"""SparseDiT: two token grids in one stock model, on every class that knows where its tokens meet."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from tests.backbones.tiny import CASES
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from elastic_dit import FULL, Mode, Schedule, SparseDiT, elastify
+from elastic_dit.engine import is_new
+from elastic_dit.methods import method_from_config
+from elastic_dit.ops.pooling import pool_tokens, spread_tokens
+
+TIME = 700.0
+NAMES = ("dit", "pixart", "latte", "wan")
+GRIDS = {"dit": (1, 7, 7)}
+STAGES = ((0.5, 2), (0.25, (4, 3)), (0, 5))
+names = pytest.mark.parametrize("name", NAMES)
+
+
+def method_of(**settings):
+    return SparseDiT(
+        **{
+            "pool": 1,
+            "modules": 2,
+            "group": (1, 1, 1, 1),
+            "top": 1,
+            "stages": STAGES,
+            **settings,
+        }
+    )
+
+
+def deep(name, **changes):
+    """A tiny model with the ten blocks of the plan."""
+    case = CASES[name]
+    return replace(case, config={**case.config, "num_layers": 10, **changes}).model()
+
+
+def call_of(name, count=2, time=TIME):
+    return (
+        CASES[name].call(count, GRIDS.get(name, (1, 6, 7)), time)
+        if name
+        not in (
+            "latte",
+            "wan",
+        )
+        else CASES[name].call(count, (3, 6, 7), time)
+    )
+
+
+@torch.no_grad()
+def elastic(name, **settings):
+    torch.manual_seed(2)
+    handle = elastify(deep(name), method_of(**settings))
+    generator = torch.Generator().manual_seed(3)
+    for key, parameter in handle.model.named_parameters():
+        if is_new(key):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return handle
+
+
+@torch.no_grad()
+def run(handle, call, mode=None):
+    if mode is None:
+        return handle.model(**call).sample
+    with handle.using(mode):
+        return handle.model(**call).sample
+
+
+@names
+@pytest.mark.parametrize("recipe", ["full", "lora"])
+def test_full_mode_is_stock_and_remove_is_exact(name, recipe, assert_stock):
+    handle, call, stock = elastic(name, recipe=recipe), call_of(name), deep(name)
+    with torch.no_grad():
+        expected = stock(**call).sample
+    assert torch.equal(run(handle, call, FULL), expected)
+    for mode in handle.modes[1:]:
+        found = run(handle, call, mode)
+        assert found.shape == expected.shape
+        assert torch.isfinite(found).all()
+        assert not torch.allclose(found, expected)
+    assert torch.equal(run(handle, call, FULL), expected)
+    handle.remove()
+    assert_stock(handle.model, stock)
+
+
+@names
+@pytest.mark.parametrize("recipe", ["full", "lora"])
+def test_planned_cost_is_what_the_counter_counts(name, recipe):
+    handle, call = elastic(name, recipe=recipe, rank=3), call_of(name, 1)
+    size = handle.backbone.size(handle.model, call)
+    shape, costs = handle._engine.shape_of(handle.model, size), []
+    for mode in handle.modes:
+        counter = FlopCounterMode(display=False)
+        with handle.using(mode), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
+            handle.model(**call)
+        assert shape.macs(mode) == counter.get_total_flops() / 2, mode
+        costs.append(shape.macs(mode))
+    assert costs[1] < costs[2] < costs[3] < costs[0]
+
+
+@names
+def test_a_row_alone_is_the_row_in_a_batch(name):
+    handle, call = elastic(name), call_of(name, 3)
+    for mode in handle.modes[1:]:
+        together = run(handle, call, mode)
+        for row in range(3):
+            alone = run(handle, handle.backbone.rows(call, slice(row, row + 1)), mode)
+            torch.testing.assert_close(alone[0], together[row], atol=2e-5, rtol=1e-4)
+
+
+def to_float64(model):
+    return model.double()
+
+
+def test_a_pooling_block_is_attention_with_equal_weights():
+    """Zero queries make all weights equal; the block then needs no average to be told."""
+    handle = elastic("dit")
+    handle.model.double()
+    block = handle.model.transformer_blocks[0]
+    x = torch.randn(2, 49, 32, dtype=torch.float64)
+    times = {"timestep": torch.tensor([3.0, 700.0]), "class_labels": torch.tensor([1, 2])}
+    handle._engine.router.streams = handle.sizes.begin(
+        handle.model, _router(handle, (1, 7, 7)), Mode(token_grid=2)
+    )
+    with torch.no_grad():
+        found = block(x, **times)
+        handle._engine.router.streams = None
+        attention = block.attn1
+        attention.to_q.weight.zero_()
+        attention.to_q.bias.zero_()
+        expected = block(x, **times)
+    assert (found - expected).abs().max() < 1e-12
+
+
+def _router(handle, grid):
+    router = handle._engine.router
+    router.grid, router.device = grid, torch.device("cpu")
+    return router
+
+
+def test_a_merge_starts_as_the_dense_tokens():
+    handle = elastify(deep("dit"), method_of())
+    streams = handle.sizes.begin(handle.model, _router(handle, (1, 7, 7)), Mode(token_grid=2))
+    dense, sparse = torch.randn(2, 49, 32), torch.randn(2, 4, 32)
+    for module in range(2):
+        assert torch.equal(handle.sizes.merged(streams, module, sparse, dense), dense)
+        assert torch.equal(
+            handle.sizes.pooled(streams, module, dense), pool_tokens(dense, (7, 7), (2, 2))
+        )
+
+
+@torch.no_grad()
+def test_a_merge_is_the_papers():
+    """Spread first, multiply then; positions go in behind their gate."""
+    handle = elastic("dit")
+    sizes = handle.sizes
+    streams = sizes.begin(handle.model, _router(handle, (1, 7, 7)), Mode(token_grid=(4, 3)))
+    dense, sparse = torch.randn(2, 49, 32), torch.randn(2, 12, 32)
+    wide = spread_tokens(sparse, (4, 3), (7, 7))
+    expected = sizes.merge_sparse[1](wide) + sizes.merge_dense[1](dense)
+    expected = expected + sizes.dense_gates[1] * streams.positions
+    torch.testing.assert_close(sizes.merged(streams, 1, sparse, dense), expected)
+
+
+@torch.no_grad()
+def test_the_grid_of_the_dense_tokens_leaves_only_the_modules():
+    """A sparse grid as large as the dense one, no pooling: two streams of the same tokens.
+
+    With merges that return the dense tokens, a module is its recover block with keys and values
+    from what the blocks before have made of them. Written out here with the stock modules.
+    """
+    method = method_of(pool=0, modules=1, group=(1, 0, 1, 0), top=8, stages=((0, 7),))
+    handle, call = elastify(deep("dit"), method), call_of("dit")
+    found = run(handle, call, Mode(token_grid=7))
+    handle.remove()
+    model = handle.model
+    x = model.pos_embed(call["hidden_states"])
+    times = {"timestep": call["timestep"], "class_labels": call["class_labels"]}
+    first, second, *rest = model.transformer_blocks
+
+    def attend(block, queries, keys):
+        own, gate, shift, scale, gate_mlp = block.norm1(queries, **times, hidden_dtype=x.dtype)
+        other = block.norm1(keys, **times, hidden_dtype=x.dtype)[0]
+        h = queries + gate[:, None] * block.attn1(own, encoder_hidden_states=other)
+        inner = block.norm3(h) * (1 + scale[:, None]) + shift[:, None]
+        return h + gate_mlp[:, None] * block.ff(inner)
+
+    x = attend(second, x, attend(first, x, x))
+    for block in rest:
+        x = block(x, **times)
+    emb = first.norm1.emb(*times.values(), hidden_dtype=x.dtype)
+    shift, scale = model.proj_out_1(torch.nn.functional.silu(emb)).chunk(2, dim=1)
+    x = model.proj_out_2(model.norm_out(x) * (1 + scale[:, None]) + shift[:, None])
+    vectors = x.view(2, 7, 7, 2, 2, 8).permute(0, 5, 1, 3, 2, 4).reshape(2, 8, 14, 14)
+    torch.testing.assert_close(found, vectors, atol=1e-5, rtol=1e-5)
+
+
+def test_guidance_in_one_batch_equals_two_calls():
+    handle = elastic("dit")
+    call = CASES["dit"].guided(2, (1, 7, 7), TIME)
+    halves = [handle.backbone.rows(call, part) for part in (slice(0, 2), slice(2, 4))]
+    handle.schedule = Schedule.constant(Mode(token_grid=2))
+    expected = torch.cat([run(handle, half, Mode(token_grid=2)) for half in halves])
+    torch.testing.assert_close(run(handle, call), expected, atol=2e-5, rtol=1e-4)
+    handle.schedule = Schedule.constant(FULL, guide=Mode(token_grid=2))
+    expected = [run(handle, h, m) for h, m in zip(halves, (FULL, Mode(token_grid=2)), strict=True)]
+    torch.testing.assert_close(run(handle, call), torch.cat(expected), atol=2e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="packed = True; legal for sparsedit: False"):
+        handle.packed = True
+
+
+def test_modes_follow_the_noise_level_in_a_run():
+    handle = elastic("dit", stages=((0.75, 2), (0.5, 3), (0.25, 4)))
+    times = (999.0, 760.0, 740.0, 500.0, 490.0, 260.0, 249.0, 0.0)
+    for time in times:
+        run(handle, call_of("dit", time=time))
+    expected = ["grid2", "grid2", "grid3", "grid3", "grid4", "grid4", "full", "full"]
+    calls = handle.report().calls
+    assert [call.mode.name for call in calls] == expected
+    plan = handle.plan_levels([t / 1000 for t in times], guidance=False, grid=(1, 7, 7))
+    assert sum(call.macs for call in calls) == pytest.approx(2 * plan.macs)
+
+
+def test_rows_of_different_stages_are_refused():
+    handle, call = elastic("dit"), call_of("dit")
+    call["timestep"] = torch.tensor([900.0, 100.0])
+    with pytest.raises(ValueError, match=r"noise levels of a batch go from 0.1 to 0.9"):
+        run(handle, call)
+
+
+@names
+def test_the_adapter_survives_a_round_trip(name, tmp_path):
+    for recipe in ("full", "lora"):
+        handle, call = elastic(name, recipe=recipe), call_of(name)
+        expected = [run(handle, call, mode) for mode in handle.modes]
+        handle.adapter().save(tmp_path / recipe)
+        again = elastify(deep(name), tmp_path / recipe)
+        assert again.method == handle.method
+        assert again.schedule.to_json() == handle.method.default_schedule.to_json()
+        for mode, output in zip(handle.modes, expected, strict=True):
+            assert torch.equal(run(again, call, mode), output)
+
+
+def test_retrained_weights_leave_with_the_handle(tmp_path):
+    handle, call = elastic("dit"), call_of("dit")
+    with torch.no_grad():
+        handle.model.transformer_blocks[0].ff.net[2].weight.mul_(1.5)
+    expected = run(handle, call, Mode(token_grid=2))
+    handle.adapter().save(tmp_path / "adapter")
+    again = elastify(deep("dit"), tmp_path / "adapter")
+    assert torch.equal(run(again, call, Mode(token_grid=2)), expected)
+    again.remove()
+    with torch.no_grad():
+        assert torch.equal(again.model(**call).sample, deep("dit")(**call).sample)
+
+
+@names
+@pytest.mark.parametrize("compiler", ["whole", "repeated"])
+def test_one_graph_per_grid(name, compiler):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    handle, call = elastic(name), call_of(name)
+    modes = handle.modes[:3]
+    eager = [run(handle, call, mode) for mode in modes]
+    counter = CompileCounterWithBackend("eager")
+    if compiler == "whole":
+        handle.model.compile(backend=counter, fullgraph=True, dynamic=False)
+    elif getattr(handle.model, "_repeated_blocks", None):
+        handle.model.compile_repeated_blocks(backend=counter, fullgraph=True, dynamic=False)
+    else:
+        pytest.skip("the class names no repeated blocks")
+    graphs = []
+    for mode, expected in zip(modes * 2, eager * 2, strict=True):
+        torch.testing.assert_close(run(handle, call, mode), expected, atol=2e-5, rtol=1e-4)
+        graphs.append(counter.frame_count)
+    assert graphs[3:] == [graphs[2]] * 3
+    if compiler == "whole":
+        assert graphs == [1, 2, 3, 3, 3, 3]
+
+
+@names
+def test_checkpointed_gradients_are_the_same(name):
+    handle, call = elastic(name), call_of(name)
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            handle.model.enable_gradient_checkpointing()
+            handle.model.train()
+        handle.model.zero_grad()
+        with handle.using(Mode(token_grid=2)):
+            loss = handle.model(**call).sample.square().mean()
+        with handle.using(FULL):  # the backward pass finds the model in another mode
+            loss.backward()
+        found.append({k: p.grad for k, p in handle.model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for key, gradient in found[0].items():
+        torch.testing.assert_close(found[1][key], gradient, atol=1e-5, rtol=1e-4, msg=key)
+    new = {k for k, _ in handle.model.named_parameters() if is_new(k)}
+    assert new <= found[0].keys()
+
+
+def test_a_copy_has_streams_of_its_own():
+    handle, call = elastic("dit"), call_of("dit")
+    expected = run(handle, call, Mode(token_grid=2))
+    from elastic_dit import handle_of
+
+    twin = handle_of(copy.deepcopy(handle.model))
+    with torch.no_grad():
+        for parameter in handle.model.parameters():
+            parameter.zero_()
+    assert torch.equal(run(twin, call, Mode(token_grid=2)), expected)
+
+
+def test_an_error_in_a_forward_leaves_no_state(monkeypatch):
+    handle, call = elastic("dit"), call_of("dit")
+    expected = run(handle, call, FULL)
+    sparse = run(handle, call, Mode(token_grid=2))
+    broken = call | {"class_labels": torch.tensor([1, 99])}
+    with pytest.raises(IndexError):
+        run(handle, broken, Mode(token_grid=2))
+    assert handle._engine.router.streams is None
+    assert torch.equal(run(handle, call, FULL), expected)
+    assert torch.equal(run(handle, call, Mode(token_grid=2)), sparse)
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest tensor that any operation returns."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if torch.is_tensor(x):
+                self.numbers = max(self.numbers, x.untyped_storage().nbytes() // x.itemsize)
+        return out
+
+
+@names
+def test_nothing_is_larger_than_in_full_mode(name):
+    handle, call = elastic(name), call_of(name)
+    sizes = {}
+    for mode in (FULL, Mode(token_grid=2)):
+        with Largest() as seen:
+            run(handle, call, mode)
+        sizes[mode] = seen.numbers
+    assert sizes[Mode(token_grid=2)] <= sizes[FULL]
+
+
+def test_a_latent_smaller_than_the_grid_is_refused():
+    handle = elastic("pixart")
+    call = CASES["pixart"].call(1, (1, 6, 4), TIME)
+    with pytest.raises(ValueError, match=r"'grid5' does not fit the 6x4 tokens .*at most 6x4"):
+        run(handle, call, Mode(token_grid=5))
+    with pytest.raises(ValueError, match=r"'grid9' does not fit the 8x8 tokens"):
+        elastify(deep("dit"), method_of(stages=((0, 9),)))
+
+
+def test_what_goes_not_together_is_refused():
+    with pytest.raises(ValueError, match=r"are 6 blocks; legal: 10, .*for_depth\(10\)"):
+        elastify(deep("dit"), method_of(modules=1))
+    with pytest.raises(ValueError, match="where tokens of SanaTransformer2DModel meet"):
+        elastify(CASES["sana"].model(), method_of())
+    with pytest.raises(ValueError, match="pool = 0; legal for LatteTransformer3DModel: at least 1"):
+        elastify(deep("latte"), method_of(pool=0, top=2))
+    handle = elastic("dit")
+    with (
+        pytest.raises(ValueError, match="mode 'patch2_grid2'; legal: full, grid2"),
+        handle.using(Mode(2, token_grid=2)),
+    ):
+        pass
+    wan = elastic("wan")
+    call = CASES["wan-token-times"].call(1, (3, 6, 7), TIME)
+    with pytest.raises(ValueError, match=r"timestep has a time for each base token"):
+        run(wan, call, Mode(token_grid=2))
+    pixart = elastic("pixart")
+    pixart.model.fuse_qkv_projections()
+    with pytest.raises(RuntimeError, match=r"legal in sparse modes: model.unfuse_qkv_projections"):
+        run(pixart, call_of("pixart"), Mode(token_grid=2))
+
+
+def test_step_caches_are_refused():
+    from diffusers import FirstBlockCacheConfig
+
+    handle, call = elastic("wan"), call_of("wan")
+    handle.model.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with (
+        pytest.raises(RuntimeError, match="a step cache skips blocks, and in mode 'grid2'"),
+        handle.model.cache_context("cond"),
+    ):
+        run(handle, call, Mode(token_grid=2))
+
+
+@pytest.mark.parametrize("depth", range(4, 60))
+def test_plans_of_any_depth_fill_it(depth):
+    plan = SparseDiT.for_depth(depth)
+    assert len(plan.places) == depth
+    assert plan.pool >= 1
+    assert plan.modules >= 1
+
+
+def test_plans_of_published_models():
+    assert SparseDiT.for_depth(28) == SparseDiT()
+    base = SparseDiT.for_depth(12)
+    assert (base.pool, base.modules, base.group, base.top) == (1, 2, (1, 2, 1, 1), 1)
+    large = SparseDiT.for_depth(24)
+    assert (large.pool, large.modules, large.group, large.top) == (2, 4, (1, 2, 1, 1), 2)
+    with pytest.raises(ValueError, match="depth = 3; legal: at least 4 blocks"):
+        SparseDiT.for_depth(3)
+
+
+def test_settings_survive_a_round_trip():
+    import json
+
+    method = method_of(recipe="lora", rank=4, upsample="nearest-exact")
+    plain = json.loads(json.dumps(method.to_config()))
+    assert method_from_config("sparsedit", plain) == method
+
+
+def test_default_schedule_is_the_papers():
+    schedule = SparseDiT().default_schedule
+    found = [schedule.at(level).mode.name for level in (1, 0.75, 0.74, 0.5, 0.49, 0.25, 0.24, 0)]
+    assert found == ["grid6", "grid6", "grid7", "grid7", "grid8", "grid8", "grid10", "grid10"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"pool": -1}, "pool = -1; legal: a whole number >= 0"),
+        ({"modules": 0}, "modules = 0; legal: a whole number >= 1"),
+        ({"top": 1.5}, "top = 1.5"),
+        ({"group": (1, 3, 2, 1)}, r"group = \(1, 3, 2, 1\); legal: whole numbers"),
+        ({"group": (0, 3, 1, 1)}, "generate >= 1"),
+        ({"group": (1, 3, 1)}, "group"),
+        ({"stages": ()}, "stages"),
+        ({"stages": ((0.5, 4), (0.6, 5))}, "falling"),
+        ({"stages": ((0.5, 4), (-0.1, 5))}, "falling"),
+        ({"stages": ((0.5, 4), (0, 4))}, "a grid of its own"),
+        ({"stages": ((0.5, 0),)}, "token_grid = 0; legal"),
+        ({"upsample": "cubic"}, "upsample = 'cubic'; legal: bilinear, nearest-exact"),
+        ({"recipe": "some"}, "recipe = 'some'; legal: full, lora"),
+        ({"rank": 0}, "rank = 0"),
+    ],
+)
+def test_bad_settings_are_named(settings, named):
+    with pytest.raises(ValueError, match=named):
+        SparseDiT(**settings)
