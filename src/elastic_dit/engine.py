@@ -39,7 +39,9 @@ from elastic_dit.pipes import TRANSFORMERS, called_levels
 from elastic_dit.prediction import parametrisation
 from elastic_dit.report import CallRecord, Stopwatch
 from elastic_dit.routing import (
+    MERGE,
     PARTS,
+    ROLE,
     ROUTER,
     Router,
     TextKey,
@@ -743,7 +745,8 @@ class Engine:
         self.swapped.clear()
         for module, handle in self.hooks:
             handle.remove()
-            module.__dict__.pop(ROUTER, None)  # it may have several, or have been swapped too
+            for key in (ROUTER, ROLE, MERGE):  # it may have several, or have been swapped too
+                module.__dict__.pop(key, None)
         self.hooks.clear()
         for layer, _, _ in self.pairs.values():
             del layer.coarse_A, layer.coarse_B

@@ -7,6 +7,7 @@ does). What its ``forward`` does stands in `elastic_dit.seams`. No stock ``forwa
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 import types
@@ -29,6 +30,8 @@ ROUTER = "_elastic_router"
 TEXT = "_elastic_text"
 MERGED = "_elastic_merged"
 PARTS = "_elastic_parts"
+ROLE = "_elastic_role"
+MERGE = "_elastic_merge"
 
 
 @dataclass(frozen=True)
@@ -146,11 +149,16 @@ def remembered_in_checkpoints(model: nn.Module, router: Router) -> Iterator[None
 
     def remembering(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            then = (router.mode, router.layout, router.joined, router.grid, router.streams)
+            then = (router.mode, router.layout, router.joined, router.grid)
+            present, streams = router.streams, copy.copy(router.streams)
+            first = [True]
 
             def again(*inner: Any, **named: Any) -> Any:
                 now = (router.mode, router.layout, router.joined, router.grid, router.streams)
-                router.mode, router.layout, router.joined, router.grid, router.streams = then
+                router.mode, router.layout, router.joined, router.grid = then
+                # The forward pass goes on with what this block makes of them.
+                router.streams = present if first else streams
+                first.clear()
                 try:
                     return function(*inner, **named)
                 finally:

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 
 Grid = tuple[int, int, int]
 
-ROLES = ("pool", "generate", "sparse", "recover", "dense")
-"""What a block does with its two grids, in the order of a module; ``pool`` blocks come before."""
+ROLES = ("pool", "generate", "gather", "sparse", "recover", "dense")
+"""What a block does with its two grids, in the order of a module; ``pool`` blocks come before.
+``generate`` makes the sparse tokens, ``gather`` is the same once they are there.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +94,7 @@ class SparseBlock:
             return means, means, n
         return {
             "generate": (m, n, m),
+            "gather": (m, n, m),
             "sparse": (m, m, m),
             "recover": (n, m, n),
             "dense": (n, n, n),

@@ -2,30 +2,30 @@
 
 Every stock block stays as it is. Hooks in front of some of its modules change what these are given:
 
-- A *pooling* block's attention is given one token, the mean of all. A token that sees only itself
-  has weight 1, so what it returns is what attention with equal weights would return for every
-  token, at the cost of one; the block's residual sum spreads it.
+- A *pool* block's attention is given one token, the mean of all. A token that sees only itself has
+  weight 1, so what it returns is what attention with equal weights would return for every token, at
+  the cost of one; the block's residual sum spreads it.
 - A *generate* block is given the sparse tokens. Its norm is given those and the dense ones behind
   them, which is the same since it works token by token, and its attention both parts: queries from
-  the one, keys and values from the other.
+  the one, keys and values from the other. Further blocks of that kind are *gather* blocks.
 - A *recover* block is given the dense tokens merged with the sparse ones; keys and values come from
   the latter.
 
-In between, blocks simply see fewer tokens.
+In between, blocks simply see fewer tokens. All blocks get the same hooks, which read the role from
+the module: torch's compiler reuses the graph of one block for others without a look at their hooks.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from elastic_dit.ops.pooling import Sides, pool_phases, rotate_pairs
-from elastic_dit.routing import ROUTER, Router
+from elastic_dit.routing import MERGE, ROLE, ROUTER, Router
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -38,16 +38,7 @@ Given = tuple[tuple, dict[str, Any]]
 Phases = tuple[Tensor, Tensor]
 """Cosines and sines."""
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where a block stands: its role, the number of its sparse-dense module, and whether it is the
-    first there.
-    """
-
-    role: str
-    module: int = 0
-    first: bool = False
+TWO_GRIDS = ("generate", "gather", "recover")
 
 
 @dataclass(eq=False)
@@ -55,182 +46,152 @@ class Streams:
     """State of one forward pass in a sparse mode.
 
     Attributes:
+        streamed: where tokens meet in the blocks.
         dense, sparse: sides of the two grids.
         positions: position vectors ``(1, N, D)`` of the dense tokens, if they are added again.
-        inputs: the dense tokens that each sparse-dense module began with.
+        input: the dense tokens that the present sparse-dense module began with.
         other: tokens of the other grid, in a block that sees two.
         tables: rotary phases of the dense tokens and of the sparse ones.
         turns: those of queries and of keys, in a block that sees two grids.
     """
 
+    streamed: Streamed
     dense: Sides
     sparse: Sides
     positions: Tensor | None = None
-    inputs: dict[int, Tensor] = field(default_factory=dict)
+    input: Tensor | None = None
     other: Tensor | None = None
     tables: tuple[Phases, Phases] | None = None
     turns: tuple[Phases, Phases] | None = None
 
 
 def attach(
-    model: nn.Module, streamed: Streamed, places: Sequence[Place], router: Router
+    model: nn.Module,
+    streamed: Streamed,
+    roles: Sequence[str],
+    merges: Iterable[nn.Module],
+    router: Router,
 ) -> list[tuple[nn.Module, RemovableHandle]]:
-    """Put the hooks on; they do nothing while the router names no streams."""
+    """Put the hooks on; they do nothing while the router names no streams.
+
+    Args:
+        roles: of the blocks.
+        merges: of the sparse-dense modules; each has ``pooled`` and ``merged``.
+    """
     put: list[tuple[nn.Module, RemovableHandle]] = []
+    ways = iter(merges)
 
-    def before(module: nn.Module, hook: Callable[..., Any], *settings: Any) -> None:
-        module.__dict__[ROUTER] = router
-        own = functools.partial(hook, *settings)  # unlike a closure's, its copies are whole
-        put.append((module, module.register_forward_pre_hook(own, with_kwargs=True)))
+    def before(module: nn.Module, role: str, hook: Callable[..., Any]) -> None:
+        module.__dict__[ROUTER], module.__dict__[ROLE] = router, role
+        put.append((module, module.register_forward_pre_hook(hook, with_kwargs=True)))
 
-    for block, place in zip(streamed.of(model), places, strict=True):
-        attentions: list[Any] = [block.get_submodule(name) for name in streamed.attention]
-        if place.role in ("generate", "recover"):
-            before(block, _sparse_tokens if place.role == "generate" else _dense_tokens, place)
-            before(block.get_submodule(streamed.norm), _both_grids)
-        for attention in attentions:
-            if place.role == "pool":
-                before(attention, _mean_token, streamed)
-            elif place.role in ("generate", "recover"):
-                before(attention, _across_grids, streamed, place.role)
-                for norm, which in ((attention.norm_q, 0), (attention.norm_k, 1)):
-                    if streamed.phases:
-                        norm.__dict__[ROUTER] = router
-                        own = functools.partial(_turned, which)
-                        put.append((norm, norm.register_forward_hook(own)))
-            elif place.role == "sparse" and streamed.phases:
-                before(attention, _sparse_phases, streamed)
+    for block, role in zip(streamed.of(model), roles, strict=True):
+        before(block, role, _at_block)
+        if role == "generate":
+            merge = next(ways)
+        if role in ("generate", "recover"):
+            block.__dict__[MERGE] = merge
+        before(block.get_submodule(streamed.norm), role, _at_norm)
+        for name in streamed.attention:
+            attention: Any = block.get_submodule(name)
+            before(attention, role, _at_attention)
+            if streamed.phases:
+                for norm, hook in ((attention.norm_q, _at_query), (attention.norm_k, _at_key)):
+                    norm.__dict__[ROUTER], norm.__dict__[ROLE] = router, role
+                    put.append((norm, norm.register_forward_hook(hook)))
     return put
 
 
-def _sparse_tokens(
-    place: Place, block: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> Given | None:
-    """In front of a generate block."""
-    router, streams = _present(block)
+def _at_block(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Given | None:
+    """In front of a block: between two grids."""
+    streams = _streams(block)
     if streams is None:
         return None
-    if not place.first:
-        streams.other = streams.inputs[place.module]
+    role = block.__dict__[ROLE]
+    if role == "gather":
+        streams.other = streams.input
+    if role not in ("generate", "recover"):
         return None
-    dense = _hidden(args, kwargs)
-    streams.inputs[place.module] = streams.other = dense
-    sizes: Any = router.sizes
-    return _with_hidden(args, kwargs, sizes.pooled(streams, place.module, dense))
+    hidden = args[0] if args else kwargs["hidden_states"]
+    streams.other, merge = hidden, block.__dict__[MERGE]
+    if role == "generate":
+        streams.input, hidden = hidden, merge.pooled(streams, hidden)
+    else:
+        hidden, streams.input = merge.merged(streams, hidden, streams.input), None
+    if args:
+        return (hidden, *args[1:]), kwargs
+    return args, kwargs | {"hidden_states": hidden}
 
 
-def _dense_tokens(
-    place: Place, block: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> Given | None:
-    """In front of a recover block."""
-    router, streams = _present(block)
-    if streams is None:
-        return None
-    sparse = streams.other = _hidden(args, kwargs)
-    dense = streams.inputs[place.module]
-    if not torch.is_grad_enabled():  # else a checkpoint may need it again
-        del streams.inputs[place.module]
-    sizes: Any = router.sizes
-    return _with_hidden(args, kwargs, sizes.merged(streams, place.module, sparse, dense))
-
-
-def _both_grids(norm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Given | None:
-    """In front of the norm of a block that sees two grids."""
-    _, streams = _present(norm)
-    if streams is None:
+def _at_norm(norm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Given | None:
+    """In front of the norm that attention is given: both grids, where it sees two."""
+    streams = _streams(norm)
+    if streams is None or norm.__dict__[ROLE] not in TWO_GRIDS:
         return None
     assert streams.other is not None
     own = args[0]
     return (torch.cat([own, streams.other.to(own.dtype)], dim=1), *args[1:]), kwargs
 
 
-def _across_grids(
-    streamed: Streamed, role: str, attention: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> Given | None:
-    """In front of the attention of a block that sees two grids."""
-    _, streams = _present(attention)
-    if streams is None:
+def _at_attention(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Given | None:
+    """In front of attention among picture tokens."""
+    streams, role = _streams(attention), attention.__dict__[ROLE]
+    if streams is None or role == "dense":
         return None
-    if getattr(attention, "fused_projections", False):
-        raise RuntimeError(
-            "queries and keys of different tokens cannot come from one fused projection; legal in "
-            "sparse modes: model.unfuse_qkv_projections()"
-        )
-    named = _named(streamed, args, kwargs)
-    both = named["hidden_states"]
-    assert streams.other is not None
-    other = streams.other.shape[1]
-    queries, keys = both.split([both.shape[1] - other, other], dim=1)
+    streamed = streams.streamed
+    named = dict(zip(streamed.arguments, args, strict=False)) | kwargs
     if streamed.phases:
         dense, sparse = _tables(streams, named[streamed.phases])
-        streams.turns = (sparse, dense) if role == "generate" else (dense, sparse)
-        named[streamed.phases] = None
-    return (), named | {"hidden_states": queries, "encoder_hidden_states": keys}
-
-
-def _mean_token(
-    streamed: Streamed, attention: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> Given | None:
-    """In front of the attention of a pooling block."""
-    _, streams = _present(attention)
-    if streams is None:
-        return None
-    named = _named(streamed, args, kwargs)
-    named["hidden_states"] = named["hidden_states"].mean(dim=1, keepdim=True)
-    if streamed.phases:
-        named[streamed.phases] = None
+        # Where the grids differ, queries and keys are turned apart; a mean has no position.
+        named[streamed.phases] = sparse if role == "sparse" else None
+        streams.turns = (dense, sparse) if role == "recover" else (sparse, dense)
+    if role == "pool":
+        named["hidden_states"] = named["hidden_states"].mean(dim=1, keepdim=True)
+    elif role in TWO_GRIDS:
+        _check_separate(attention)
+        assert streams.other is not None
+        both, other = named["hidden_states"], streams.other.shape[1]
+        queries, keys = both.split([both.shape[1] - other, other], dim=1)
+        named |= {"hidden_states": queries, "encoder_hidden_states": keys}
     return (), named
 
 
-def _sparse_phases(
-    streamed: Streamed, attention: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> Given | None:
-    """In front of the attention of a block on sparse tokens, where it turns them."""
-    _, streams = _present(attention)
-    if streams is None:
-        return None
-    assert streamed.phases is not None
-    named = _named(streamed, args, kwargs)
-    named[streamed.phases] = _tables(streams, named[streamed.phases])[1]
-    return (), named
+def _at_query(norm: nn.Module, args: tuple, queries: Tensor) -> Tensor | None:
+    return _turned(norm, queries, 0)
 
 
-def _turned(which: int, norm: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-    """Behind the norm of queries (0) or keys (1) in a block that sees two grids."""
-    _, streams = _present(norm)
-    if streams is None:
+def _at_key(norm: nn.Module, args: tuple, keys: Tensor) -> Tensor | None:
+    return _turned(norm, keys, 1)
+
+
+def _turned(norm: nn.Module, x: Tensor, which: int) -> Tensor | None:
+    """Queries or keys ``(B, n, heads, X)`` or ``(B, n, heads * X)`` at their own positions."""
+    streams = _streams(norm)
+    if streams is None or norm.__dict__[ROLE] not in TWO_GRIDS:
         return None
     assert streams.turns is not None
     cos, sin = streams.turns[which]
-    if output.ndim == 4:
-        return rotate_pairs(output, cos, sin)
-    return rotate_pairs(output.unflatten(-1, (-1, cos.shape[-1])), cos, sin).flatten(-2)
+    if x.ndim == 4:
+        return rotate_pairs(x, cos, sin)
+    return rotate_pairs(x.unflatten(-1, (-1, cos.shape[-1])), cos, sin).flatten(-2)
 
 
 def _tables(streams: Streams, dense: Phases) -> tuple[Phases, Phases]:
     """Rotary phases ``(1, N, 1, X)`` of the dense tokens, and of the sparse ones."""
     if streams.tables is None:
         cos, sin = (table[0, :, 0].float() for table in dense)
-        sparse = pool_phases(cos, sin, streams.dense, streams.sparse)
-        cos, sin = (table[None, :, None].to(dense[0]) for table in sparse)
-        streams.tables = dense, (cos, sin)
+        cos, sin = pool_phases(cos, sin, streams.dense, streams.sparse)
+        streams.tables = dense, (cos[None, :, None].to(dense[0]), sin[None, :, None].to(dense[0]))
     return streams.tables
 
 
-def _present(module: nn.Module) -> tuple[Router, Streams | None]:
-    router: Router = module.__dict__[ROUTER]
-    return router, router.streams
+def _streams(module: nn.Module) -> Streams | None:
+    return module.__dict__[ROUTER].streams
 
 
-def _named(streamed: Streamed, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    return dict(zip(streamed.arguments, args, strict=False)) | kwargs
-
-
-def _hidden(args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _with_hidden(args: tuple, kwargs: dict[str, Any], hidden: Tensor) -> Given:
-    if args:
-        return (hidden, *args[1:]), kwargs
-    return args, kwargs | {"hidden_states": hidden}
+def _check_separate(attention: nn.Module) -> None:
+    if getattr(attention, "fused_projections", False):
+        raise RuntimeError(
+            "queries and keys of different tokens cannot come from one fused projection; legal in "
+            "sparse modes: model.unfuse_qkv_projections()"
+        )

@@ -1,4 +1,4 @@
-"""SparseDiT: two token grids in one stock model, on every class that knows where its tokens meet."""
+"""SparseDiT: two token grids in a stock model, on every class that knows where tokens meet."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.backbones.tiny import CASES
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,7 +20,7 @@ from elastic_dit.ops.pooling import pool_tokens, spread_tokens
 
 TIME = 700.0
 NAMES = ("dit", "pixart", "latte", "wan")
-GRIDS = {"dit": (1, 7, 7)}
+GRIDS = {"dit": (1, 7, 7), "pixart": (1, 6, 7), "latte": (3, 6, 7), "wan": (3, 6, 7)}
 STAGES = ((0.5, 2), (0.25, (4, 3)), (0, 5))
 names = pytest.mark.parametrize("name", NAMES)
 
@@ -37,28 +38,20 @@ def method_of(**settings):
     )
 
 
-def deep(name, **changes):
+def deep(name, layers=10):
     """A tiny model with the ten blocks of the plan."""
     case = CASES[name]
-    return replace(case, config={**case.config, "num_layers": 10, **changes}).model()
+    return replace(case, config={**case.config, "num_layers": layers}).model()
 
 
 def call_of(name, count=2, time=TIME):
-    return (
-        CASES[name].call(count, GRIDS.get(name, (1, 6, 7)), time)
-        if name
-        not in (
-            "latte",
-            "wan",
-        )
-        else CASES[name].call(count, (3, 6, 7), time)
-    )
+    return CASES[name].call(count, GRIDS[name], time)
 
 
 @torch.no_grad()
-def elastic(name, **settings):
+def elastic(name, layers=10, **settings):
     torch.manual_seed(2)
-    handle = elastify(deep(name), method_of(**settings))
+    handle = elastify(deep(name, layers), method_of(**settings))
     generator = torch.Generator().manual_seed(3)
     for key, parameter in handle.model.named_parameters():
         if is_new(key):
@@ -116,10 +109,6 @@ def test_a_row_alone_is_the_row_in_a_batch(name):
             torch.testing.assert_close(alone[0], together[row], atol=2e-5, rtol=1e-4)
 
 
-def to_float64(model):
-    return model.double()
-
-
 def test_a_pooling_block_is_attention_with_equal_weights():
     """Zero queries make all weights equal; the block then needs no average to be told."""
     handle = elastic("dit")
@@ -151,23 +140,21 @@ def test_a_merge_starts_as_the_dense_tokens():
     streams = handle.sizes.begin(handle.model, _router(handle, (1, 7, 7)), Mode(token_grid=2))
     dense, sparse = torch.randn(2, 49, 32), torch.randn(2, 4, 32)
     for module in range(2):
-        assert torch.equal(handle.sizes.merged(streams, module, sparse, dense), dense)
-        assert torch.equal(
-            handle.sizes.pooled(streams, module, dense), pool_tokens(dense, (7, 7), (2, 2))
-        )
+        merge = handle.sizes.merges[module]
+        assert torch.equal(merge.merged(streams, sparse, dense), dense)
+        assert torch.equal(merge.pooled(streams, dense), pool_tokens(dense, (7, 7), (2, 2)))
 
 
 @torch.no_grad()
 def test_a_merge_is_the_papers():
     """Spread first, multiply then; positions go in behind their gate."""
     handle = elastic("dit")
-    sizes = handle.sizes
-    streams = sizes.begin(handle.model, _router(handle, (1, 7, 7)), Mode(token_grid=(4, 3)))
+    merge = handle.sizes.merges[1]
+    streams = handle.sizes.begin(handle.model, _router(handle, (1, 7, 7)), Mode(token_grid=(4, 3)))
     dense, sparse = torch.randn(2, 49, 32), torch.randn(2, 12, 32)
     wide = spread_tokens(sparse, (4, 3), (7, 7))
-    expected = sizes.merge_sparse[1](wide) + sizes.merge_dense[1](dense)
-    expected = expected + sizes.dense_gates[1] * streams.positions
-    torch.testing.assert_close(sizes.merged(streams, 1, sparse, dense), expected)
+    expected = merge.sparse(wide) + merge.dense(dense) + merge.dense_gate * streams.positions
+    torch.testing.assert_close(merge.merged(streams, sparse, dense), expected)
 
 
 @torch.no_grad()
@@ -262,29 +249,41 @@ def test_retrained_weights_leave_with_the_handle(tmp_path):
         assert torch.equal(again.model(**call).sample, deep("dit")(**call).sample)
 
 
-@names
-@pytest.mark.parametrize("compiler", ["whole", "repeated"])
-def test_one_graph_per_grid(name, compiler):
-    from torch._dynamo.testing import CompileCounterWithBackend
-
+def compiled(name):
+    """A handle, and its outputs in three modes without a compiler."""
     torch._dynamo.reset()
-    handle, call = elastic(name), call_of(name)
-    modes = handle.modes[:3]
-    eager = [run(handle, call, mode) for mode in modes]
-    counter = CompileCounterWithBackend("eager")
-    if compiler == "whole":
-        handle.model.compile(backend=counter, fullgraph=True, dynamic=False)
-    elif getattr(handle.model, "_repeated_blocks", None):
-        handle.model.compile_repeated_blocks(backend=counter, fullgraph=True, dynamic=False)
-    else:
-        pytest.skip("the class names no repeated blocks")
+    handle = elastic(name, 5, modules=1, group=(1, 1, 1, 0))
+    call, modes = call_of(name), handle.modes[:3]
+    return handle, call, modes, [run(handle, call, mode) for mode in modes]
+
+
+def graphs_of(handle, call, modes, expected, counter):
+    """Graphs made up to each of two rounds of modes."""
     graphs = []
-    for mode, expected in zip(modes * 2, eager * 2, strict=True):
-        torch.testing.assert_close(run(handle, call, mode), expected, atol=2e-5, rtol=1e-4)
+    for mode, output in zip(modes * 2, expected * 2, strict=True):
+        torch.testing.assert_close(run(handle, call, mode), output, atol=2e-5, rtol=1e-4)
         graphs.append(counter.frame_count)
-    assert graphs[3:] == [graphs[2]] * 3
-    if compiler == "whole":
-        assert graphs == [1, 2, 3, 3, 3, 3]
+    return graphs
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in NAMES if name != "dit"]
+
+
+@pytest.mark.parametrize("name", ["dit", *SLOW])
+def test_one_graph_per_grid(name):
+    handle, *rest = compiled(name)
+    counter = CompileCounterWithBackend("eager")
+    handle.model.compile(backend=counter, fullgraph=True, dynamic=False)
+    assert graphs_of(handle, *rest, counter) == [1, 2, 3, 3, 3, 3]
+
+
+@pytest.mark.slow
+@torch._dynamo.config.patch(recompile_limit=32)
+def test_one_graph_per_role_and_grid_where_blocks_are_compiled():
+    handle, *rest = compiled("wan")
+    counter = CompileCounterWithBackend("eager")
+    handle.model.compile_repeated_blocks(backend=counter, fullgraph=True, dynamic=False)
+    assert graphs_of(handle, *rest, counter) == [1, 6, 11, 11, 11, 11]
 
 
 @names
@@ -294,7 +293,6 @@ def test_checkpointed_gradients_are_the_same(name):
     for checkpointing in (False, True):
         if checkpointing:
             handle.model.enable_gradient_checkpointing()
-            handle.model.train()
         handle.model.zero_grad()
         with handle.using(Mode(token_grid=2)):
             loss = handle.model(**call).sample.square().mean()
@@ -403,7 +401,7 @@ def test_step_caches_are_refused():
 @pytest.mark.parametrize("depth", range(4, 60))
 def test_plans_of_any_depth_fill_it(depth):
     plan = SparseDiT.for_depth(depth)
-    assert len(plan.places) == depth
+    assert len(plan.roles) == depth
     assert plan.pool >= 1
     assert plan.modules >= 1
 

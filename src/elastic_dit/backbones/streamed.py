@@ -76,7 +76,7 @@ class Streamed:
             name = f"{self.beside}.{index}"
             block = model.get_submodule(name)
             yield SparseBlock(
-                role="sparse" if role in ("generate", "sparse") else "dense",
+                role="sparse" if role in ("generate", "gather", "sparse") else "dense",
                 kind="temporal",
                 width=sum(block.get_submodule(x).to_q.out_features for x in self.attention),
                 linear=self._linears(block),

@@ -30,7 +30,7 @@ from elastic_dit.routing import Router
 from elastic_dit.schedule import Schedule, Segment
 from elastic_dit.sparse_cost import SparseCost
 from elastic_dit.storage import NewLinear
-from elastic_dit.streams import Place, Streams, attach
+from elastic_dit.streams import Streams, attach
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -144,15 +144,12 @@ class SparseDiT(Method):
         return cls(**{**plan, **settings})
 
     @property
-    def places(self) -> tuple[Place, ...]:
-        """Where each block of the plan stands, in order."""
+    def roles(self) -> tuple[str, ...]:
+        """What each block of the plan does, in order (see `elastic_dit.sparse_cost.ROLES`)."""
         generate, sparse, recover, dense = self.group
-        places = [Place("pool")] * self.pool
-        for module in range(self.modules):
-            places += [Place("generate", module, first=not i) for i in range(generate)]
-            places += [Place("sparse", module)] * sparse + [Place("recover", module)] * recover
-            places += [Place("dense")] * dense
-        return (*places, *[Place("dense")] * self.top)
+        module = ["generate"] + ["gather"] * (generate - 1) + ["sparse"] * sparse
+        module += ["recover"] * recover + ["dense"] * dense
+        return ("pool",) * self.pool + tuple(module) * self.modules + ("dense",) * self.top
 
     @property
     def modes(self) -> tuple[Mode, ...]:
@@ -179,17 +176,17 @@ class SparseDiT(Method):
         )
 
     def build(self, model: nn.Module, backbone: Backbone) -> Sizes:
-        streamed, places = backbone.streamed, self.places
+        streamed, planned = backbone.streamed, len(self.roles)
         if streamed is None:
             raise ValueError(
                 f"method 'sparsedit' does not know where tokens of {backbone.model_class} meet; "
                 "legal: classes whose backbone says so (streamed)"
             )
         depth = len(streamed.of(model))
-        if len(places) != depth:
+        if planned != depth:
             modules = f"{self.modules} x {self.group}"
             raise ValueError(
-                f"pool = {self.pool}, modules {modules} and top = {self.top} are {len(places)} "
+                f"pool = {self.pool}, modules {modules} and top = {self.top} are {planned} "
                 f"blocks; legal: {depth}, all that the model has (SparseDiT.for_depth({depth}) "
                 "plans them)"
             )
@@ -203,8 +200,7 @@ class SparseDiT(Method):
         assert backbone.streamed is not None
         layers = backbone.low_rank_layers(model) if self.low_rank else ()
         adapted = {name: layer.in_features + layer.out_features for name, layer in layers}
-        roles = [place.role for place in self.places]
-        blocks = backbone.streamed.priced(model, roles, shape.width**2, adapted)
+        blocks = backbone.streamed.priced(model, self.roles, shape.width**2, adapted)
         return replace(shape, sparse=SparseCost(blocks=tuple(blocks)))
 
     def to_config(self) -> dict[str, Any]:
@@ -212,24 +208,21 @@ class SparseDiT(Method):
 
 
 class SparseModules(Sizes):
-    """Merges and position gates of the sparse-dense modules, the same for all grids."""
+    """The merges of the sparse-dense modules, the same for all grids."""
 
     def __init__(self, method: SparseDiT, model: nn.Module, backbone: Backbone) -> None:
         super().__init__()
         assert backbone.streamed is not None
-        self.method, self.streamed, self.places = method, backbone.streamed, method.places
+        self.method, self.streamed = method, backbone.streamed
         kernel, _ = backbone.embed_kernel(model)
-        like: dict[str, Any] = {"device": kernel.device, "dtype": kernel.dtype}
-        width = len(kernel)
-        self.merge_sparse, self.merge_dense = (nn.ModuleList() for _ in range(2))
-        for _ in range(method.modules):
-            self.merge_sparse.append(_linear(torch.zeros(width, width), like))
-            self.merge_dense.append(_linear(torch.eye(width), like))
-        self.sparse_gates, self.dense_gates = (nn.ParameterList() for _ in range(2))
+        self.merges = nn.ModuleList(
+            Merge(len(kernel), {"device": kernel.device, "dtype": kernel.dtype}, method.upsample)
+            for _ in range(method.modules)
+        )
         if method.reposition and self.streamed.phases is None:
-            for gates in (self.sparse_gates, self.dense_gates):
-                for _ in range(method.modules):
-                    gates.append(nn.Parameter(torch.zeros(width, **like)))
+            for merge in self.merges:
+                merge.sparse_gate = nn.Parameter(torch.zeros_like(kernel[:, 0, 0, 0, 0]))
+                merge.dense_gate = nn.Parameter(torch.zeros_like(kernel[:, 0, 0, 0, 0]))
 
     def routes(self, mode: Mode) -> bool:
         return False
@@ -241,38 +234,57 @@ class SparseModules(Sizes):
         raise AssertionError("the base's output layer is used in sparse modes")
 
     def attach(self, model: nn.Module, router: Router) -> list[tuple[nn.Module, RemovableHandle]]:
-        return attach(model, self.streamed, self.places, router)
+        return attach(model, self.streamed, self.method.roles, self.merges, router)
 
     def begin(self, model: nn.Module, router: Router, mode: Mode) -> Streams | None:
         if mode.token_grid is None:
             return None
         _, height, width = coarse_grid(router.grid, mode.patch_scale)
         table = None
-        if len(self.dense_gates):
+        if self.method.reposition and self.streamed.phases is None:
             embed = model.get_submodule(router.backbone.embed)
             table = router.backbone.positions(embed, router, mode.patch)
-        return Streams((height, width), mode.token_grid, table)
+        return Streams(self.streamed, (height, width), mode.token_grid, table)
 
-    def pooled(self, streams: Streams, module: int, dense: Tensor) -> Tensor:
+
+class Merge(nn.Module):
+    """From dense tokens to sparse ones and back, in one sparse-dense module.
+
+    Args:
+        like: device and dtype.
+        upsample: how sparse tokens are spread.
+    """
+
+    sparse_gate: nn.Parameter | None
+    dense_gate: nn.Parameter | None
+
+    def __init__(self, width: int, like: dict[str, Any], upsample: str) -> None:
+        super().__init__()
+        self.upsample = upsample
+        self.sparse = _linear(torch.zeros(width, width), like)
+        self.dense = _linear(torch.eye(width), like)
+        self.register_parameter("sparse_gate", None)
+        self.register_parameter("dense_gate", None)
+
+    def pooled(self, streams: Streams, dense: Tensor) -> Tensor:
         """Sparse tokens ``(B, M, D)`` of the dense ones ``(B, N, D)``."""
         sparse = pool_tokens(dense, streams.dense, streams.sparse)
-        if streams.positions is None:
+        if streams.positions is None or self.sparse_gate is None:
             return sparse
         positions = pool_tokens(streams.positions, streams.dense, streams.sparse)
-        return sparse + (self.sparse_gates[module] * positions).to(sparse.dtype)
+        return sparse + (self.sparse_gate * positions).to(sparse.dtype)
 
-    def merged(self, streams: Streams, module: int, sparse: Tensor, dense: Tensor) -> Tensor:
+    def merged(self, streams: Streams, sparse: Tensor, dense: Tensor) -> Tensor:
         """Dense tokens from sparse ones and from those that the module began with.
 
         The paper spreads first and multiplies then; the other way round is the same, for fewer
         tokens.
         """
-        wide = self.merge_sparse[module](sparse)
-        wide = spread_tokens(wide, streams.sparse, streams.dense, self.method.upsample)
-        merged = wide + self.merge_dense[module](dense)
-        if streams.positions is None:
+        wide = spread_tokens(self.sparse(sparse), streams.sparse, streams.dense, self.upsample)
+        merged = wide + self.dense(dense)
+        if streams.positions is None or self.dense_gate is None:
             return merged
-        return merged + (self.dense_gates[module] * streams.positions).to(merged.dtype)
+        return merged + (self.dense_gate * streams.positions).to(merged.dtype)
 
 
 def _linear(weight: Tensor, like: dict[str, Any]) -> NewLinear:
