@@ -88,3 +88,38 @@ def test_what_is_coarser():
 def test_a_zero_scale_in_a_name_is_refused():
     with pytest.raises(ValueError, match="patch_scale = 0"):
         Mode.parse("patch0")
+
+
+def test_names_of_grids():
+    modes = [
+        Mode(token_grid=8),
+        Mode(token_grid=(8, 6)),
+        Mode(2, token_grid=4),
+        Mode((2, 1, 1), token_grid=(3, 4), width=0.5, token_keep=0.8),
+    ]
+    names = ["grid8", "grid8x6", "patch2_grid4", "patch2x1x1_grid3x4_width50_keep80"]
+    assert [mode.name for mode in modes] == names
+    assert [Mode.parse(name) for name in names] == modes
+    assert Mode(token_grid=8) == Mode(token_grid=(8, 8)) == Mode(token_grid=[8, 8])
+    assert not Mode(token_grid=8).is_full
+    assert Mode(token_grid=8).has_base_patch
+
+
+@pytest.mark.parametrize("grid", [0, -2, (3,), (3, 0), (1, 2, 3), 2.5, "grid8", True])
+def test_illegal_grids_are_named(grid):
+    with pytest.raises(ValueError, match=r"token_grid = .*; legal: None, a whole number >= 1"):
+        Mode(token_grid=grid)
+
+
+@pytest.mark.parametrize("name", ["grid", "grid8x8", "grid8_patch2", "patch2grid8", "grid08"])
+def test_names_that_no_grid_has(name):
+    with pytest.raises(ValueError, match="unknown mode"):
+        Mode.parse(name)
+
+
+def test_fewer_sparse_tokens_are_coarser():
+    order = [FULL, Mode(token_grid=8), Mode(token_grid=(8, 6)), Mode(2, token_grid=6)]
+    for i, a in enumerate(order):
+        for j, b in enumerate(order):
+            assert a.is_coarser_than(b) == (i > j)
+    assert not Mode(token_grid=(8, 6)).is_coarser_than(Mode(token_grid=(6, 8)))

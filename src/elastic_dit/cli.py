@@ -53,6 +53,14 @@ def _print(rows: Sequence[dict[str, Any]], columns: Sequence[str], *, as_json: b
     console.print(table)
 
 
+def _print_facts(facts: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+        return
+    rows = [{"quantity": key, "value": value} for key, value in facts.items()]
+    _print(rows, ("quantity", "value"), as_json=False)
+
+
 def _text(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
 
@@ -247,9 +255,19 @@ def cost(
     scale: Annotated[int, typer.Option(help="Weak patch, in base patches per axis.")] = 2,
     low_rank: Annotated[int, typer.Option(help="Rank of unmerged low-rank updates.")] = 0,
     steps: Annotated[int, typer.Option(help="Steps, evenly spaced.")] = 250,
+    method: Annotated[str, typer.Option(help="flexidit (weak first), or sparsedit.")] = "flexidit",
+    sides: Annotated[str, typer.Option(help="Of sparsedit's grids, as in 6,7,8,10.")] = "",
     as_json: AsJson = False,
 ) -> None:
-    """What a weak-first run costs, in closed form; MACs are per forward pass of one picture."""
+    """What a run costs, in closed form; MACs are per forward pass of one picture."""
+    if method == "sparsedit":
+        from elastic_dit.sparsedit_cost import sparsedit_cost
+
+        numbers = tuple(parse_labels(sides, "sides")) if sides else ()
+        _print_facts(sparsedit_cost(model, numbers, steps), as_json=as_json)
+        return
+    if method != "flexidit":
+        raise ValueError(f"method {method!r}; legal: flexidit, sparsedit")
     from elastic_dit.backbones.published import published_shape
     from elastic_dit.cost import weak_first_cost
     from elastic_dit.reference import load_reference, reference_names
@@ -271,11 +289,7 @@ def cost(
         steps=steps,
         shape=shape,
     )
-    if as_json:
-        typer.echo(json.dumps(facts, indent=2))
-    else:
-        rows = [{"quantity": key, "value": value} for key, value in facts.items()]
-        _print(rows, ("quantity", "value"), as_json=False)
+    _print_facts(facts, as_json=as_json)
 
 
 @app.command()
@@ -347,8 +361,11 @@ def backbones(as_json: AsJson = False) -> None:
     _print(rows, ("name", "status"), as_json=as_json)
 
 
-def parse_labels(text: str) -> list[int]:
+def parse_labels(text: str, name: str = "labels") -> list[int]:
     """``0,3,5-7`` -> ``[0, 3, 5, 6, 7]``.
+
+    Args:
+        name: of the option, for errors.
 
     Raises:
         ValueError: not numbers and ranges.
@@ -357,7 +374,7 @@ def parse_labels(text: str) -> list[int]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"labels = {text!r}; legal: numbers and ranges, as in 0,3,5-7")
+            raise ValueError(f"{name} = {text!r}; legal: numbers and ranges, as in 0,3,5-7")
         labels += range(int(first), int(last or first) + 1)
     return labels
 

@@ -31,11 +31,14 @@ class Published:
     grid: Triple
     text_tokens: int
 
+    def model(self) -> Any:
+        """The model, without memory for its weights."""
+        with torch.device("meta"):
+            return getattr(diffusers, self.model_class)(**self.config)
+
     def shape(self) -> TransformerShape:
         """What its cost depends on."""
-        with torch.device("meta"):
-            model = getattr(diffusers, self.model_class)(**self.config)
-        return BACKBONES[self.model_class]().shape(model, self.grid, self.text_tokens)
+        return BACKBONES[self.model_class]().shape(self.model(), self.grid, self.text_tokens)
 
 
 PIXART = {"caption_channels": 4096, "use_additional_conditions": False}
