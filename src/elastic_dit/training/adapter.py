@@ -6,7 +6,8 @@ input.
 
 With all weights on the data, by the base's own objective: FlexiDiT *shared* draws one patch size
 per step (section 4.1, without the moment-matching term); PPFlow gives every sample to the stage of
-its noise level, so that each size only sees its own (section 3.2 there).
+its noise level, so that each size only sees its own (section 3.2 there). SparseDiT draws one
+stage per step (`elastic_dit.training.sparse_stages`).
 """
 
 from __future__ import annotations
@@ -25,23 +26,24 @@ from elastic_dit.checkpoint import Adapter, load_adapter
 from elastic_dit.checks import require
 from elastic_dit.elastify import elastify
 from elastic_dit.engine import is_new
-from elastic_dit.methods import METHODS, DDiT, FlexiDiT, Method, PPFlow
+from elastic_dit.methods import METHODS, DDiT, FlexiDiT, Method, PPFlow, SparseDiT
 from elastic_dit.methods.flexidit import SharedSizes
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.schedule import Schedule
 from elastic_dit.training.config import Recipe, from_table
 from elastic_dit.training.objectives import NoisyBatch, noisy_batch
+from elastic_dit.training.sparse_stages import SparseSettings, Teacher, draw_stage, sparse_loss
 
 TEACHER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdapterSettings:
+class AdapterSettings(SparseSettings):
     """Table ``[adapter]``.
 
     Args:
         base: folder of the trained base model.
-        method: ``flexidit``, ``ddit`` or ``ppflow``.
+        method: ``flexidit``, ``ddit``, ``ppflow`` or ``sparsedit``.
         recipe: of the method; its first by default. FlexiDiT has ``lora`` and ``shared``.
         init_from: folder of an adapter of this base to start from; its method replaces ``recipe``,
             ``scales``, ``rank`` and ``resize``, which must agree.
@@ -51,7 +53,7 @@ class AdapterSettings:
             patches are only used on noisy pictures, and cannot represent clean ones.
         full_share: share of the steps that train full mode (shared).
         stage_ends, stage_modes: of PPFlow, instead of ``scales``: the noise level where each coarse
-            stage ends, and its mode (``patch2``, ``patch1x1x2``).
+            stage ends, and its mode (``patch2``, ``patch1x1x2``). Of SparseDiT likewise.
         gains: guidance gains of all its stages in the default schedule.
         level_mean, level_std: noise levels are drawn as ``sigmoid(mean + std * normal)``.
         teacher_dtype: of the teacher's forward pass (lora). ``bfloat16`` nearly halves its time,
@@ -80,6 +82,7 @@ class AdapterSettings:
     weak_fraction: float = 0.48
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.method in METHODS, "adapter.method", self.method, ", ".join(METHODS))
         recipes = METHODS[self.method].recipes
         object.__setattr__(self, "recipe", self.recipe or recipes[0])
@@ -116,6 +119,8 @@ class AdapterSettings:
             ValueError: a value out of the method's range.
         """
         scales = tuple(self.scales)
+        if self.method == "sparsedit":
+            return self.sparsedit(self.stage_ends, self.stage_modes, self.recipe, self.rank)
         if self.method == "ppflow":
             scales = [Mode.parse(name).patch_scale for name in self.stage_modes]
             stages = tuple(zip(self.stage_ends, scales, strict=True))
@@ -139,6 +144,8 @@ class AdapterTask:
         method = settings.build()
         self.module: Any = DiTTransformer2DModel.from_pretrained(settings.base)
         self.module.eval()
+        teaches = settings.method == "sparsedit" and settings.distil > 0 and not settings.distils
+        self.teacher = Teacher.of(self.module) if teaches else None
         self.handle = elastify(self.module, self._start(method))
         self.shared = settings.recipe == "shared"
         for name, parameter in self.module.named_parameters():
@@ -169,17 +176,38 @@ class AdapterTask:
 
     def _trains(self, name: str) -> bool:
         """Whether a new parameter belongs to a mode that is trained."""
+        if isinstance(self.handle.method, SparseDiT):
+            return is_new(name)
         return is_new(name) and any(mode.name in name.split(".") for mode, _ in self.modes)
 
     def to(self, device: torch.device) -> None:
-        """Nothing but the module."""
+        """Move the teacher, where it is another model."""
+        if self.teacher is not None:
+            self.teacher.model.to(device)
 
     def loss(
         self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Tensor:
         """Distillation loss, or the base's objective in one randomly drawn mode."""
+        method = self.handle.method
+        if isinstance(method, SparseDiT):
+            return self._denoise_one_stage(model, images, labels, generator, method)
+        batch = self._noisy(images, labels, generator)
+        if self.shared:
+            return self._denoise(model, batch, generator)
+        if isinstance(method, PPFlow):
+            return self._denoise_by_stage(model, batch, method.default_schedule)
+        return self._distil(model, batch)
+
+    def _noisy(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        generator: torch.Generator,
+        within: tuple[float, float] = (0.0, 1.0),
+    ) -> NoisyBatch:
         settings = self.settings
-        batch = noisy_batch(
+        return noisy_batch(
             images,
             labels,
             generator,
@@ -187,20 +215,46 @@ class AdapterTask:
             level_std=settings.level_std,
             label_dropout=settings.label_dropout,
             null_label=self.module.config.num_embeds_ada_norm,
+            within=within,
         )
-        if self.shared:
-            return self._denoise(model, batch, generator)
-        if isinstance(self.handle.method, PPFlow):
-            return self._denoise_by_stage(model, batch, self.handle.method.default_schedule)
-        return self._distil(model, batch)
 
-    def _distil(self, model: nn.Module, batch: NoisyBatch) -> Tensor:
+    def _teach(self, model: nn.Module, batch: NoisyBatch) -> Tensor:
+        """The teacher's prediction: that of full mode, or of the base that was."""
         dtype = TEACHER_DTYPES[self.settings.teacher_dtype]
         reduced = contextlib.nullcontext()  # the loop's own precision
         if dtype != torch.float32:
             reduced = torch.autocast(batch.x.device.type, dtype)
         with torch.no_grad(), reduced:
-            teacher = self._predict(model, batch, FULL)
+            if self.teacher is None:
+                return self._predict(model, batch, FULL)
+            return self.teacher.model(
+                batch.x, timestep=batch.times, class_labels=batch.labels
+            ).sample.float()
+
+    def _denoise_one_stage(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        labels: Tensor,
+        generator: torch.Generator,
+        method: SparseDiT,
+    ) -> Tensor:
+        settings = self.settings
+        stage = draw_stage(
+            method,
+            generator,
+            mean=settings.level_mean,
+            std=settings.level_std,
+            random_grids=settings.random_grids,
+        )
+        batch = self._noisy(images, labels, generator, stage.within)
+        if settings.distils:
+            settings = replace(settings, distil=1.0)
+        student = self._predict(model, batch, stage.mode)
+        return sparse_loss(student, batch, settings, lambda: self._teach(model, batch))
+
+    def _distil(self, model: nn.Module, batch: NoisyBatch) -> Tensor:
+        teacher = self._teach(model, batch)
         total = batch.x.new_zeros(())
         for mode, lowest in self.modes:
             keep = batch.noisier_than(lowest)
@@ -242,7 +296,7 @@ class AdapterTask:
             sizes = self._shared_sizes()
             sizes.write_base(self.module, self.handle.backbone)
             sizes.live = False
-        if self.settings.method != "ppflow":
+        if self.settings.method not in ("ppflow", "sparsedit"):
             self.handle.schedule = Schedule.weak_first(
                 self.settings.weak_fraction, self.settings.scales[0]
             )

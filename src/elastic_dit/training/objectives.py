@@ -48,10 +48,12 @@ def noisy_batch(
     level_std: float,
     label_dropout: float,
     null_label: int,
+    within: tuple[float, float] = (0.0, 1.0),
 ) -> NoisyBatch:
     """Noise pictures ``(B, C, H, W)`` of unit variance; all randomness comes from ``generator``."""
     count = len(images)
-    level = stratified_levels(count, generator, mean=level_mean, std=level_std).to(images)
+    level = stratified_levels(count, generator, mean=level_mean, std=level_std, within=within)
+    level = level.to(images)
     noise = torch.randn(images.shape, generator=generator).to(images)
     dropped = (torch.rand(count, generator=generator) < label_dropout).to(labels.device)
     x, target = network_input_and_target(images, noise, level[:, None, None, None])
