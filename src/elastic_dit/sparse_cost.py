@@ -12,7 +12,7 @@ multiplies sparse tokens after they are spread over the dense grid.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 Grid = tuple[int, int, int]
 
@@ -43,8 +43,8 @@ class SparseBlock:
 
     Args:
         role: of `ROLES`.
-        kind: of its attention (see `elastic_dit.cost.Attention`).
-        width: heads times head width of all its attentions over picture tokens together.
+        attention: kind of each attention that picture tokens go through (see
+            `elastic_dit.cost.Attention`), and its heads times head width.
         linear: of its linear layers.
         adapted: inputs plus outputs of those that carry low-rank updates.
         cross: heads times head width of its attention to the text.
@@ -52,8 +52,7 @@ class SparseBlock:
     """
 
     role: str
-    kind: str
-    width: int
+    attention: tuple[tuple[str, int], ...]
     linear: Linears
     adapted: Linears = Linears(query=0, key=0, rest=0)
     cross: int = 0
@@ -69,12 +68,13 @@ class SparseBlock:
             "joint": (queries + text) * (keys + text),
             "spatial": queries * keys // frames,
             "temporal": queries * frames,
-        }[self.kind]
-        attention = 2 * self.width * pairs + 2 * self.cross * stream * text
+        }
+        attention = 2 * self.cross * stream * text
         if self.role == "pool" and published:
             half = (self.linear.query + self.linear.key) // 2  # neither queries nor keys
-            attention = 2 * self.cross * stream * text + self.width * n * self._apart(n, frames)
-            return attention + n * (half + self.linear.rest)
+            constant = sum(width for _, width in self.attention) * n * self._apart(n, frames)
+            return attention + constant + n * (half + self.linear.rest)
+        attention += sum(2 * width * pairs[kind] for kind, width in self.attention)
         merge = ((n if published else m) + n) * self.merge if self.role == "recover" else 0
         return attention + merge + _through(self.linear, queries, keys, stream)
 
@@ -84,7 +84,7 @@ class SparseBlock:
 
     def _apart(self, n: int, frames: int) -> int:
         """Tokens that attend to each other."""
-        return n // frames if self.kind == "spatial" else n
+        return n // frames if self.attention[0][0] == "spatial" else n
 
     def _tokens(self, dense: Grid, sparse: Grid) -> tuple[int, int, int]:
         """Queries, keys and tokens of the stream."""
@@ -131,14 +131,7 @@ class SparseCost:
 
 
 def _dense(block: SparseBlock) -> SparseBlock:
-    return SparseBlock(
-        role="dense",
-        kind=block.kind,
-        width=block.width,
-        linear=block.linear,
-        adapted=block.adapted,
-        cross=block.cross,
-    )
+    return replace(block, role="dense")
 
 
 def _through(linear: Linears, queries: int, keys: int, stream: int) -> int:

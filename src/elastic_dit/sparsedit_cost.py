@@ -45,7 +45,7 @@ def sparse_shape(name: str, method: SparseDiT) -> TransformerShape:
     d = shape.width
     linear = Linears(query=2 * d * d, key=2 * d * d, rest=8 * d * d)
     blocks = tuple(
-        SparseBlock(role=role, kind="self", width=d, linear=linear, merge=d * d)
+        SparseBlock(role=role, attention=(("self", d),), linear=linear, merge=d * d)
         for role in method.roles
     )
     return replace(shape, sparse=SparseCost(blocks=blocks))

@@ -11,12 +11,17 @@ Every stock block stays as it is. Hooks in front of some of its modules change w
 - A *recover* block is given the dense tokens merged with the sparse ones; keys and values come from
   the latter.
 
+Where picture and text attend together, text tokens are among the queries and among the keys of both
+kinds, and their own stream stays as it is; such attention takes queries, keys and values from one
+tensor, so that its layers of keys and values are given theirs apart. There is no pool block then.
+
 In between, blocks simply see fewer tokens. All blocks get the same hooks, which read the role from
 the module: torch's compiler reuses the graph of one block for others without a look at their hooks.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -50,9 +55,11 @@ class Streams:
         dense, sparse: sides of the two grids.
         positions: position vectors ``(1, N, D)`` of the dense tokens, if they are added again.
         input: the dense tokens that the present sparse-dense module began with.
-        other: tokens of the other grid, in a block that sees two.
-        tables: rotary phases of the dense tokens and of the sparse ones.
-        turns: those of queries and of keys, in a block that sees two grids.
+        own, other: how many tokens of its own a block has that sees two grids, and the tokens of
+            the other grid.
+        keys: what keys and values are made from there, where that cannot be passed.
+        tables: rotary phases of the text, of the dense tokens and of the sparse ones.
+        turns: those of queries and of keys of the picture, in a block that sees two grids.
     """
 
     streamed: Streamed
@@ -60,8 +67,10 @@ class Streams:
     sparse: Sides
     positions: Tensor | None = None
     input: Tensor | None = None
+    own: int = 0
     other: Tensor | None = None
-    tables: tuple[Phases, Phases] | None = None
+    keys: Tensor | None = None
+    tables: tuple[Phases, Phases, Phases] | None = None
     turns: tuple[Phases, Phases] | None = None
 
 
@@ -85,39 +94,48 @@ def attach(
         module.__dict__[ROUTER], module.__dict__[ROLE] = router, role
         put.append((module, module.register_forward_pre_hook(hook, with_kwargs=True)))
 
+    def behind(module: nn.Module | None, role: str, hook: Callable[..., Any]) -> None:
+        if module is not None:
+            module.__dict__[ROUTER], module.__dict__[ROLE] = router, role
+            put.append((module, module.register_forward_hook(hook)))
+
     for block, role in zip(streamed.of(model), roles, strict=True):
         before(block, role, _at_block)
         if role == "generate":
             merge = next(ways)
         if role in ("generate", "recover"):
             block.__dict__[MERGE] = merge
-        before(block.get_submodule(streamed.norm), role, _at_norm)
-        for name in streamed.attention:
-            attention: Any = block.get_submodule(name)
+        before(streamed.norm_of(block), role, _at_norm)
+        if streamed.parallel in block._modules:
+            before(block.get_submodule(streamed.parallel), role, _beside_attention)
+        for attention, _ in streamed.attention_of(block):
             before(attention, role, _at_attention)
+            if streamed.joint:
+                before(attention.to_k, role, _at_keys)
+                before(attention.to_v, role, _at_keys)
             if streamed.phases:
-                for norm, hook in ((attention.norm_q, _at_query), (attention.norm_k, _at_key)):
-                    norm.__dict__[ROUTER], norm.__dict__[ROLE] = router, role
-                    put.append((norm, norm.register_forward_hook(hook)))
+                behind(attention.norm_q, role, _behind_queries)
+                behind(attention.norm_k, role, _behind_keys)
+                behind(getattr(attention, "norm_added_q", None), role, _behind_text)
+                behind(getattr(attention, "norm_added_k", None), role, _behind_text)
     return put
 
 
 def _at_block(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Given | None:
     """In front of a block: between two grids."""
-    streams = _streams(block)
-    if streams is None:
-        return None
-    role = block.__dict__[ROLE]
-    if role == "gather":
-        streams.other = streams.input
-    if role not in ("generate", "recover"):
+    streams, role = _present(block)
+    if streams is None or role not in TWO_GRIDS:
         return None
     hidden = args[0] if args else kwargs["hidden_states"]
+    if role == "gather":
+        streams.own, streams.other = hidden.shape[1], streams.input
+        return None
     streams.other, merge = hidden, block.__dict__[MERGE]
     if role == "generate":
         streams.input, hidden = hidden, merge.pooled(streams, hidden)
     else:
         hidden, streams.input = merge.merged(streams, hidden, streams.input), None
+    streams.own = hidden.shape[1]
     if args:
         return (hidden, *args[1:]), kwargs
     return args, kwargs | {"hidden_states": hidden}
@@ -125,73 +143,134 @@ def _at_block(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Given | 
 
 def _at_norm(norm: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Given | None:
     """In front of the norm that attention is given: both grids, where it sees two."""
-    streams = _streams(norm)
-    if streams is None or norm.__dict__[ROLE] not in TWO_GRIDS:
+    streams, role = _present(norm)
+    if streams is None or role not in TWO_GRIDS:
         return None
     assert streams.other is not None
     own = args[0]
     return (torch.cat([own, streams.other.to(own.dtype)], dim=1), *args[1:]), kwargs
 
 
+def _beside_attention(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Given | None:
+    """In front of what is given the same as attention: a block's own tokens alone."""
+    streams, role = _present(module)
+    if streams is None or role not in TWO_GRIDS:
+        return None
+    assert streams.other is not None
+    both = args[0]
+    return (both[:, : both.shape[1] - streams.other.shape[1]], *args[1:]), kwargs
+
+
 def _at_attention(attention: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Given | None:
     """In front of attention among picture tokens."""
-    streams, role = _streams(attention), attention.__dict__[ROLE]
+    streams, role = _present(attention)
     if streams is None or role == "dense":
         return None
     streamed = streams.streamed
     named = dict(zip(streamed.arguments, args, strict=False)) | kwargs
     if streamed.phases:
-        dense, sparse = _tables(streams, named[streamed.phases])
+        given = named[streamed.phases]
+        text, dense, sparse = _tables(streams, given)
         # Where the grids differ, queries and keys are turned apart; a mean has no position.
-        named[streamed.phases] = sparse if role == "sparse" else None
+        named[streamed.phases] = _joined(text, sparse, given[0]) if role == "sparse" else None
         streams.turns = (dense, sparse) if role == "recover" else (sparse, dense)
     if role == "pool":
         named["hidden_states"] = named["hidden_states"].mean(dim=1, keepdim=True)
     elif role in TWO_GRIDS:
-        _check_separate(attention)
-        assert streams.other is not None
-        both, other = named["hidden_states"], streams.other.shape[1]
-        queries, keys = both.split([both.shape[1] - other, other], dim=1)
-        named |= {"hidden_states": queries, "encoder_hidden_states": keys}
+        _check_separate(attention, streamed)
+        queries, keys = _apart(streams, named["hidden_states"])
+        named["hidden_states"] = queries
+        if streamed.joint:
+            streams.keys = keys
+        else:
+            named["encoder_hidden_states"] = keys
     return (), named
 
 
-def _at_query(norm: nn.Module, args: tuple, queries: Tensor) -> Tensor | None:
+def _apart(streams: Streams, both: Tensor) -> tuple[Tensor, Tensor]:
+    """What queries and what keys are made from; text tokens, which come first, are in both."""
+    assert streams.other is not None
+    own = both.shape[1] - streams.other.shape[1]
+    queries, keys = both.split([own, both.shape[1] - own], dim=1)
+    if own > streams.own:
+        keys = torch.cat([both[:, : own - streams.own], keys], dim=1)
+    return queries, keys
+
+
+def _at_keys(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Given | None:
+    """In front of the layers of keys and values, where attention is joint."""
+    streams, role = _present(layer)
+    if streams is None or role not in TWO_GRIDS:
+        return None
+    return (streams.keys,), kwargs
+
+
+def _behind_queries(norm: nn.Module, args: tuple, queries: Tensor) -> Tensor | None:
     return _turned(norm, queries, 0)
 
 
-def _at_key(norm: nn.Module, args: tuple, keys: Tensor) -> Tensor | None:
+def _behind_keys(norm: nn.Module, args: tuple, keys: Tensor) -> Tensor | None:
     return _turned(norm, keys, 1)
+
+
+def _behind_text(norm: nn.Module, args: tuple, x: Tensor) -> Tensor | None:
+    streams, role = _present(norm)
+    if streams is None or role not in TWO_GRIDS:
+        return None
+    assert streams.tables is not None
+    return rotate_pairs(x, *(table[:, None] for table in streams.tables[0]))
 
 
 def _turned(norm: nn.Module, x: Tensor, which: int) -> Tensor | None:
     """Queries or keys ``(B, n, heads, X)`` or ``(B, n, heads * X)`` at their own positions."""
-    streams = _streams(norm)
-    if streams is None or norm.__dict__[ROLE] not in TWO_GRIDS:
+    streams, role = _present(norm)
+    if streams is None or role not in TWO_GRIDS:
         return None
     assert streams.turns is not None
-    cos, sin = streams.turns[which]
+    assert streams.tables is not None
+    phases = streams.turns[which]
+    if x.shape[1] > len(phases[0]):
+        phases = _joined(streams.tables[0], phases, phases[0])
+    cos, sin = (table[:, None] for table in phases)
     if x.ndim == 4:
         return rotate_pairs(x, cos, sin)
     return rotate_pairs(x.unflatten(-1, (-1, cos.shape[-1])), cos, sin).flatten(-2)
 
 
-def _tables(streams: Streams, dense: Phases) -> tuple[Phases, Phases]:
-    """Rotary phases ``(1, N, 1, X)`` of the dense tokens, and of the sparse ones."""
+def _tables(streams: Streams, given: Phases) -> tuple[Phases, Phases, Phases]:
+    """Rotary phases ``(n, X)`` of the text, of the dense tokens and of the sparse ones.
+
+    Args:
+        given: those of text and dense tokens, as ``(n, X)`` or ``(1, n, 1, X)``.
+    """
     if streams.tables is None:
-        cos, sin = (table[0, :, 0].float() for table in dense)
-        cos, sin = pool_phases(cos, sin, streams.dense, streams.sparse)
-        streams.tables = dense, (cos[None, :, None].to(dense[0]), sin[None, :, None].to(dense[0]))
+        cos, sin = (table.flatten(0, -2).float() for table in given)
+        text = len(cos) - math.prod(streams.dense) if streams.streamed.joint else 0
+        dense = cos[text:], sin[text:]
+        sparse = pool_phases(*dense, streams.dense, streams.sparse)
+        streams.tables = (cos[:text], sin[:text]), dense, sparse
     return streams.tables
 
 
-def _streams(module: nn.Module) -> Streams | None:
-    return module.__dict__[ROUTER].streams
+def _joined(text: Phases, picture: Phases, like: Tensor) -> Phases:
+    """Phases of both, in the form and dtype of others."""
+    cos, sin = (torch.cat(pair).to(like) for pair in zip(text, picture, strict=True))
+    return (cos, sin) if like.ndim == 2 else (cos[None, :, None], sin[None, :, None])
 
 
-def _check_separate(attention: nn.Module) -> None:
+def _present(module: nn.Module) -> tuple[Streams | None, str]:
+    return module.__dict__[ROUTER].streams, module.__dict__[ROLE]
+
+
+def _check_separate(attention: Any, streamed: Streamed) -> None:
     if getattr(attention, "fused_projections", False):
         raise RuntimeError(
             "queries and keys of different tokens cannot come from one fused projection; legal in "
             "sparse modes: model.unfuse_qkv_projections()"
+        )
+    if streamed.joint and not all(ROLE in x.__dict__ for x in (attention.to_k, attention.to_v)):
+        raise RuntimeError(
+            "layers of keys and values were put in others (as a LoRA does), which would be given "
+            "the wrong tokens; legal in sparse modes of joint attention: a fused LoRA, or one that "
+            "is put on before elastify"
         )

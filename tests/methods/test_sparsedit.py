@@ -19,39 +19,46 @@ from elastic_dit.methods import method_from_config
 from elastic_dit.ops.pooling import pool_tokens, spread_tokens
 
 TIME = 700.0
-NAMES = ("dit", "pixart", "latte", "wan")
-GRIDS = {"dit": (1, 7, 7), "pixart": (1, 6, 7), "latte": (3, 6, 7), "wan": (3, 6, 7)}
+CALLS = {
+    "dit": ("dit", (1, 7, 7)),
+    "pixart": ("pixart", (1, 6, 7)),
+    "latte": ("latte", (3, 6, 7)),
+    "wan": ("wan", (3, 6, 7)),
+    "sd3": ("sd3", (1, 6, 7)),
+    "flux": ("flux", (1, 6, 7)),
+    "flux-single": ("flux", (1, 6, 7)),
+}
+NAMES = tuple(CALLS)
+JOINT = ("sd3", "flux", "flux-single")
 STAGES = ((0.5, 2), (0.25, (4, 3)), (0, 5))
 names = pytest.mark.parametrize("name", NAMES)
 
 
-def method_of(**settings):
-    return SparseDiT(
-        **{
-            "pool": 1,
-            "modules": 2,
-            "group": (1, 1, 1, 1),
-            "top": 1,
-            "stages": STAGES,
-            **settings,
-        }
-    )
+def method_of(name="dit", **settings):
+    pool = 0 if name in JOINT else 1
+    plan = {"pool": pool, "modules": 2, "group": (1, 1, 1, 1), "top": 2 - pool, "stages": STAGES}
+    return SparseDiT(**{**plan, **settings})
 
 
 def deep(name, layers=10):
-    """A tiny model with the ten blocks of the plan."""
-    case = CASES[name]
-    return replace(case, config={**case.config, "num_layers": layers}).model()
+    """A tiny model with the ten blocks of the plan; FLUX has blocks of two kinds."""
+    case = CASES[CALLS[name][0]]
+    depth = {"num_layers": layers}
+    if name in ("flux", "flux-single"):
+        double = layers - 4 if name == "flux" else 2
+        depth = {"num_layers": double, "num_single_layers": layers - double}
+    return replace(case, config={**case.config, **depth}).model()
 
 
 def call_of(name, count=2, time=TIME):
-    return CASES[name].call(count, GRIDS[name], time)
+    case, grid = CALLS[name]
+    return CASES[case].call(count, grid, time)
 
 
 @torch.no_grad()
 def elastic(name, layers=10, **settings):
     torch.manual_seed(2)
-    handle = elastify(deep(name, layers), method_of(**settings))
+    handle = elastify(deep(name, layers), method_of(name, **settings))
     generator = torch.Generator().manual_seed(3)
     for key, parameter in handle.model.named_parameters():
         if is_new(key):
@@ -157,30 +164,52 @@ def test_a_merge_is_the_papers():
     torch.testing.assert_close(merge.merged(streams, sparse, dense), expected)
 
 
+@names
 @torch.no_grad()
-def test_the_grid_of_the_dense_tokens_leaves_only_the_modules():
-    """A sparse grid as large as the dense one, no pooling: two streams of the same tokens.
+def test_two_streams_of_the_same_tokens_are_stock(name):
+    """The sparse grid is the dense one, and merges return the sparse tokens: nothing is left out.
 
-    With merges that return the dense tokens, a module is its recover block with keys and values
-    from what the blocks before have made of them. Written out here with the stock modules.
+    A pool block comes first where the class must have one, with zero queries, so that the stock
+    block's weights are equal too.
     """
-    method = method_of(pool=0, modules=1, group=(1, 0, 1, 0), top=8, stages=((0, 7),))
-    handle, call = elastify(deep("dit"), method), call_of("dit")
+    _, (_, height, width) = CALLS[name]
+    pool = int(name == "latte")
+    stock, settings = deep(name), {"pool": pool, "top": 2 - pool, "stages": ((0, (height, width)),)}
+    if pool:
+        for parameter in stock.transformer_blocks[0].attn1.to_q.parameters():
+            parameter.zero_()
+    call = call_of(name)
+    expected = stock(**call).sample
+    handle = elastify(stock, method_of(name, **settings))
+    for merge in handle.sizes.merges:
+        merge.sparse.weight.copy_(torch.eye(len(merge.sparse.weight)))
+        merge.dense.weight.zero_()
+    found = run(handle, call, handle.modes[1])
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+    handle.sizes.merges[1].sparse.bias.fill_(1)
+    changed = run(handle, call, handle.modes[1])
+    assert not torch.allclose(changed, expected, atol=1e-2)  # it does take the other way
+
+
+@torch.no_grad()
+def test_a_module_starts_as_cross_attention():
+    """Merges that return the dense tokens: a recover block reads what the others have made of them.
+
+    Written out here with the stock modules, for a sparse grid as large as the dense one.
+    """
+    settings = {"pool": 0, "modules": 1, "group": (1, 0, 1, 0), "top": 8, "stages": ((0, 7),)}
+    handle, call = elastify(deep("dit"), method_of(**settings)), call_of("dit")
     found = run(handle, call, Mode(token_grid=7))
     handle.remove()
     model = handle.model
     x = model.pos_embed(call["hidden_states"])
     times = {"timestep": call["timestep"], "class_labels": call["class_labels"]}
     first, second, *rest = model.transformer_blocks
-
-    def attend(block, queries, keys):
-        own, gate, shift, scale, gate_mlp = block.norm1(queries, **times, hidden_dtype=x.dtype)
-        other = block.norm1(keys, **times, hidden_dtype=x.dtype)[0]
-        h = queries + gate[:, None] * block.attn1(own, encoder_hidden_states=other)
-        inner = block.norm3(h) * (1 + scale[:, None]) + shift[:, None]
-        return h + gate_mlp[:, None] * block.ff(inner)
-
-    x = attend(second, x, attend(first, x, x))
+    own, gate, shift, scale, gate_mlp = second.norm1(x, **times, hidden_dtype=x.dtype)
+    other = second.norm1(first(x, **times), **times, hidden_dtype=x.dtype)[0]
+    x = x + gate[:, None] * second.attn1(own, encoder_hidden_states=other)
+    inner = second.norm3(x) * (1 + scale[:, None]) + shift[:, None]
+    x = x + gate_mlp[:, None] * second.ff(inner)
     for block in rest:
         x = block(x, **times)
     emb = first.norm1.emb(*times.values(), hidden_dtype=x.dtype)
@@ -252,7 +281,7 @@ def test_retrained_weights_leave_with_the_handle(tmp_path):
 def compiled(name):
     """A handle, and its outputs in three modes without a compiler."""
     torch._dynamo.reset()
-    handle = elastic(name, 5, modules=1, group=(1, 1, 1, 0))
+    handle = elastic(name, 5, modules=1, group=(1, 1, 1, 0))  # the rest of the plan is two blocks
     call, modes = call_of(name), handle.modes[:3]
     return handle, call, modes, [run(handle, call, mode) for mode in modes]
 
@@ -372,6 +401,8 @@ def test_what_goes_not_together_is_refused():
         elastify(CASES["sana"].model(), method_of())
     with pytest.raises(ValueError, match="pool = 0; legal for LatteTransformer3DModel: at least 1"):
         elastify(deep("latte"), method_of(pool=0, top=2))
+    with pytest.raises(ValueError, match="pool = 1; legal for SD3Transformer2DModel: 0 "):
+        elastify(deep("sd3"), method_of("sd3", pool=1, top=1))
     handle = elastic("dit")
     with (
         pytest.raises(ValueError, match="mode 'patch2_grid2'; legal: full, grid2"),
@@ -388,6 +419,26 @@ def test_what_goes_not_together_is_refused():
         run(pixart, call_of("pixart"), Mode(token_grid=2))
 
 
+def test_skipped_layers_are_refused():
+    call = call_of("sd3") | {"skip_layers": [1]}
+    with pytest.raises(ValueError, match=r"skip_layers = \[1\], and in mode 'grid2' tokens change"):
+        run(elastic("sd3"), call, Mode(token_grid=2))
+
+
+def test_a_lora_of_joint_attention_goes_below_or_not_at_all():
+    from peft import LoraConfig
+
+    adapter = LoraConfig(r=2, target_modules=["to_k", "to_v"], init_lora_weights=False)
+    handle, call = elastic("flux"), call_of("flux")
+    handle.model.add_adapter(adapter)
+    run(handle, call, FULL)
+    with pytest.raises(RuntimeError, match="layers of keys and values were put in others"):
+        run(handle, call, Mode(token_grid=2))
+    model = deep("flux")
+    model.add_adapter(adapter)
+    run(elastify(model, method_of("flux")), call, Mode(token_grid=2))
+
+
 def test_step_caches_are_refused():
     from diffusers import FirstBlockCacheConfig
 
@@ -402,10 +453,11 @@ def test_step_caches_are_refused():
 
 @pytest.mark.parametrize("depth", range(4, 60))
 def test_plans_of_any_depth_fill_it(depth):
-    plan = SparseDiT.for_depth(depth)
-    assert len(plan.roles) == depth
-    assert plan.pool >= 1
-    assert plan.modules >= 1
+    for settings in ({}, {"pool": 0}):
+        plan = SparseDiT.for_depth(depth, **settings)
+        assert len(plan.roles) == depth
+        assert plan.modules >= 1
+        assert (plan.pool >= 1) == (not settings)
 
 
 def test_plans_of_published_models():

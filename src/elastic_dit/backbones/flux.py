@@ -13,6 +13,7 @@ from elastic_dit.backbones.base import Backbone, Model
 from elastic_dit.backbones.call import Call
 from elastic_dit.backbones.layers import attention, feed_forward
 from elastic_dit.backbones.macs import linear_macs, with_other_pictures
+from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.ids import centre_ids, first_grid
@@ -51,6 +52,15 @@ class FluxBackbone(Backbone):
     low_rank = (
         ("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),
         ("single_transformer_blocks", (*attention("attn")[:3], "proj_mlp", "proj_out")),
+    )
+
+    streamed = Streamed(
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        norms=("norm1", "norm"),
+        attention=(("attn", "joint"),),
+        phases="image_rotary_emb",
+        parallel="proj_mlp",
+        apart=r"^(attn\.(add_|to_add_out)|ff_context|norm)",
     )
 
     def patch(self, model: Model) -> Triple:

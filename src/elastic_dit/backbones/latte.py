@@ -33,7 +33,10 @@ class LatteBackbone(PatchEmbedBackbone):
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
     # Behind the first block, positions in time are added to whichever tokens there are.
     streamed = Streamed(
-        kind="spatial", text="attn2", beside="temporal_transformer_blocks", pools_first=True
+        attention=(("attn1", "spatial"),),
+        text="attn2",
+        beside="temporal_transformer_blocks",
+        pools_first=True,
     )
 
     def output_grid(self, grid: Triple) -> Triple:

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from torch import nn
 
 from elastic_dit.backbones.base import COMMON_FACTS, Model, pair
+from elastic_dit.backbones.call import Call
 from elastic_dit.backbones.layers import attention, feed_forward
 from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.backbones.patch_embed import PatchEmbedBackbone
+from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.cost import Attention, TransformerShape
+from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
 
 TEXT = r"\.(attn\.(add_|to_add_out)|ff_context)"
@@ -26,7 +29,19 @@ class SD3Backbone(PatchEmbedBackbone):
     facts = (*COMMON_FACTS, "joint_attention_dim", "dual_attention_layers")
     low_rank = (("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),)
     residuals = ("block_controlnet_hidden_states",)
+    streamed = Streamed(
+        attention=(("attn", "joint"), ("attn2", "self")),
+        apart=r"^(attn\.(add_|to_add_out)|ff_context|norm1)",
+    )
     packs = True
+
+    def check_call(self, call: Call, mode: Mode) -> None:
+        super().check_call(call, mode)
+        if mode.is_sparse and call.get("skip_layers"):
+            raise ValueError(
+                f"skip_layers = {call['skip_layers']}, and in mode {mode.name!r} tokens change "
+                "grids between blocks; legal together with it: full mode"
+            )
 
     def modulation_layers(self, model: Model) -> Iterator[nn.Module]:
         for block in model.transformer_blocks:

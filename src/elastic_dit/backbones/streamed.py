@@ -23,33 +23,48 @@ class Streamed:
 
     Args:
         blocks: lists of blocks in the order they run.
-        norm: module that normalises what attention is given, inside a block.
-        attention: modules where picture tokens attend to each other.
-        kind: how they do (see `elastic_dit.cost.Attention`).
+        norms: what attention is given comes from the one of these modules that a block has.
+        attention: modules of a block, as far as it has them, where picture tokens attend to each
+            other, and how they do (see `elastic_dit.cost.Attention`).
         arguments: of those modules, as far as the block passes them by place.
-        phases: the one that holds rotary phases.
+        phases: the one that holds rotary phases, of text tokens first where these are turned too.
+        parallel: module that is given what attention is given, if there is one.
         text: attention to the text.
         apart: layers that picture tokens do not go through, as a regular expression.
         beside: list of blocks across frames, each of which runs behind one of ``blocks``, on the
             grid that it leaves.
-        pools_first: the first block must be a pooling one: something is added to its output that
+        pools_first: the first block must be a pool block: something is added to its output that
             tokens of both grids need.
     """
 
     blocks: tuple[str, ...] = ("transformer_blocks",)
-    norm: str = "norm1"
-    attention: tuple[str, ...] = ("attn1",)
-    kind: str = "self"
+    norms: tuple[str, ...] = ("norm1",)
+    attention: tuple[tuple[str, str], ...] = (("attn1", "self"),)
     arguments: tuple[str, ...] = ("hidden_states",)
     phases: str | None = None
+    parallel: str | None = None
     text: str | None = None
     apart: str = r"^attn2\.to_[kv]$"
     beside: str | None = None
     pools_first: bool = False
 
+    @property
+    def joint(self) -> bool:
+        """Whether picture and text tokens attend together."""
+        return any(kind == "joint" for _, kind in self.attention)
+
     def of(self, model: Any) -> list[nn.Module]:
         """The blocks in the order they run."""
         return [block for name in self.blocks for block in model.get_submodule(name)]
+
+    def norm_of(self, block: nn.Module) -> nn.Module:
+        """The module that normalises what attention is given."""
+        return next(block._modules[name] for name in self.norms if name in block._modules)
+
+    def attention_of(self, block: nn.Module) -> list[tuple[Any, str]]:
+        """The attentions of a block, and how their tokens see each other."""
+        found = [(block._modules.get(name), kind) for name, kind in self.attention]
+        return [(module, kind) for module, kind in found if module is not None]
 
     def priced(
         self, model: Any, roles: Sequence[str], merge: int, adapted: dict[str, int]
@@ -60,28 +75,32 @@ class Streamed:
             merge: multiply-adds of one token in a merging layer.
             adapted: inputs plus outputs of adapted layers by name.
         """
-        names = [f"{name}.{i}" for name in self.blocks for i in range(_count(model, name))]
-        for name, role in zip(names, roles, strict=True):
-            block = model.get_submodule(name)
+        for (name, block), role in zip(self._named(model, self.blocks), roles, strict=True):
             yield SparseBlock(
                 role=role,
-                kind=self.kind,
-                width=sum(block.get_submodule(x).to_q.out_features for x in self.attention),
+                attention=tuple(
+                    (kind, layer.to_q.out_features) for layer, kind in self.attention_of(block)
+                ),
                 linear=self._linears(block),
                 adapted=self._adapted(name, adapted),
                 cross=0 if self.text is None else block.get_submodule(self.text).to_q.out_features,
                 merge=merge,
             )
-        for index, role in enumerate(roles if self.beside else ()):
-            name = f"{self.beside}.{index}"
-            block = model.get_submodule(name)
+        if self.beside is None:
+            return
+        for (name, block), role in zip(self._named(model, (self.beside,)), roles, strict=True):
+            layers = self.attention_of(block)
             yield SparseBlock(
                 role="sparse" if role in ("generate", "gather", "sparse") else "dense",
-                kind="temporal",
-                width=sum(block.get_submodule(x).to_q.out_features for x in self.attention),
+                attention=tuple(("temporal", layer.to_q.out_features) for layer, _ in layers),
                 linear=self._linears(block),
                 adapted=self._adapted(name, adapted),
             )
+
+    def _named(self, model: Any, lists: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+        for name in lists:
+            for index, block in enumerate(model.get_submodule(name)):
+                yield f"{name}.{index}", block
 
     def _linears(self, block: Any) -> Linears:
         query, key = (linear_macs(block, pattern) for pattern in self._patterns())
@@ -90,7 +109,7 @@ class Streamed:
 
     def _patterns(self) -> tuple[str, str]:
         """Layers of queries and of what attention returns; layers of keys and values."""
-        owners = "|".join(self.attention)
+        owners = "|".join(name for name, _ in self.attention)
         return rf"^({owners})\.(to_q|to_out\.0)$", rf"^({owners})\.to_[kv]$"
 
     def _adapted(self, block: str, adapted: dict[str, int]) -> Linears:
@@ -101,7 +120,3 @@ class Streamed:
             for pattern in self._patterns()
         )
         return Linears(query=query, key=key, rest=sum(own.values()) - query - key)
-
-
-def _count(model: Any, blocks: str) -> int:
-    return len(model.get_submodule(blocks))

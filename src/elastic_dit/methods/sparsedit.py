@@ -129,18 +129,22 @@ class SparseDiT(Method):
         modules in `GROUPS`, at least two of which should fit, those that leave the fewest blocks
         over are taken, the larger ones where that is equal. What is left stays dense at the top.
 
+        Args:
+            settings: others; ``pool`` too, which must be 0 where attention is joint.
+
         Raises:
             ValueError: fewer than four blocks.
         """
         ends = 2 if depth >= 24 else 1
-        middle = depth - 2 * ends
+        pool = settings.get("pool", ends)
+        middle = depth - pool - ends
         fitting = [group for group in GROUPS if sum(group) <= middle]
         if not fitting:
             raise ValueError(f"depth = {depth}; legal: at least 4 blocks")
         several = [group for group in fitting if 2 * sum(group) <= middle and sum(group) > 2]
         group = min(several or fitting[:1], key=lambda each: middle % sum(each))
         modules, over = divmod(middle, sum(group))
-        plan = {"pool": ends, "modules": modules, "group": group, "top": ends + over}
+        plan = {"pool": pool, "modules": modules, "group": group, "top": ends + over}
         return cls(**{**plan, **settings})
 
     @property
@@ -192,6 +196,11 @@ class SparseDiT(Method):
             )
         if streamed.pools_first and not self.pool:
             raise ValueError(f"pool = 0; legal for {backbone.model_class}: at least 1")
+        if streamed.joint and self.pool:
+            raise ValueError(
+                f"pool = {self.pool}; legal for {backbone.model_class}: 0 (its picture and text "
+                "tokens attend together, which an average over the picture would not)"
+            )
         return SparseModules(self, model, backbone)
 
     def priced(
