@@ -116,7 +116,8 @@ class Mode:
 
     def is_coarser_than(self, other: Mode) -> bool:
         """Whether it does at most as much along every axis, and less along one."""
-        pairs = list(zip(self.patch_scale, other.patch_scale, strict=True))
+        pairs: list[tuple[float, float]] = []
+        pairs += zip(self.patch_scale, other.patch_scale, strict=True)
         own, theirs = (
             (math.inf,) * 2 if x.token_grid is None else x.token_grid for x in (self, other)
         )
@@ -138,7 +139,7 @@ class Mode:
         if name and match:
             scale, rows, columns, height, across, width, keep = match.groups()
             three = (int(scale), int(rows), int(columns)) if rows else int(scale or 1)
-            sides = height and (int(height), int(across or height))
+            sides = (int(height), int(across or height)) if height else None
             mode = cls(
                 three,
                 token_grid=sides,

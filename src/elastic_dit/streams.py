@@ -89,6 +89,7 @@ def attach(
     """
     put: list[tuple[nn.Module, RemovableHandle]] = []
     ways = iter(merges)
+    merge: nn.Module | None = None
 
     def before(module: nn.Module, role: str, hook: Callable[..., Any]) -> None:
         module.__dict__[ROUTER], module.__dict__[ROLE] = router, role
@@ -102,7 +103,7 @@ def attach(
     for block, role in zip(streamed.of(model), roles, strict=True):
         before(block, role, _at_block)
         if role == "generate":
-            merge = next(ways)
+            merge = next(ways)  # the same for all blocks of a sparse-dense module
         if role in ("generate", "recover"):
             block.__dict__[MERGE] = merge
         before(streamed.norm_of(block), role, _at_norm)

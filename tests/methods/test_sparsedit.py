@@ -186,7 +186,7 @@ def test_two_streams_of_the_same_tokens_are_stock(name):
         merge.dense.weight.zero_()
     found = run(handle, call, handle.modes[1])
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
-    handle.sizes.merges[1].sparse.bias.fill_(1)
+    handle.sizes.merges[1].sparse.bias.normal_()
     changed = run(handle, call, handle.modes[1])
     assert not torch.allclose(changed, expected, atol=1e-2)  # it does take the other way
 

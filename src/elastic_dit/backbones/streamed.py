@@ -59,7 +59,8 @@ class Streamed:
 
     def norm_of(self, block: nn.Module) -> nn.Module:
         """The module that normalises what attention is given."""
-        return next(block._modules[name] for name in self.norms if name in block._modules)
+        name = next(name for name in self.norms if name in block._modules)
+        return block.get_submodule(name)
 
     def attention_of(self, block: nn.Module) -> list[tuple[Any, str]]:
         """The attentions of a block, and how their tokens see each other."""

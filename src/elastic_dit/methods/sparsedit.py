@@ -144,7 +144,12 @@ class SparseDiT(Method):
         several = [group for group in fitting if 2 * sum(group) <= middle and sum(group) > 2]
         group = min(several or fitting[:1], key=lambda each: middle % sum(each))
         modules, over = divmod(middle, sum(group))
-        plan = {"pool": pool, "modules": modules, "group": group, "top": ends + over}
+        plan: dict[str, Any] = {
+            "pool": pool,
+            "modules": modules,
+            "group": group,
+            "top": ends + over,
+        }
         return cls(**{**plan, **settings})
 
     @property
