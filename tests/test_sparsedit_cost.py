@@ -58,6 +58,10 @@ def test_the_other_published_models_have_plans():
     for name in ("pixart-alpha-256", "latte-1-512", "wan-2.1-1.3b-480p"):
         facts = sparsedit_cost(name)
         assert 0.35 < facts["ratio"] < facts["ratio_published"] < 0.65
+    for name in ("sd3-medium-1024", "flux-1-dev-1024"):
+        facts = sparsedit_cost(name)
+        assert facts["plan"]["pool"] == 0
+        assert 0.4 < facts["ratio"] < facts["ratio_published"] < 0.8
 
 
 def test_illegal_questions_are_named():

@@ -86,7 +86,8 @@ def sparsedit_cost(name: str, sides: tuple[int, ...] = (), steps: int = 250) -> 
     if sides and len(sides) != len(QUARTERS):
         raise ValueError(f"sides = {sides}; legal: {len(QUARTERS)}, the noisiest quarter's first")
     stages = tuple(zip(QUARTERS, sides, strict=True)) if sides else default
-    method = SparseDiT.for_depth(depth_of(name), stages=stages)
+    pool = {"pool": 0} if name not in SHAPES and _streamed(name).joint else {}
+    method = SparseDiT.for_depth(depth_of(name), stages=stages, **pool)
     if any(side > min(grid[1:]) for side in sides):
         raise ValueError(f"sides = {sides}; legal: at most {min(grid[1:])}")
     shape = sparse_shape(name, method)

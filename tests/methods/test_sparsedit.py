@@ -337,6 +337,27 @@ def test_checkpointed_gradients_are_the_same(name):
     assert new <= found[0].keys()
 
 
+def test_a_whole_pipeline_run_is_what_was_planned():
+    from elastic_dit.reference import load_reference
+
+    pipe = load_reference()
+    pipe.set_progress_bar_config(disable=True)
+    expected = pipe([3, 7], seeds=[0, 1], num_inference_steps=4, output_type="pt").images
+    method = SparseDiT.for_depth(6, stages=((0.5, 4), (0, 6)))
+    handle = elastify(pipe, method)
+    images = pipe([3, 7], seeds=[0, 1], num_inference_steps=4, output_type="pt").images
+    assert torch.isfinite(torch.as_tensor(images)).all()
+    report, plan = handle.report(), handle.plan(4)
+    assert [call.mode for call in report.calls] == [step.mode for step in plan.steps]
+    assert report.ratio == pytest.approx(plan.ratio)
+    assert plan.ratio < 0.8
+    handle.budget = 0.85
+    assert handle.plan(4).ratio <= 0.86
+    handle.remove()
+    again = pipe([3, 7], seeds=[0, 1], num_inference_steps=4, output_type="pt").images
+    assert torch.equal(torch.as_tensor(again), torch.as_tensor(expected))
+
+
 def test_a_copy_has_streams_of_its_own():
     handle, call = elastic("dit"), call_of("dit")
     expected = run(handle, call, Mode(token_grid=2))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,17 @@ class Row:
 
 def mode_colour(mode: Mode | None) -> tuple[int, int, int]:
     """Colour of a mode in strips; light grey for a branch that is left out."""
-    return NO_BRANCH if mode is None else COLOURS.get(max(mode.patch_scale), (120, 120, 120))
+    if mode is None:
+        return NO_BRANCH
+    if mode.token_grid is not None:  # fewer tokens, lighter
+        shade = 70 + 140 // max(mode.token_grid)
+        return shade, 150, shade
+    return COLOURS.get(max(mode.patch_scale), (120, 120, 120))
+
+
+def _fineness(mode: Mode) -> tuple[tuple[int, ...], int]:
+    """Sorts modes from the finest on."""
+    return mode.patch_scale, -math.prod(mode.token_grid or (1000, 1000))
 
 
 def comparison(rows: Sequence[Row], *, zoom: int = 2) -> np.ndarray:
@@ -55,7 +66,7 @@ def comparison(rows: Sequence[Row], *, zoom: int = 2) -> np.ndarray:
             for mode in (s.mode, s.guide)
             if mode
         },
-        key=lambda m: m.patch_scale,
+        key=_fineness,
     )
     canvas = Image.new(
         "RGB", (LABEL_WIDTH + count * cell_w + MARGIN, len(rows) * line + 22 + MARGIN), "white"
@@ -122,7 +133,7 @@ def decisions(report: Report, *, plan: Plan | None = None, cell: int = 16) -> np
             draw.rectangle((x, top, x + cell - 2, top + cell - 2), fill=mode_colour(mode))
     known = {mode for _, modes in lines for mode in modes if mode is not None}
     x, y = MARGIN, MARGIN + len(lines) * cell + 4
-    for mode in sorted(known, key=lambda m: m.patch_scale):
+    for mode in sorted(known, key=_fineness):
         draw.rectangle((x, y + 3, x + 10, y + 13), fill=mode_colour(mode))
         draw.text((x + 15, y), mode.name, fill="black", font=font)
         x += 80

@@ -126,8 +126,9 @@ class SparseDiT(Method):
         """A plan for any depth, after the paper's two.
 
         From 24 blocks on, two pool and two stay dense at the top, below that one each. Of the
-        modules in `GROUPS`, at least two of which should fit, those that leave the fewest blocks
-        over are taken, the larger ones where that is equal. What is left stays dense at the top.
+        modules in `GROUPS` that end in a dense block, those that leave the fewest blocks over are
+        taken, the larger ones where that is equal. Where two of them do not fit, smaller ones or a
+        single one are. What is left stays dense at the top.
 
         Args:
             settings: others; ``pool`` too, which must be 0 where attention is joint.
@@ -141,7 +142,8 @@ class SparseDiT(Method):
         fitting = [group for group in GROUPS if sum(group) <= middle]
         if not fitting:
             raise ValueError(f"depth = {depth}; legal: at least 4 blocks")
-        several = [group for group in fitting if 2 * sum(group) <= middle and sum(group) > 2]
+        several = [group for group in fitting if 2 * sum(group) <= middle and group[1]]
+        several = [group for group in several if group[3]] or several
         group = min(several or fitting[:1], key=lambda each: middle % sum(each))
         modules, over = divmod(middle, sum(group))
         plan: dict[str, Any] = {
@@ -196,8 +198,8 @@ class SparseDiT(Method):
             modules = f"{self.modules} x {self.group}"
             raise ValueError(
                 f"pool = {self.pool}, modules {modules} and top = {self.top} are {planned} "
-                f"blocks; legal: {depth}, all that the model has (SparseDiT.for_depth({depth}) "
-                "plans them)"
+                f"blocks; legal: {depth}, all that the model has (SparseDiT.for_depth({depth}"
+                f"{', pool=0' if streamed.joint else ''}) plans them)"
             )
         if streamed.pools_first and not self.pool:
             raise ValueError(f"pool = 0; legal for {backbone.model_class}: at least 1")
