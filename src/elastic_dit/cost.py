@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic_dit.mode import FULL, Mode
+from elastic_dit.ops.gates import kept_tokens
 from elastic_dit.ops.patching import coarse_grid
 from elastic_dit.schedule import Plan, Schedule
 
@@ -75,6 +76,13 @@ class Routable:
         skipping = kept.tokens if self.skips_tokens else 1.0
         channels = tokens * skipping * self.channel_macs + text * self.channel_text_macs
         return kept.heads * heads + kept.channels * channels
+
+    def fixed_share(self, grid: tuple[int, int, int], share: float) -> float:
+        """Share of the tokens that a fixed number of them is, in each row that blocks see."""
+        frames, height, width = grid
+        rows = {"spatial": height * width, "temporal": frames}
+        tokens = rows.get(self.attention.kind, math.prod(grid))
+        return kept_tokens(tokens, share) / tokens
 
     def router_macs(self, tokens: int) -> float:
         """Multiply-adds of the token router; those that read the timestep run once per run."""
@@ -160,6 +168,10 @@ class TransformerShape:
         if kept is None:
             assert self.kept is not None, "a routed mode needs to know what its routers keep"
             kept = self.kept(mode, level)
+            if mode.token_keep is not None:
+                grid = coarse_grid(self.grid, mode.patch_scale)
+                fixed = [block.fixed_share(grid, mode.token_keep) for block in self.routable]
+                kept = [replace(x, tokens=y) for x, y in zip(kept, fixed, strict=True)]
         grid, text = coarse_grid(self.grid, mode.patch_scale), self.text_tokens
         routers = sum(block.router_macs(math.prod(grid)) for block in self.routable)
         return -routers + sum(

@@ -19,15 +19,19 @@ from torch import Tensor, nn
 
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.ops.patching import Triple, coarse_grid
+from elastic_dit.pickling import MADE_OF, pickled_as
 
 if TYPE_CHECKING:
     from elastic_dit.backbones.base import Backbone
     from elastic_dit.methods.base import Sizes
+    from elastic_dit.narrowing import Narrow
 
 ROUTER = "_elastic_router"
 TEXT = "_elastic_text"
 MERGED = "_elastic_merged"
 PARTS = "_elastic_parts"
+PLACE = "_elastic_place"
+SLICES = "_elastic_slices"
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,23 @@ class Part:
     def length(self) -> int:
         """Tokens of all pictures of the part."""
         return self.rows * self.tokens
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module stands among the routed ones.
+
+    Attributes:
+        block: number of its block.
+        role: whether heads or channels are its features, or both, one after the other.
+        features: how many.
+        name: of a linear layer, in the model.
+    """
+
+    block: int
+    role: str = "heads"
+    features: int = 0
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,6 +106,7 @@ class Router:
         lengths: of the text and of the whole sequence of each row, where a class joins them row by
             row.
         text: what the text layers' outputs depend on, if they are to be kept for a whole run.
+        narrow: what the present forward pass leaves out; None for nothing.
         merged: use weights with the low-rank update added in (one more copy per mode) instead of
             unmerged updates.
     """
@@ -104,6 +126,7 @@ class Router:
     merging: bool = False
     tables: dict[Any, Tensor] = field(default_factory=dict)
     device: Any = None
+    narrow: Narrow | None = None
 
     def tokens(self, mode: Mode) -> int:
         """Tokens of one picture of the present grid."""
@@ -143,15 +166,15 @@ def remembered_in_checkpoints(model: nn.Module, router: Router) -> Iterator[None
 
     def remembering(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            then = (router.mode, router.layout, router.joined, router.grid)
+            then = (router.mode, router.layout, router.joined, router.grid, router.narrow)
 
             def again(*inner: Any, **named: Any) -> Any:
-                now = (router.mode, router.layout, router.joined, router.grid)
-                router.mode, router.layout, router.joined, router.grid = then
+                now = (router.mode, router.layout, router.joined, router.grid, router.narrow)
+                _return_to(router, then)
                 try:
                     return function(*inner, **named)
                 finally:
-                    router.mode, router.layout, router.joined, router.grid = now
+                    _return_to(router, now)
 
             return checkpoint(again, *args, **kwargs)
 
@@ -166,9 +189,24 @@ def remembered_in_checkpoints(model: nn.Module, router: Router) -> Iterator[None
             owner.__dict__[name] = original
 
 
+def _return_to(router: Router, state: tuple[Any, ...]) -> None:
+    router.mode, router.layout, router.joined, router.grid, router.narrow = state
+
+
 @functools.cache
 def _generated(base: type, mixin: type) -> type:
-    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {"__module__": __name__})
+    made_of = (*base.__dict__.get(MADE_OF, (base,)), mixin)
+    parts = {
+        "__module__": __name__,
+        "__reduce_ex__": pickled_as(_swapped, *made_of),
+        MADE_OF: made_of,
+    }
+    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), parts)
+
+
+def _swapped(stock: type, *mixins: type) -> type:
+    """The class of a module that was swapped, once or more."""
+    return functools.reduce(_generated, mixins, stock)
 
 
 def swap_class(module: nn.Module, mixin: type, router: Router) -> None:
@@ -183,7 +221,7 @@ def restore_class(module: nn.Module) -> None:
     """Undo `swap_class` exactly."""
     was = type(module)
     module.__class__ = was.__bases__[1]
-    for key in (ROUTER, MERGED, PARTS, TEXT):
+    for key in (ROUTER, MERGED, PARTS, TEXT, PLACE, SLICES):
         module.__dict__.pop(key, None)
     rebind_hooks(module, was)
 

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from torch import nn
 
 from elastic_dit.backbones.base import COMMON_FACTS, Model, pair
-from elastic_dit.backbones.layers import attention, feed_forward
+from elastic_dit.backbones.layers import attention, embedders, feed_forward
 from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.backbones.patch_embed import PatchEmbedBackbone
+from elastic_dit.backbones.routed import JOINT, Routed
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.ops.patching import Triple
 
@@ -27,6 +28,8 @@ class SD3Backbone(PatchEmbedBackbone):
     low_rank = (("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),)
     residuals = ("block_controlnet_hidden_states",)
     packs = True
+    routed = (Routed(blocks="transformer_blocks", **JOINT, residual="norm2"),)
+    time_layers = embedders("time_text_embed")
 
     def modulation_layers(self, model: Model) -> Iterator[nn.Module]:
         for block in model.transformer_blocks:
