@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from elastic_dit.mode import FULL, Mode
+from elastic_dit.mode import FULL, Mode, coarseness
 from elastic_dit.schedule import WEAK_GUIDANCE_GAIN, Schedule, Segment
 
 CURRENCIES = ("flops", "seconds")
@@ -92,12 +92,6 @@ class Choice:
         return f"{self.mode.name}/{guide.name}"
 
 
-def _rank(mode: Mode) -> tuple[float, str]:
-    """Finest first."""
-    kept = 1.0 if mode.token_keep is None else mode.token_keep
-    return math.prod(mode.patch_scale) / mode.width / kept, mode.name
-
-
 def pairings(modes: Iterable[Mode], guidance: str = "cfg") -> tuple[Choice, ...]:
     """The usual choices for a set of modes; the first one is what the others are compared with.
 
@@ -110,9 +104,7 @@ def pairings(modes: Iterable[Mode], guidance: str = "cfg") -> tuple[Choice, ...]
     Raises:
         ValueError: guidance out of range, or weak guidance without a coarse mode.
     """
-    known = sorted(
-        set(modes) | {FULL}, key=lambda mode: (math.prod(mode.patch_scale) / mode.width, mode.name)
-    )
+    known = sorted(set(modes) | {FULL}, key=coarseness)
     if guidance == "cfg":
         return tuple(
             Choice(mode=mode, guide=None if guide == mode else guide)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 
@@ -125,6 +126,12 @@ class Mode:
 
     def __str__(self) -> str:
         return self.name
+
+
+def coarseness(mode: Mode) -> tuple[float, str]:
+    """A key that sorts modes from the finest to the coarsest."""
+    kept = 1.0 if mode.token_keep is None else mode.token_keep
+    return math.prod(mode.patch_scale) / mode.width / kept, mode.name
 
 
 def _is_share(share: object) -> bool:
