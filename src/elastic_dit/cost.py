@@ -55,7 +55,9 @@ class Routable:
         head_macs, head_text_macs: multiply-adds of one image token and one text token in the linear
             layers that narrow with the heads.
         channel_macs, channel_text_macs: in those that narrow with the channels.
-        skips_tokens: whether image tokens may skip the latter.
+        exit_macs: those of ``head_macs`` that an image token skips together with its channels,
+            where one layer takes both.
+        skips_tokens: whether image tokens may skip the channels.
         width: of the tokens that the token router reads.
     """
 
@@ -64,6 +66,7 @@ class Routable:
     channel_macs: float
     head_text_macs: float = 0.0
     channel_text_macs: float = 0.0
+    exit_macs: float = 0.0
     skips_tokens: bool = True
     width: int = 0
 
@@ -73,8 +76,9 @@ class Routable:
         tokens = math.prod(grid)
         heads = self.attention.macs(frames, height * width, text)
         heads += tokens * self.head_macs + text * self.head_text_macs
-        skipping = kept.tokens if self.skips_tokens else 1.0
-        channels = tokens * skipping * self.channel_macs + text * self.channel_text_macs
+        entering = tokens * (kept.tokens if self.skips_tokens else 1.0)
+        heads -= (tokens - entering) * self.exit_macs
+        channels = entering * self.channel_macs + text * self.channel_text_macs
         return kept.heads * heads + kept.channels * channels
 
     def fixed_share(self, grid: tuple[int, int, int], share: float) -> float:

@@ -152,11 +152,50 @@ class ResidualSeam(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """What the stock norm returns."""
-        narrow = _narrow(self)
+        narrow, place = _narrow(self), self.__dict__[PLACE]
         if narrow is not None and narrow.token_logits is not None:
-            block = self.__dict__[PLACE].block
-            narrow.logits[block] = narrow.token_logits(block, x)
+            picture = x[:, narrow.text :] if place.role == "both" else x
+            narrow.logits[place.block] = narrow.token_logits(place.block, picture)
         return super().forward(x, *args, **kwargs)  # pyrefly: ignore[missing-attribute]
+
+
+class SkipRowsSeam(nn.Module):
+    """Mixed into a linear layer that picture tokens may skip, in one sequence with the text.
+
+    The layers of a block that do so come one after the other, and skipped tokens are zero to both,
+    so that only the residual of the block is left to them.
+    """
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """``(B, T + N, D)`` -> ``(B, T + N, D')``, zero for skipped tokens."""
+        narrow, place = _narrow(self), self.__dict__[PLACE]
+        stock = super().forward  # pyrefly: ignore[missing-attribute]
+        logits = None if narrow is None else narrow.logits.get(place.block)
+        if narrow is None or logits is None:
+            return stock(x_BND)
+        rows, tokens, _ = x_BND.shape
+        text = narrow.text
+        if narrow.token_gates is not None:
+            if place.role != "both":  # its output is all that counts
+                return stock(x_BND)
+            gates = narrow.token_gates(logits)
+            narrow.token_shares[place.block] = gates.mean(1)
+            return stock(x_BND) * F.pad(gates, (text, 0), value=1.0)[..., None].to(x_BND.dtype)
+        if place.block not in narrow.entering:
+            kept = open_tokens(logits, narrow.share)
+            narrow.token_shares[place.block] = len(kept) / logits.numel()
+            starts = torch.arange(rows, device=kept.device)[:, None] * tokens
+            words = (starts + torch.arange(text, device=kept.device)).flatten()
+            pictures = kept // logits.shape[1]
+            kept = kept + (pictures + 1) * text  # each picture's tokens come behind its text
+            narrow.entering[place.block] = torch.cat([words, kept])
+        entering = narrow.entering[place.block]
+        y = stock(x_BND.flatten(0, 1)[entering][None])[0]
+        return (
+            y.new_zeros(rows * tokens, y.shape[-1])
+            .index_copy_(0, entering, y)
+            .unflatten(0, (rows, tokens))
+        )
 
 
 class SkipSeam(nn.Module):

@@ -51,6 +51,7 @@ class Narrow:
         mix: weights ``(B or 1, E)`` of the low-rank experts; None without them.
         share: of the tokens that are kept, those with the highest logits; None keeps those above
             zero.
+        text: text tokens, which come first where a block has them in one sequence with the picture.
         slices: how many narrow copies of its weights a layer keeps for later calls.
     """
 
@@ -60,8 +61,10 @@ class Narrow:
     token_gates: Callable[[Tensor], Tensor] | None = None
     mix: Tensor | None = None
     share: float | None = None
+    text: int = 0
     slices: int = 1
     logits: dict[int, Tensor] = field(default_factory=dict)
+    entering: dict[int, Tensor] = field(default_factory=dict)
     token_shares: dict[int, float | Tensor] = field(default_factory=dict)
 
     def kept(self) -> tuple[Kept, ...]:

@@ -27,6 +27,7 @@ from elastic_dit.narrow_seams import (
     HeadsSeam,
     ResidualSeam,
     RowsSeam,
+    SkipRowsSeam,
     SkipSeam,
 )
 from elastic_dit.narrowing import Narrow
@@ -89,10 +90,14 @@ class Widths:
             yield block.widen, RowsSeam, at(channels, block.widen)
             both = replace(channels, role="both") if block.shared else channels
             yield block.narrow, ColumnsSeam, at(both, block.narrow)
-            if block.feed_forward is not None and self.sizes.method.tokens:
-                assert block.residual is not None
-                yield block.residual, ResidualSeam, channels
+            if block.residual is None or not self.sizes.method.tokens:
+                continue
+            yield block.residual, ResidualSeam, both
+            if block.feed_forward is not None:
                 yield block.feed_forward, SkipSeam, channels
+            else:
+                yield block.widen, SkipRowsSeam, at(channels, block.widen)
+                yield block.narrow, SkipRowsSeam, at(both, block.narrow)
 
     def of(self, model: nn.Module, call: Call, mode: Mode, level: float) -> Narrow:
         """What a routed mode leaves out of a call.
@@ -107,6 +112,7 @@ class Widths:
         if self.sizes.gated:
             times = torch.as_tensor(call[self.backbone.time]).reshape(-1)
             self.last = self.sizes.gating(mode, self.backbone.time_vector(model, times))
+            self.last.text = self.backbone.text_tokens(call)
             return self.last
         low, high = self.backbone.levels(call)
         if low != high:
@@ -116,6 +122,7 @@ class Widths:
             )
         self._check_layers(model)
         self.last = self.narrow(model, mode, level)
+        self.last.text = self.backbone.text_tokens(call)
         return self.last
 
     def _check_layers(self, model: nn.Module) -> None:
@@ -135,6 +142,11 @@ class Widths:
                 "rows can be taken; legal in routed modes: fuse the LoRA and unload it "
                 "(pipe.fuse_lora(), pipe.unload_lora_weights()), or full mode"
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied model finds everything out again; what was found holds on to the original.
+        kept = {k: v for k, v in self.__dict__.items() if k != "last"}
+        return kept | {name: {} for name in ("opened", "mixes", "features", "made")}
 
     def begin(self, levels: Sequence[float]) -> None:
         """Forget everything; ``levels`` are those of the next run."""
@@ -218,6 +230,7 @@ class Widths:
         narrow = self.made[key]
         narrow.slices = self.slices
         narrow.logits.clear()
+        narrow.entering.clear()
         narrow.token_shares.clear()
         return narrow
 

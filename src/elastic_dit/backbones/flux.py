@@ -59,6 +59,8 @@ class FluxBackbone(Backbone):
             widen="proj_mlp",
             narrow="proj_out",
             shared=True,
+            residual="norm",
+            feed_forward=None,
         ),
     )
     time_layers = embedders("time_text_embed")

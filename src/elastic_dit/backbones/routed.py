@@ -32,8 +32,10 @@ class Routed:
         norms: norms over all its heads at once.
         widen, narrow: layers with a row, or a column, for each channel.
         shared: ``narrow`` has a column for each head feature before those of the channels.
-        residual: module that is given the residual stream before the feed-forward.
-        feed_forward: module that tokens may skip; None if they may not.
+        residual: module that is given the residual stream before what tokens may skip; None if
+            they may not.
+        feed_forward: module that they skip; None for ``widen`` and ``narrow``, one by one, which
+            text tokens, that come first, do not skip.
     """
 
     blocks: str
@@ -60,7 +62,7 @@ class Routed:
                 found = (functools.reduce(getattr, name.split("."), owner) for name in names)
                 return tuple(layer for layer in found if layer is not None)
 
-            skips = self.residual is not None and self.feed_forward is not None
+            residual, forward = self.residual, self.feed_forward
             yield RoutedBlock(
                 name=f"{self.blocks}.{index}",
                 kind=self.kind,
@@ -73,8 +75,8 @@ class Routed:
                 widen=block.get_submodule(self.widen),
                 narrow=block.get_submodule(self.narrow),
                 shared=self.shared,
-                residual=block.get_submodule(self.residual) if skips else None,
-                feed_forward=block.get_submodule(self.feed_forward) if skips else None,
+                residual=None if residual is None else block.get_submodule(residual),
+                feed_forward=None if forward is None else block.get_submodule(forward),
             )
 
 
@@ -147,6 +149,7 @@ class RoutedBlock:
             head_text_macs=into if both else text,
             channel_macs=wide,
             channel_text_macs=wide if both else 0,
-            skips_tokens=tokens_skip and self.feed_forward is not None,
+            exit_macs=self.narrow.out_features * self.width if both else 0,
+            skips_tokens=tokens_skip and self.residual is not None,
             width=self.width,
         )
