@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from tests.backbones.pipes import PIPES, STEPS
 from tests.backbones.tiny import CASES
 from tests.elastic_models import call_of, run
 
@@ -164,6 +165,28 @@ def test_planned_is_counted(keep):
         counted.append(handle.report().calls[-1].macs / 2)
     assert counted == pytest.approx([step.macs for step in planned.steps], rel=1e-9)
     assert len(set(counted)) > 1  # other widths at other levels
+
+
+@pytest.mark.parametrize(
+    "name", ["dit", "pixart-alpha", "pixart-sigma", "sd3", "flux", "wan", "wan-5b", "latte"]
+)
+def test_in_stock_pipelines(name):
+    """Through the pipeline's own call: all open is stock, and what was planned is counted."""
+    case = PIPES[name]
+    expected = case.draw(case.pipe())
+    pipe = case.pipe()
+    # Routers read the residual stream as it is, which random weights make as large as any bias.
+    handle = elastify(pipe, DyDiT(widths=(0.5,), groups=2, token_bias=1e6))
+    handle.schedule = Schedule.constant(HALF)
+    assert torch.equal(case.draw(pipe), expected)
+    open_some(handle)
+    handle.schedule = Schedule.constant(Mode(width=0.5, token_keep=0.5))
+    assert not torch.equal(case.draw(pipe), expected)
+    plan = handle.plan(STEPS, grid=case.grid, text_tokens=case.text)
+    assert handle.report().ratio == pytest.approx(plan.ratio, rel=1e-6)
+    assert plan.ratio < 1
+    handle.remove()
+    assert torch.equal(case.draw(pipe), expected)
 
 
 def test_one_table_for_a_whole_run(monkeypatch, make_model):
