@@ -44,6 +44,18 @@ def main() -> None:
     figure = "![Frontier of plans](../docs/images/frontier.png)\n\n"
     parts.append("## How to spend a budget\n\n" + figure + frontier_table(spent) + source(spent))
     parts.append("## Who takes how much\n\n" + spread_table(spent) + source(spent))
+    if (RESULTS / "routed-mnist.json").exists():
+        routed = load("routed-mnist.json")
+        parts.append("## Routed widths (DyDiT)\n\n" + routed_table(routed) + source(routed))
+    for name, title in (("routed-speed-cpu", "eager"), ("routed-speed-cpu-compiled", "compiled")):
+        if (RESULTS / f"{name}.json").exists():
+            speed = load(f"{name}.json")
+            head = f"## Is routed width as fast as it is narrow? ({title})\n\n"
+            parts.append(head + routed_speed_tables(speed) + source(speed))
+    if (RESULTS / "routed-rows-cpu.json").exists():
+        few = load("routed-rows-cpu.json")
+        head = "## Does gathering tokens pay for few rows?\n\n"
+        parts.append(head + rows_table(few) + source(few))
     levels = load("level-error-mnist.json")
     parts.append(
         "## Error of each mode over noise levels\n\n" + level_table(levels) + source(levels)
@@ -154,6 +166,50 @@ def spread_table(table: dict[str, Any]) -> str:
             f"| {spread['key']} | {means} | {least:.2f}, {median:.2f}, {most:.2f} | "
             f"{spread['correlation_with_detail']:+.2f} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def routed_table(table: dict[str, Any]) -> str:
+    lines = [
+        f"{table['images']} pictures a row in {table['sets']} seed sets at {table['steps']} steps; "
+        f"scales tuned on {table['tune_images']} pictures of other seeds. *static*: the same "
+        "weights trained as long with nothing left out. *Loss*: Frechet distance minus the base's; "
+        "*against static*: minus the control's at the fewest steps that take no less time, and no "
+        "fewer MACs. Paired by seed set; less than zero is better.",
+        "",
+        "| run | MACs | time | scale | Frechet distance | loss | against static, same time | "
+        "against static, same MACs | accuracy |",
+        "| --- " * 9 + "|",
+    ]
+    for row in table["rows"]:
+        cells = [plus_minus(row, "loss") if "loss" in row else "-"]
+        for name in ("time", "cost"):
+            key = f"against_static_by_{name}"
+            steps = row.get(f"rival_steps_by_{name}")
+            cells.append(f"{plus_minus(row, key)} ({steps} steps)" if key in row else "-")
+        lines.append(
+            f"| {row['key']} | {row['ratio']:.3f} | {row['time_ratio']:.3f} | {row['scale']} | "
+            f"{row['frechet']:.3f} ± {row['frechet_noise']:.3f} | {' | '.join(cells)} | "
+            f"{row['accuracy']:.2%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def routed_speed_tables(speed: dict[str, Any]) -> str:
+    width = 72 * speed["heads"]
+    lines = [f"One guided forward pass of {speed['depth']} blocks of width {width}.", ""]
+    lines += ["| batch | run | MACs ratio | time ratio |", "| --- | --- | --- | --- |"]
+    for table in speed["tables"]:
+        for row in table["rows"]:
+            ratios = f"{row['macs_ratio']:.3f} | {row['time_ratio']:.3f}"
+            lines.append(f"| {table['batch']} | {row['run']} | {ratios} |")
+    return "\n".join(lines) + "\n"
+
+
+def rows_table(few: dict[str, Any]) -> str:
+    lines = ["| rows | kept | time over all rows |", "| --- | --- | --- |"]
+    for row in few["rows"]:
+        lines.append(f"| {row['rows']} | {row['kept']:.2f} | {row['time_ratio']:.3f} |")
     return "\n".join(lines) + "\n"
 
 

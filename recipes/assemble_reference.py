@@ -2,9 +2,9 @@
 
     python recipes/assemble_reference.py mnist --runs runs --data <folder or hub id>
 
-Takes <runs>/<name>-base, -classifier, -flexidit-lora (and -lora-start), -flexidit-shared, -ddit and
--ppflow, writes src/elastic_dit/reference/<name>/ in half precision, and measures the held-out set
-once.
+Takes <runs>/<name>-base, -classifier, -flexidit-lora (and -lora-start), -flexidit-shared, -ddit,
+-ppflow and -dydit, writes src/elastic_dit/reference/<name>/ in half precision, and measures the
+held-out set once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
     start = runs / f"{name}-flexidit-lora-start" / "export"
     if start.is_dir():  # trained in two parts
         facts["flexidit-lora-start"] = _facts(load_adapter(start).notes["training"])
-    for method in ("flexidit-lora", "flexidit-shared", "ddit", "ppflow"):
+    for method in ("flexidit-lora", "flexidit-shared", "ddit", "ppflow", "dydit"):
         export = runs / f"{name}-{method}" / "export"
         if export.is_dir():
             adapter = load_adapter(export)

@@ -232,6 +232,26 @@ keep_checkpoints = 5
 """
 
 
+WIDTH_TABLE = """
+[width]
+base = "{folder}/base"
+widths = [0.7, 0.5]
+groups = 4
+head_bias = 1.0
+token_bias = 1.0
+"""
+
+
+@pytest.fixture
+def width_recipe(adapter_recipe, tmp_path) -> Path:
+    """The same with routed widths."""
+    text = adapter_recipe.read_text().replace('"adapter"', '"width"')
+    before, after = text.split("[adapter]")[0], text[text.index("[optim]") :]
+    path = tmp_path / "width.toml"
+    path.write_text(before + WIDTH_TABLE.format(folder=tmp_path) + after)
+    return path
+
+
 @pytest.fixture
 def adapter_recipe(stripes, make_model, tmp_path) -> Path:
     """The file of a recipe that trains an adapter of a tiny base (saved beside it) for 20 steps."""

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from elastic_dit import FlexiDiT, Mode, Schedule, elastify
+from elastic_dit import DyDiT, FlexiDiT, Mode, PixelDiTPipeline, Schedule, elastify
 
 
 @pytest.fixture(params=["lora", "merged", "shared"])
@@ -95,3 +95,31 @@ def test_more_modes_than_one_function_may_have_graphs(elastic, whole):
             out = model(x, timestep=times, class_labels=labels).sample
         torch.testing.assert_close(out, expected)
     assert counter.frame_count == 3
+
+
+@pytest.mark.parametrize("keep", [None, 0.5])
+def test_one_graph_per_sub_network(elastic, keep):
+    """Routed widths: neighbouring steps that share a bucket share a graph, with fixed counts."""
+    elastic.remove()
+    handle = elastify(elastic.model, DyDiT(groups=4, tokens=keep is not None))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for routers in handle.sizes.routers.values():
+            for parameter in routers.parameters():
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    handle.schedule = Schedule.constant(Mode(width=0.5, token_keep=keep))
+    handle.widths.buckets = 1
+    pipe = PixelDiTPipeline(handle.model, FlowMatchEulerDiscreteScheduler())
+    pipe.set_progress_bar_config(disable=True)
+    again = elastify(pipe, handle.adapter())
+    again.schedule, again.widths.buckets = handle.schedule, 1
+
+    def draw():
+        return pipe([1, 2], seeds=[0, 1], num_inference_steps=6, output_type="pt").images
+
+    expected = draw()
+    counter = CompileCounterWithBackend("eager")
+    handle.model.compile(backend=counter, fullgraph=True)
+    for _ in range(2):
+        torch.testing.assert_close(draw(), expected, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count == 1

@@ -7,12 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
+from tests.backbones.tiny import CASES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic_dit import FULL, FlexiDiT, Mode, Plan, Schedule, elastify
+from elastic_dit import FULL, DyDiT, FlexiDiT, Mode, Plan, Schedule, elastify
 from elastic_dit.backbones.dit import DiTBackbone
-from elastic_dit.cost import SHAPES, Attention, dit_shape, named_shape, weak_first_cost
+from elastic_dit.cost import (
+    SHAPES,
+    Attention,
+    Kept,
+    Routable,
+    dit_shape,
+    named_shape,
+    weak_first_cost,
+)
 
 XL = SHAPES["dit-xl-2-256"]
 STEPS = 250
@@ -192,3 +201,58 @@ def test_illegal_questions_are_named():
         weak_first_cost("dit-xl-2-256", 0.5, low_rank=-1)
     with pytest.raises(ValueError, match="steps = 0; legal: >= 1"):
         weak_first_cost("dit-xl-2-256", 0.5, steps=0)
+
+
+ROUTED_TABLES = {  # realised share of the base's cost -> G of DyDiT's table 8
+    "dit-xl-2-256": {0.711: 84.33, 0.572: 67.83, 0.488: 57.88, 0.327: 38.85},
+    "dit-b-2-256": {0.924: 21.28, 0.805: 18.53, 0.707: 16.28, 0.517: 11.90, 0.326: 7.51},
+    "dit-s-2-256": {0.942: 5.72, 0.715: 4.34, 0.521: 3.16, 0.323: 1.96},
+}
+
+
+@pytest.mark.parametrize("model", ROUTED_TABLES)
+def test_published_macs_of_routed_widths(model):
+    """They count blocks only and no routers, so that a share of the cost is one of the blocks."""
+    shape = named_shape(model)
+    depth, d = shape.attention[0].blocks, shape.width
+    block = Routable(attention=Attention(1, d), head_macs=4 * d * d, channel_macs=8 * d * d)
+    for share, published in ROUTED_TABLES[model].items():
+        root = share**0.5
+        for kept in (Kept(share, share), Kept(share, 1.0, share), Kept(share, root, root)):
+            routed = replace(shape, routable=(block,) * depth)
+            left = shape.macs(FULL) - routed.left_out(Mode(width=0.5), kept=[kept] * depth)
+            assert left / 1e9 == pytest.approx(published, rel=0.01)
+
+
+def test_what_tokens_alone_can_save():
+    """Skipping alone leaves 35.7 % of the blocks of XL at 256 pixels, and 41.9 % at 512."""
+    for model, floor in (("dit-xl-2-256", 0.357), ("dit-xl-2-512", 0.419)):
+        shape = named_shape(model)
+        d = shape.width
+        block = Routable(attention=Attention(1, d), head_macs=4 * d * d, channel_macs=8 * d * d)
+        whole = block.macs(shape.grid, 0, Kept())
+        assert block.macs(shape.grid, 0, Kept(1, 1, 0)) / whole == pytest.approx(floor, abs=5e-4)
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux", "wan", "latte"])
+@pytest.mark.parametrize("mode", [Mode(width=0.5), Mode(width=0.5, token_keep=0.4)])
+def test_counted_macs_of_routed_modes(name, mode):
+    """The counter sees fused attention on the meta device alone, and products on any."""
+    torch.manual_seed(2)
+    handle = elastify(CASES[name].model(), DyDiT(groups=2))
+    with torch.no_grad():
+        for routers in handle.sizes.routers.values():
+            for parameter in routers.parameters():
+                parameter.copy_(torch.randn(parameter.shape))
+    call = CASES[name].call(1, CASES[name].grids[0], 700.0)
+    found = {}
+    for each in (FULL, mode):
+        handle.widths.begin(())
+        with torch.no_grad(), handle.using(each):
+            handle.model(**call)  # the routers of the timestep run once per run
+            with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+                handle.model(**call)
+        found[each] = counter.get_total_flops() / 2, handle.report().calls[-1].macs
+    counted, recorded = zip(*found.values(), strict=True)
+    assert counted[0] - counted[1] == pytest.approx(recorded[0] - recorded[1], rel=1e-6)
+    assert counted[0] > counted[1]

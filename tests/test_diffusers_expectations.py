@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import pickle
+import subprocess
+import sys
 
+import diffusers
 import pytest
 import torch
 from diffusers import PyramidAttentionBroadcastConfig
-from tests.backbones.pipes import PIPES
+from diffusers.training_utils import EMAModel
+from tests.backbones.pipes import PIPES, PROMPTS, SEEDS, STEPS, PipeCase, given, t5, tokenizer
 from tests.backbones.tiny import CASES
-from tests.elastic_models import WEAK, call_of, elastic, run
+from tests.elastic_models import WEAK, call_of, elastic, run, shake
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from elastic_dit import FULL, Schedule, handle_of
+from elastic_dit import FULL, FlexiDiT, Schedule, elastic_class, elastify, handle_of, routing
+from elastic_dit.seams import ConditioningSeam, TextSeam
 
 NAMES = ("sd3", "flux", "wan")
 names = pytest.mark.parametrize("name", NAMES)
 modes = pytest.mark.parametrize("mode", [FULL, WEAK], ids=str)
+recipes = pytest.mark.parametrize("recipe", ["lora", "shared"])
 
 
 def row(call, index):
@@ -107,7 +115,7 @@ def test_a_graph_around_the_model_refuses_a_schedule_of_two_modes():
 
 
 @modes
-@pytest.mark.parametrize("name", ["dit", "sd3", "wan"])
+@pytest.mark.parametrize("name", ["dit", "sd3", "wan", "sana"])
 def test_an_export_keeps_the_mode_and_leaves_nothing_behind(name, mode):
     handle, call = elastic(name), call_of(name)
     handle.schedule = Schedule.constant(mode)
@@ -115,6 +123,29 @@ def test_an_export_keeps_the_mode_and_leaves_nothing_behind(name, mode):
         exported = torch.export.export(handle.model, (), call).module()
         torch.testing.assert_close(exported(**call).sample, run(handle, call))
     assert torch.equal(run(handle, call), run(elastic(name), call, mode))
+
+
+def test_rotary_phases_are_made_from_the_latent_itself(monkeypatch):
+    """A second latent is one more graph where it is of another kind, as in inference mode."""
+    handle = elastic("lumina2")
+    rope, calls = type(CASES["lumina2"].model().rope_embedder), []
+    stock = rope.forward
+    monkeypatch.setattr(rope, "forward", lambda *args: calls.append(args[1]) or stock(*args))
+    for grid, times in (((1, 8, 8), 1), ((1, 7, 5), 2)):  # groups reach over the second's border
+        call = CASES["lumina2"].call(1, grid, 700.0)
+        calls.clear()
+        run(handle, call, WEAK)
+        assert len(calls) == times
+        assert calls[0] is call["hidden_states"]
+
+
+def test_an_export_in_a_coarse_mode_needs_a_grid_that_does_not_stand_in_a_tensor():
+    handle, call = elastic("flux"), call_of("flux")
+    exported = torch.export.export(handle.model, (), call).module()
+    torch.testing.assert_close(exported(**call).sample, run(handle, call, FULL))
+    handle.schedule = Schedule.constant(WEAK)
+    with pytest.raises(ValueError, match=r"numbers of img_ids.*legal: full mode"):
+        torch.export.export(handle.model, (), call)
 
 
 # The class
@@ -166,6 +197,183 @@ def test_only_the_main_process_saves(tmp_path):
     assert not (tmp_path / "elastic.adapter").exists()
 
 
+@pytest.mark.parametrize("name", ["dit", "pixart", "flux", "wan"])
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_hold_the_stock_model(name, variant, tmp_path):
+    handle, call, stock = elastic(name), call_of(name), CASES[name].model()
+    expected = {mode: run(handle, call, mode) for mode in (FULL, WEAK)}
+    size = stock.get_memory_footprint() * 0.7 / 1024
+    handle.model.save_pretrained(tmp_path, max_shard_size=f"{size:.0f}KB", variant=variant)
+    infix = "" if variant is None else f".{variant}"
+    index = tmp_path / f"diffusion_pytorch_model.safetensors.index{infix}.json"
+    weights = json.loads(index.read_text())["weight_map"]
+    assert set(weights) == set(stock.state_dict())
+    assert set(weights.values()) == {f.name for f in tmp_path.glob("*.safetensors")}
+    assert len(set(weights.values())) > 1
+    again = type(handle.model).from_pretrained(tmp_path, variant=variant)
+    for mode in (FULL, WEAK):
+        assert torch.equal(run(again, call, mode), expected[mode])
+
+
+def places(stock):
+    """A device map as people write them: blocks on the disk, the rest in memory."""
+    names = [n for n, _ in stock.named_children()]
+    names += [n for n, _ in stock.named_parameters() if "." not in n]
+    return {n: "disk" if "blocks" in n or "layers" in n else "cpu" for n in names}
+
+
+@pytest.mark.parametrize("name", ["pixart", "flux", "wan", "lumina2"])
+@pytest.mark.parametrize("kind", ["by hand", "auto", "disk"])
+@recipes
+def test_a_device_map_places_the_new_tensors_too(name, kind, recipe, tmp_path):
+    handle, call, stock = elastic(name, recipe=recipe), call_of(name), CASES[name].model()
+    handle.model.save_pretrained(tmp_path / "m")
+    options = {"offload_folder": str(tmp_path / "away"), "output_loading_info": True}
+    if kind == "auto":
+        half = handle.model.get_memory_footprint() // 2
+        options |= {"device_map": "auto", "max_memory": {"cpu": half}}
+    else:
+        options["device_map"] = places(stock) if kind == "by hand" else {"": "disk"}
+    for _ in range(2):  # what the first left in the folder is not read by the second
+        shake(handle.model, lambda key: True, seed=8)
+        handle.model.save_pretrained(tmp_path / "m")
+        again, facts = type(handle.model).from_pretrained(tmp_path / "m", **options)
+        assert not facts["missing_keys"]
+        assert any(parameter.is_meta for parameter in again.parameters())
+        assert set(again.hf_device_map.values()) <= {"cpu", "disk"}
+        for mode in (FULL, WEAK, FULL):
+            assert torch.equal(run(again, call, mode), run(handle, call, mode))
+
+
+def test_a_device_map_of_a_class_that_cannot_be_split_is_refused_as_for_the_stock_class(tmp_path):
+    handle = elastic("dit")
+    handle.model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"does not support `device_map='auto'`"):
+        type(handle.model).from_pretrained(tmp_path, device_map="auto")
+    with pytest.raises(ValueError, match="offload"):
+        type(handle.model).from_pretrained(tmp_path, device_map={"": "disk"})
+
+
+@recipes
+@pytest.mark.parametrize("name", ["dit", "flux", "wan", "z-image"])
+def test_an_average_of_weights_is_saved_and_loaded_by_the_class(name, recipe, tmp_path):
+    handle, call = elastic(name, recipe=recipe), call_of(name)
+    cls, model = type(handle.model), handle.model
+    average = EMAModel(
+        model.parameters(), decay=0.5, model_cls=cls, model_config=model.config, foreach=True
+    )
+    shake(model, lambda key: True, seed=9)
+    average.step(model.parameters())
+    average.save_pretrained(tmp_path)
+    again = EMAModel.from_pretrained(tmp_path, cls)
+    assert (again.decay, again.optimization_step) == (0.5, 1)
+    for ours, theirs in zip(again.shadow_params, average.shadow_params, strict=True):
+        assert torch.equal(ours, theirs)
+    loaded = cls.from_pretrained(tmp_path)
+    average.copy_to(model.parameters())
+    for mode in (FULL, WEAK):
+        found, expected = run(loaded, call, mode), run(handle, call, mode)
+        assert all(map(torch.equal, found, expected))
+
+
+def test_a_model_from_the_config_is_as_elastic_as_the_class():
+    handle, other = elastic("flux"), elastify(CASES["flux"].model(), FlexiDiT(rank=5, scales=(4,)))
+    for one in (handle, other):
+        built = type(one.model).from_config(one.model.config)
+        assert handle_of(built).method == one.method
+        assert [k for k, _ in built.named_parameters()] == [
+            k for k, _ in one.model.named_parameters()
+        ]
+        built, unused = type(one.model).from_config(
+            one.model.config, return_unused_kwargs=True, more=1
+        )
+        assert handle_of(built) is not None
+        assert unused == {"more": 1}
+    stock = type(CASES["flux"].model())
+    assert handle_of(elastic_class.elastic_class(stock).from_config(handle.model.config)) is None
+    assert type(handle.model).from_single_file == stock.from_single_file
+
+
+# Pickles: torch.save of whole models, and processes that are sent one
+
+
+def as_if_elsewhere():
+    """Forget all generated classes, as a new process has none."""
+    for made in (elastic_class.elastic_class, elastic_class._alike, routing._generated):
+        made.cache_clear()
+
+
+@modes
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan", "latte", "z-image"])
+def test_a_whole_model_is_pickled(name, mode):
+    handle, call, stock = elastic(name), call_of(name), CASES[name].model()
+    handle.schedule = Schedule.constant(mode)
+    expected = run(handle, call)
+    handle.model.compile(backend="eager")  # stays behind, as with a stock model
+    file = io.BytesIO()
+    torch.save(handle.model, file)
+    pickles = pickle.dumps(handle.model), pickle.dumps(type(handle.model))
+    as_if_elsewhere()
+    twin, cls = map(pickle.loads, pickles)
+    assert type(twin) is cls is not type(handle.model)
+    file.seek(0)
+    for model in (twin, torch.load(file, weights_only=False)):
+        assert all(map(torch.equal, run(model, call), expected))
+        assert handle_of(model).report().calls[0].mode == mode
+        handle_of(model).remove()
+        assert all(map(torch.equal, run(model, call), run(stock, call)))
+        assert {type(m) for m in model.modules()} == {type(m) for m in stock.modules()}
+        assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_module_that_was_swapped_twice_is_pickled():
+    layer, router = torch.nn.Linear(2, 3), elastic("dit")._engine.router
+    for mixin in (TextSeam, ConditioningSeam):
+        routing.swap_class(layer, mixin, router)
+    text, bases = pickle.dumps(layer), type(layer).__mro__
+    as_if_elsewhere()
+    twin = pickle.loads(text)
+    assert [cls.__name__ for cls in type(twin).__mro__] == [cls.__name__ for cls in bases]
+    for _ in range(2):
+        routing.restore_class(twin)
+    assert type(twin) is torch.nn.Linear
+    assert torch.equal(twin.weight, layer.weight)
+
+
+def test_another_process_loads_a_whole_model(tmp_path):
+    handle, call = elastic("sd3"), call_of("sd3")
+    handle.schedule = Schedule.constant(WEAK)
+    torch.save((handle.model, call, run(handle, call)), tmp_path / "all.pt")
+    code = (
+        "import sys, torch; model, call, expected = torch.load(sys.argv[1], weights_only=False); "
+        "assert torch.equal(model(**call).sample, expected); print(type(model).from_pretrained)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "all.pt"], capture_output=True, text=True
+    )
+    assert "elastic_class" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("name", ["sd3", "lumina2"])
+def test_a_copied_pipeline_runs_as_the_one_it_comes_from(name):
+    case = PIPES[name]
+    pipe = case.pipe()
+    handle = case.elastic(pipe, scales=(2,))
+    handle.schedule = Schedule.weak_first(0.5, guidance="weak")
+    pickles = pickle.dumps(pipe), pickle.dumps(pipe.transformer)
+    as_if_elsewhere()
+    again, alone = map(pickle.loads, pickles)
+    expected = case.draw(pipe)
+    for other in (again, copy.deepcopy(pipe)):
+        assert handle_of(other)._pipe is other
+        assert torch.equal(case.draw(other), expected)
+        assert [c.mode for c in handle_of(other).report().calls] == [
+            c.mode for c in handle.report().calls
+        ]
+    assert handle_of(alone)._pipe is None
+    assert handle._pipe is pipe
+
+
 # Pipelines
 
 
@@ -191,6 +399,34 @@ def test_a_pipeline_made_of_an_elastic_model_is_a_stock_one_to_others(name, tmp_
     other.set_progress_bar_config(disable=True)
     assert other.transformer is handle.model
     assert torch.equal(case.draw(other), expected)
+
+
+def cogvideox():
+    parts = {"tokenizer": tokenizer, "text_encoder": t5}
+    scheduler = diffusers.CogVideoXDDIMScheduler()
+    return given(diffusers.CogVideoXPipeline, "cogvideox-2b", scheduler, **parts)()
+
+
+SILENT = {name: PIPES[name] for name in ("pixart-alpha", "pixart-sigma", "auraflow")}
+VIDEO = {"height": 128, "width": 128, "num_frames": 9, "max_sequence_length": 5}
+SILENT["cogvideox"] = PipeCase(cogvideox, VIDEO, (3, 8, 8), 5)
+
+
+@pytest.mark.parametrize("case", SILENT.values(), ids=SILENT)
+def test_two_prompts_from_equal_noise_are_no_branches(case):
+    """These pipelines have no attribute that tells whether guidance is on."""
+    pipe, seeds = case.pipe(), (SEEDS[0], SEEDS[0])
+    handle = case.elastic(pipe, scales=(2,))
+    handle.schedule = Schedule.weak_first(0.0, guidance="weak")
+    stock = case.draw(case.pipe(), PROMPTS, seeds, guided=False)
+    with pytest.warns(UserWarning, match="no guidance branch"):
+        found = case.draw(pipe, PROMPTS, seeds, guided=False)
+    calls = handle.report().calls
+    assert [(c.mode, c.guide, c.rows) for c in calls] == [(FULL, None, 2)] * STEPS
+    assert torch.equal(found, stock)
+    case.draw(pipe, PROMPTS, seeds)
+    calls = handle.report().calls
+    assert [(c.mode, c.guide, c.rows) for c in calls] == [(FULL, WEAK, 4)] * STEPS
 
 
 # What others put on a model

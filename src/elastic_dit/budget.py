@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from elastic_dit.mode import FULL, Mode
+from elastic_dit.mode import FULL, Mode, coarseness
 from elastic_dit.schedule import WEAK_GUIDANCE_GAIN, Schedule, Segment
 
 CURRENCIES = ("flops", "seconds")
@@ -92,16 +92,6 @@ class Choice:
         return f"{self.mode.name}/{guide.name}"
 
 
-def _rank(mode: Mode) -> tuple[float, float, str]:
-    """Finest first."""
-    kept = 1.0 if mode.token_keep is None else mode.token_keep
-    return math.prod(mode.patch_scale) / mode.width / kept, -_sparse_tokens(mode), mode.name
-
-
-def _sparse_tokens(mode: Mode) -> float:
-    return math.inf if mode.token_grid is None else math.prod(mode.token_grid)
-
-
 def pairings(modes: Iterable[Mode], guidance: str = "cfg") -> tuple[Choice, ...]:
     """The usual choices for a set of modes; the first one is what the others are compared with.
 
@@ -114,14 +104,7 @@ def pairings(modes: Iterable[Mode], guidance: str = "cfg") -> tuple[Choice, ...]
     Raises:
         ValueError: guidance out of range, or weak guidance without a coarse mode.
     """
-    known = sorted(
-        set(modes) | {FULL},
-        key=lambda mode: (
-            math.prod(mode.patch_scale) / mode.width,
-            -_sparse_tokens(mode),
-            mode.name,
-        ),
-    )
+    known = sorted(set(modes) | {FULL}, key=coarseness)
     if guidance == "cfg":
         return tuple(
             Choice(mode=mode, guide=None if guide == mode else guide)

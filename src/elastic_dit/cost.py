@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from elastic_dit.mode import FULL, Mode
+from elastic_dit.ops.gates import kept_tokens
 from elastic_dit.ops.patching import coarse_grid
 from elastic_dit.schedule import Plan, Schedule
 from elastic_dit.sparse_cost import SparseCost
@@ -55,7 +56,9 @@ class Routable:
         head_macs, head_text_macs: multiply-adds of one image token and one text token in the linear
             layers that narrow with the heads.
         channel_macs, channel_text_macs: in those that narrow with the channels.
-        skips_tokens: whether image tokens may skip the latter.
+        exit_macs: those of ``head_macs`` that an image token skips together with its channels,
+            where one layer takes both.
+        skips_tokens: whether image tokens may skip the channels.
         width: of the tokens that the token router reads.
     """
 
@@ -64,6 +67,7 @@ class Routable:
     channel_macs: float
     head_text_macs: float = 0.0
     channel_text_macs: float = 0.0
+    exit_macs: float = 0.0
     skips_tokens: bool = True
     width: int = 0
 
@@ -73,9 +77,17 @@ class Routable:
         tokens = math.prod(grid)
         heads = self.attention.macs(frames, height * width, text)
         heads += tokens * self.head_macs + text * self.head_text_macs
-        skipping = kept.tokens if self.skips_tokens else 1.0
-        channels = tokens * skipping * self.channel_macs + text * self.channel_text_macs
+        entering = tokens * (kept.tokens if self.skips_tokens else 1.0)
+        heads -= (tokens - entering) * self.exit_macs
+        channels = entering * self.channel_macs + text * self.channel_text_macs
         return kept.heads * heads + kept.channels * channels
+
+    def fixed_share(self, grid: tuple[int, int, int], share: float) -> float:
+        """Share of the tokens that a fixed number of them is, in each row that blocks see."""
+        frames, height, width = grid
+        rows = {"spatial": height * width, "temporal": frames}
+        tokens = rows.get(self.attention.kind, math.prod(grid))
+        return kept_tokens(tokens, share) / tokens
 
     def router_macs(self, tokens: int) -> float:
         """Multiply-adds of the token router; those that read the timestep run once per run."""
@@ -175,6 +187,10 @@ class TransformerShape:
         if kept is None:
             assert self.kept is not None, "a routed mode needs to know what its routers keep"
             kept = self.kept(mode, level)
+            if mode.token_keep is not None:
+                grid = coarse_grid(self.grid, mode.patch_scale)
+                fixed = [block.fixed_share(grid, mode.token_keep) for block in self.routable]
+                kept = [replace(x, tokens=y) for x, y in zip(kept, fixed, strict=True)]
         grid, text = coarse_grid(self.grid, mode.patch_scale), self.text_tokens
         routers = sum(block.router_macs(math.prod(grid)) for block in self.routable)
         return -routers + sum(

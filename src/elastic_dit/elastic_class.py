@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import functools
 import inspect
 from collections.abc import Callable, Iterator
@@ -15,10 +16,13 @@ from torch._C._dynamo.eval_frame import set_eval_frame
 from torch._dynamo.decorators import skip_code
 
 from elastic_dit.graphs import Graphs
+from elastic_dit.pickling import MADE_OF, pickled_as
+from elastic_dit.placement import dispatch, offloads, without_places
 
 if TYPE_CHECKING:
     from elastic_dit.backbones.base import Rewired
     from elastic_dit.engine import Engine
+    from elastic_dit.methods import Method
 
 ENGINE = "_elastic_engine"
 """Attribute of an elastic model that holds its engine."""
@@ -31,11 +35,14 @@ FOLDER = "elastic.adapter"
 
 
 @functools.cache
-def elastic_class(stock: type, rewired: tuple[tuple[str, Rewired], ...] = ()) -> type:
+def elastic_class(
+    stock: type, rewired: tuple[tuple[str, Rewired], ...] = (), method: Method | None = None
+) -> type:
     """A subclass of a diffusers class whose calls go through the engine, if it has one.
 
     Args:
         rewired: methods of the stock class, and what the backbone puts in their place.
+        method: makes the models of ``from_config`` elastic; without it they are as stock ones.
     """
     signature = inspect.signature(stock.forward)
     cached = getattr(stock, "cache_context", lambda *_, **__: contextlib.nullcontext())
@@ -106,11 +113,30 @@ def elastic_class(stock: type, rewired: tuple[tuple[str, Rewired], ...] = ()) ->
         from elastic_dit.elastify import elastify  # it makes use of this class
 
         folder = pretrained_model_name_or_path
-        loaded = stock.from_pretrained(folder, *args, **kwargs)
         adapter = Path(folder) / (kwargs.get("subfolder") or "") / FOLDER
+        # New tensors take part in the placement, so they must be there before it.
+        later = adapter.is_dir() and offloads(kwargs)
+        options = without_places(kwargs) if later else kwargs
+        loaded = stock.from_pretrained(folder, *args, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
         if adapter.is_dir():
-            elastify(loaded[0] if isinstance(loaded, tuple) else loaded, adapter)
+            elastify(model, adapter)
+        if later:
+            dispatch(model, SIZES, kwargs)
         return loaded
+
+    @classmethod
+    def from_config(cls: type, config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """A new model, as elastic as the one whose class this is, with the method's schedule.
+
+        ``EMAModel.save_pretrained`` puts the average into such a model.
+        """
+        from elastic_dit.elastify import elastify  # it makes use of this class
+
+        built = stock.from_config(config, *args, **kwargs)
+        if method is not None:
+            elastify(built[0] if isinstance(built, tuple) else built, method)
+        return built
 
     # The stock names go into saved configs and are what caches and loaders look for.
     parts: dict[str, Any] = {
@@ -119,14 +145,29 @@ def elastic_class(stock: type, rewired: tuple[tuple[str, Rewired], ...] = ()) ->
         "cache_context": cache_context,
         "save_pretrained": save_pretrained,
         "from_pretrained": from_pretrained,
+        "from_config": from_config,
+        "__reduce_ex__": pickled_as(elastic_class, stock, rewired, method),
+        MADE_OF: (stock, rewired, method),
         **{name: _rewired(getattr(stock, name), coarse) for name, coarse in rewired},
         "__module__": stock.__module__,
         # cache-dit then leaves out the copies of some classes' forward that it would put over ours.
         "_is_patched": True,
     }
-    kind = type(stock)
+    if hasattr(stock, "from_single_file"):  # a file of the base's weights, loaded by from_config
+        parts["from_single_file"] = staticmethod(stock.from_single_file)
+    return _alike(type(stock))(stock.__name__, (stock,), parts)
+
+
+@functools.cache
+def _alike(kind: type) -> type:
+    """The metaclass of elastic classes for a stock metaclass, whose classes can be pickled."""
     alike = type(f"Elastic{kind.__name__}", (_Alike, kind), {})
-    return alike(stock.__name__, (stock,), parts)
+    copyreg.pickle(alike, _reduced)  # pyrefly: ignore[bad-argument-type]
+    return alike
+
+
+def _reduced(cls: type) -> tuple[Any, ...]:
+    return elastic_class, getattr(cls, MADE_OF)
 
 
 class _Alike(type):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +23,13 @@ from elastic_dit.engine import Engine
 from elastic_dit.methods import Method
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.ops.patching import Triple
+from elastic_dit.pickling import Weak
 from elastic_dit.pipes import called_levels, transformers
 from elastic_dit.report import Report
 from elastic_dit.routing import check_forward
 from elastic_dit.schedule import Plan, Schedule
 from elastic_dit.solved_budget import Offer, SolvedBudget
+from elastic_dit.widths import Widths
 
 
 def elastify(
@@ -89,7 +90,7 @@ def elastify(
     engine.calibration = loaded.calibration if isinstance(loaded, Adapter) else None
     engine.install(model)
     if pipe is not None:
-        engine.pipe = weakref.ref(pipe)
+        engine.pipe = Weak(pipe)
     return Handle(model, engine)
 
 
@@ -129,6 +130,17 @@ class Handle:
     def sizes(self) -> nn.Module:
         """The parameters that belong to no stock module."""
         return self._engine.router.sizes
+
+    @property
+    def widths(self) -> Widths:
+        """How much routed modes leave in; ``buckets`` and ``slices`` are for the user to set.
+
+        Raises:
+            ValueError: a method without routed modes.
+        """
+        if self._engine.widths is None:
+            raise ValueError(f"method {self.method.name!r} has no routed modes; legal: dydit")
+        return self._engine.widths
 
     @property
     def schedule(self) -> Schedule:
@@ -290,10 +302,11 @@ class Handle:
             ValueError: the model's class cannot pack.
         """
         engine = self._live()
-        if packed and not (self.backbone.packs and engine.method.packs):
-            who = self.backbone.model_class if not self.backbone.packs else engine.method.name
+        method = engine.method
+        if packed and not (self.backbone.packs and method.packs and not method.narrows):
             raise ValueError(
-                f"packed = True; legal for {who}: False (its branches run one after the other)"
+                f"packed = True; legal for {self.backbone.model_class} with method "
+                f"{method.name!r}: False (its branches run one after the other)"
             )
         engine.packed = packed
 
@@ -411,7 +424,7 @@ class Handle:
             ValueError: a mode the adapter lacks.
         """
         engine = self._live()
-        if mode not in self.modes:
+        if not engine.method.has(mode):
             raise ValueError(f"mode {mode.name!r}; legal: {', '.join(m.name for m in self.modes)}")
         engine.calls.clear()
         engine.router.run += 1
@@ -441,15 +454,22 @@ class Handle:
 def handle_of(target: Any, *, component: str | None = None) -> Handle | None:
     """The handle of an elastic pipeline or model (a copy of one included), or None.
 
+    A copied pipeline, or one from another process, should be given here once: guidance branches
+    that are called one by one are told apart by what the pipeline shows of its run.
+
     Args:
         component: which transformer of a pipeline with two.
 
     Raises:
         ValueError: a component that is missing or not named.
     """
-    model, _ = _resolve(target, component)
-    engine = model.__dict__.get(ENGINE)
-    return None if engine is None else Handle(model, engine)
+    model, pipe = _resolve(target, component)
+    engine: Engine | None = model.__dict__.get(ENGINE)
+    if engine is None:
+        return None
+    if pipe is not None and engine.pipe_of(model) is None:  # the pipeline itself is a copy
+        engine.pipe = Weak(pipe)
+    return Handle(model, engine)
 
 
 def stock_class(model: nn.Module) -> type:
@@ -489,8 +509,7 @@ def _check_method(model: nn.Module, backbone: Backbone, method: Method) -> None:
 
 
 def _check_modes(modes: set[Mode], method: Method, who: str) -> None:
-    legal = {FULL, *method.modes}
-    unknown = sorted(mode.name for mode in modes - legal)
+    unknown = sorted(mode.name for mode in modes if not method.has(mode))
     if unknown:
         names = ", ".join(["full", *(m.name for m in method.modes)])
         raise ValueError(f"{who} asks for {', '.join(unknown)}; legal for this adapter: {names}")

@@ -28,12 +28,13 @@ from elastic_dit.budget import Budget
 from elastic_dit.calibration import Calibration
 from elastic_dit.checkpoint import Adapter, check_tensors
 from elastic_dit.controller import Controller, Facts, Run
-from elastic_dit.cost import TransformerShape
+from elastic_dit.cost import Kept, TransformerShape
 from elastic_dit.elastic_class import ENGINE, SIZES, elastic_class
 from elastic_dit.graphs import Graphs
 from elastic_dit.groups import Group, grouped, run_groups
 from elastic_dit.guidance import Remembered, run_batch, run_guidance
 from elastic_dit.methods import Method
+from elastic_dit.methods.dydit import RoutedSizes
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.pipes import TRANSFORMERS, called_levels
 from elastic_dit.prediction import parametrisation
@@ -41,6 +42,7 @@ from elastic_dit.report import CallRecord, Stopwatch
 from elastic_dit.routing import (
     MERGE,
     PARTS,
+    PLACE,
     ROLE,
     ROUTER,
     Router,
@@ -72,6 +74,7 @@ from elastic_dit.storage import (
     is_silent,
     onloaded,
 )
+from elastic_dit.widths import Widths
 
 ROUNDING = 2**-7
 """Relative error of a time that was divided and rounded in bfloat16 (2^-9 each time), with room."""
@@ -103,6 +106,8 @@ class Engine:
         chosen: what it is at work on; the schedule of a run whose choices were made before it.
         groups: how the pictures of the present step run.
         calibration: what each choice of modes loses at each noise level, if that was measured.
+        widths: what routed modes leave in at each noise level.
+        kept: what they left in, when each of them last ran.
         compiled: the stock forward by mode, if ``model.compile`` was called.
         compiler: of the present call, if ``torch.compile`` was given the whole model.
         apart: the stock forward by mode, for that compiler.
@@ -142,6 +147,8 @@ class Engine:
     silent: list[nn.Module] = field(default_factory=list)
     owners: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
     quantised: dict[str, Tensor] = field(default_factory=dict)
+    widths: Widths | None = None
+    kept: dict[Mode, tuple[Kept, ...]] = field(default_factory=dict)
     compiled: Graphs | None = None
     compiler: Any = None
     apart: Graphs | None = None
@@ -176,6 +183,8 @@ class Engine:
         parents = {name.rpartition(".")[0] for name in pairs}
         adapted = [model.get_submodule(name) for name in sorted(parents)]
         engine = cls(router, method, type(model), pairs, dict(base), adapted)
+        if isinstance(sizes, RoutedSizes):
+            engine.widths = Widths(sizes, backbone, model)
         for name in base:
             owner, _, leaf = name.rpartition(".")
             engine.owners[name] = (model.get_submodule(owner), leaf)
@@ -227,11 +236,13 @@ class Engine:
     @property
     def packs(self) -> bool:
         """Whether branches of different modes share one packed call."""
-        return self.packed and self.router.backbone.packs and self.method.packs
+        method = self.method
+        return self.packed and self.router.backbone.packs and method.packs and not method.narrows
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied model must not call the compiled forward of the original.
-        return {**self.__dict__, "compiled": None, "apart": None, "remembered": None}
+        dropped = ("compiled", "apart", "remembered", "previous")
+        return {**self.__dict__, **dict.fromkeys(dropped)}
 
     def run(self, model: nn.Module, call: Call) -> Any:
         """One call of the elastic model.
@@ -258,6 +269,7 @@ class Engine:
                 self.prompts.clear()
                 self.remembered = self.previous = self.chosen = None
                 self.router.run += 1
+                self._begin_widths(model)
             if self._is_guidance(model, sample, level):
                 output = self._guidance(model, call, shape, level)
                 self.remembered = None
@@ -438,22 +450,23 @@ class Engine:
     def _check_coarse(self, model: nn.Module, call: Call, mode: Mode) -> None:
         """Refuse a coarse mode that this call, or what was put on the model, does not allow."""
         backbone = self.router.backbone
-        backbone.check_grid(self.router.grid, mode)
-        backbone.check_call(call, mode)
+        if not mode.has_base_patch or mode.is_sparse:
+            backbone.check_grid(self.router.grid, mode)
+            backbone.check_call(call, mode)
         self._keep_fused_seams()
         step_caches.check_sparse(model, mode)
         if getattr(model, "_parallel_config", None) is not None:
             raise RuntimeError(
-                f"context parallelism splits the base tokens, and mode {mode.name!r} has others; "
-                "legal together with it: full mode"
+                f"context parallelism splits the base tokens and heads, and mode {mode.name!r} has "
+                "others; legal together with it: full mode"
             )
 
     def _forward(
         self, model: nn.Module, call: Call, mode: Mode, branch: str = step_caches.ALL_ROWS
     ) -> Any:
         """The stock forward in a mode (of all rows, unless the router has a packed layout)."""
-        # Whoever offloads a model puts hooks on all of it: a look at these few modules is enough.
-        away = is_offloaded(self.router.sizes.modules())
+        # Whoever offloads a model puts hooks on all of it, or a map on it: a short look is enough.
+        away = hasattr(model, "hf_device_map") or is_offloaded(self.router.sizes.modules())
         with onloaded(self.silent if away else ()):
             return self._forward_in_place(model, call, mode, branch)
 
@@ -469,6 +482,9 @@ class Engine:
             self._ready(model, each)
         if router.sizes.routes(mode):
             call = router.backbone.prepare(call, router, mode)
+        if self.widths is not None and mode.is_routed:
+            level = self._as_planned(model, router.backbone.levels(call)[1])
+            router.narrow = self.widths.of(model, call, mode, level)
         router.text = self._prompt(call) if self._keeps_text() else None
         router.streams = router.sizes.begin(model, router, mode)
         router.running = True
@@ -479,11 +495,24 @@ class Engine:
                 forward = self._stock_forward(model, modes)
                 set_eval_frame(self.compiler)
                 try:
-                    return forward(**call)
+                    output = forward(**call)
                 finally:
                     set_eval_frame(None)
+            if router.narrow is not None and not self.compiling:
+                self.kept[mode] = router.narrow.kept()
+            return output
         finally:
-            router.running, router.text, router.streams = False, None, None
+            router.running, router.text = False, None
+            router.narrow = router.streams = None
+
+    def _begin_widths(self, model: nn.Module) -> None:
+        """A run starts: what its routers decide is found out for all its noise levels at once."""
+        if self.widths is None:
+            return
+        _, timesteps = self._scheduler(model)
+        scheduler, pipe = getattr(self.pipe_of(model), "scheduler", None), self.pipe_of(model)
+        levels = called_levels(pipe, model, scheduler) if timesteps is not None else ()
+        self.widths.begin(levels)
 
     def _stock_forward(self, model: nn.Module, modes: tuple[Mode, ...]) -> Callable[..., Any]:
         if self.compiled is not None:
@@ -586,9 +615,9 @@ class Engine:
         """Keep what a call ran; ``mode`` is None where it only repeated a prediction."""
         shown = count // 2 if guided else count
         kept = self.repeated * shape.text_tokens * shape.text_once
-        spent = shape.macs(mode) if mode is not None else 0.0
+        spent = self._spent(shape, mode, level) if mode is not None else 0.0
         if mode is not None and guide is not None:
-            spent += shape.macs(guide)
+            spent += self._spent(shape, guide, level)
             if self.packs and guide != mode:
                 spent += shape.packing_macs(mode, guide)
         self.calls.append(
@@ -607,6 +636,13 @@ class Engine:
             )
         )
 
+    def _spent(self, shape: TransformerShape, mode: Mode, level: float | None) -> float:
+        """Multiply-adds of a picture in a mode that has just run."""
+        spent = shape.macs(mode, level)
+        if mode.is_routed and mode in self.kept:
+            spent += shape.left_out(mode, level) - shape.left_out(mode, kept=self.kept[mode])
+        return spent
+
     def _level(self, model: nn.Module, call: Call) -> float:
         """Noise level of a call, as exact as the scheduler of the pipeline knows it.
 
@@ -620,8 +656,12 @@ class Engine:
                 f"noise levels of a batch go from {low} to {level}, and modes change between them; "
                 "legal: rows of one segment (handle.using(mode) sets a mode for all)"
             )
+        return level if low != level else self._as_planned(model, level)
+
+    def _as_planned(self, model: nn.Module, level: float) -> float:
+        """A noise level that the model was told, as the scheduler knows it."""
         scheduler, timesteps = self._scheduler(model)
-        if timesteps is None or low != level:
+        if timesteps is None:
             return level
         if timesteps is not self.exact_levels[0]:
             scale = scheduler.config.num_train_timesteps
@@ -662,7 +702,11 @@ class Engine:
             own = self._with_own_blocks(model)
             self.shapes[key] = self.method.priced(backbone.shape(own, *key), own, backbone)
         rank = 0 if self.router.merged else self.method.low_rank
-        return replace(self.shapes[key], low_rank=rank, skips=self.method.skips)
+        shape = replace(self.shapes[key], low_rank=rank, skips=self.method.skips)
+        if self.widths is None:
+            return shape
+        kept = functools.partial(self.widths.kept, model)
+        return replace(shape, routable=self.widths.routable, kept=kept)
 
     def _with_own_blocks(self, model: nn.Module) -> nn.Module:
         """A view of the model to count in: cache-dit puts other blocks there while a call runs."""
@@ -689,10 +733,13 @@ class Engine:
             self._swap(module, TextSeam)
         for module in backbone.conditioning_layers(model) if self.method.conditions else ():
             self._swap(module, ConditioningSeam)
+        for module, mixin, place in self.widths.seams(model) if self.widths else ():
+            module.__dict__[PLACE] = place
+            self._swap(module, mixin)
         for layer, A, B in self.pairs.values():
             layer.coarse_A, layer.coarse_B = A, B
             self._swap(layer, LowRankSeam)
-        model.__class__ = elastic_class(self.stock, backbone.rewired)
+        model.__class__ = elastic_class(self.stock, backbone.rewired, self.method)
         model.__dict__[ENGINE] = self
         self.lists = {k: m for k, m in model.named_children() if isinstance(m, nn.ModuleList)}
         self.silent = [module for module in self._holders() if is_silent(module)]

@@ -157,6 +157,13 @@ class Mode:
         return self.name
 
 
+def coarseness(mode: Mode) -> tuple[float, float, str]:
+    """A key that sorts modes from the finest to the coarsest."""
+    kept = 1.0 if mode.token_keep is None else mode.token_keep
+    sparse = math.inf if mode.token_grid is None else math.prod(mode.token_grid)
+    return math.prod(mode.patch_scale) / mode.width / kept, -sparse, mode.name
+
+
 def _is_share(share: object) -> bool:
     if isinstance(share, bool) or not isinstance(share, int | float):
         return False

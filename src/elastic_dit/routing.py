@@ -20,16 +20,20 @@ from torch import Tensor, nn
 
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.ops.patching import Triple, coarse_grid
+from elastic_dit.pickling import MADE_OF, pickled_as
 
 if TYPE_CHECKING:
     from elastic_dit.backbones.base import Backbone
     from elastic_dit.methods.base import Sizes
+    from elastic_dit.narrowing import Narrow
     from elastic_dit.streams import Streams
 
 ROUTER = "_elastic_router"
 TEXT = "_elastic_text"
 MERGED = "_elastic_merged"
 PARTS = "_elastic_parts"
+PLACE = "_elastic_place"
+SLICES = "_elastic_slices"
 ROLE = "_elastic_role"
 MERGE = "_elastic_merge"
 
@@ -46,6 +50,23 @@ class Part:
     def length(self) -> int:
         """Tokens of all pictures of the part."""
         return self.rows * self.tokens
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module stands among the routed ones.
+
+    Attributes:
+        block: number of its block.
+        role: whether heads or channels are its features, or both, one after the other.
+        features: how many.
+        name: of a linear layer, in the model.
+    """
+
+    block: int
+    role: str = "heads"
+    features: int = 0
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -90,6 +111,7 @@ class Router:
         lengths: of the text and of the whole sequence of each row, where a class joins them row by
             row.
         text: what the text layers' outputs depend on, if they are to be kept for a whole run.
+        narrow: what the present forward pass leaves out; None for nothing.
         merged: use weights with the low-rank update added in (one more copy per mode) instead of
             unmerged updates.
     """
@@ -110,6 +132,7 @@ class Router:
     merging: bool = False
     tables: dict[Any, Tensor] = field(default_factory=dict)
     device: Any = None
+    narrow: Narrow | None = None
 
     def tokens(self, mode: Mode) -> int:
         """Tokens of one picture of the present grid."""
@@ -149,20 +172,22 @@ def remembered_in_checkpoints(model: nn.Module, router: Router) -> Iterator[None
 
     def remembering(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            then = (router.mode, router.layout, router.joined, router.grid)
+            then = (router.mode, router.layout, router.joined, router.grid, router.narrow)
+            # The forward pass goes on with what a block makes of its streams.
             present, streams = router.streams, copy.copy(router.streams)
             first = [True]
 
             def again(*inner: Any, **named: Any) -> Any:
-                now = (router.mode, router.layout, router.joined, router.grid, router.streams)
-                router.mode, router.layout, router.joined, router.grid = then
-                # The forward pass goes on with what this block makes of them.
+                now = (router.mode, router.layout, router.joined, router.grid, router.narrow)
+                outside = router.streams
+                _return_to(router, then)
                 router.streams = present if first else streams
                 first.clear()
                 try:
                     return function(*inner, **named)
                 finally:
-                    router.mode, router.layout, router.joined, router.grid, router.streams = now
+                    _return_to(router, now)
+                    router.streams = outside
 
             return checkpoint(again, *args, **kwargs)
 
@@ -177,9 +202,24 @@ def remembered_in_checkpoints(model: nn.Module, router: Router) -> Iterator[None
             owner.__dict__[name] = original
 
 
+def _return_to(router: Router, state: tuple[Any, ...]) -> None:
+    router.mode, router.layout, router.joined, router.grid, router.narrow = state
+
+
 @functools.cache
 def _generated(base: type, mixin: type) -> type:
-    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), {"__module__": __name__})
+    made_of = (*base.__dict__.get(MADE_OF, (base,)), mixin)
+    parts = {
+        "__module__": __name__,
+        "__reduce_ex__": pickled_as(_swapped, *made_of),
+        MADE_OF: made_of,
+    }
+    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), parts)
+
+
+def _swapped(stock: type, *mixins: type) -> type:
+    """The class of a module that was swapped, once or more."""
+    return functools.reduce(_generated, mixins, stock)
 
 
 def swap_class(module: nn.Module, mixin: type, router: Router) -> None:
@@ -194,7 +234,7 @@ def restore_class(module: nn.Module) -> None:
     """Undo `swap_class` exactly."""
     was = type(module)
     module.__class__ = was.__bases__[1]
-    for key in (ROUTER, MERGED, PARTS, TEXT):
+    for key in (ROUTER, MERGED, PARTS, TEXT, PLACE, SLICES):
         module.__dict__.pop(key, None)
     rebind_hooks(module, was)
 

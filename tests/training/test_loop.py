@@ -268,9 +268,9 @@ def test_each_parameter_has_one_optimizer(make_model):
 
 
 def test_tasks_by_name(base_recipe):
-    assert set(TASKS) == {"base", "adapter", "classifier"}
+    assert set(TASKS) == {"base", "adapter", "width", "classifier"}
     assert isinstance(build_task(load_recipe(base_recipe)), BaseTask)
     text = base_recipe.read_text().replace('"base"', '"sculpture"').replace("[base]", "[sculpture]")
     base_recipe.write_text(text)
-    with pytest.raises(ValueError, match="task = 'sculpture'; legal: base, adapter, classifier"):
+    with pytest.raises(ValueError, match="'sculpture'; legal: base, adapter, width, classifier"):
         build_task(load_recipe(base_recipe))

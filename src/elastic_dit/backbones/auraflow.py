@@ -24,8 +24,7 @@ class AuraFlowBackbone(Backbone):
     """Double blocks, then single ones; eight register tokens stand before the text's.
 
     The table is cropped from the middle. Patches are cut by a reshape and embedded by a linear
-    layer. The pipeline keeps to itself whether guidance is on: without it, two prompts that start
-    from the same noise look like two branches in their first step.
+    layer.
     """
 
     model_class = "AuraFlowTransformer2DModel"
@@ -42,6 +41,7 @@ class AuraFlowBackbone(Backbone):
         "joint_attention_dim",
     )
     time_scale = 1.0
+    tells_guidance = False
     low_rank = (("joint_transformer_blocks", ADAPTED), ("single_transformer_blocks", ADAPTED))
 
     def positions(self, module: Model, router: Router, mode: Mode) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from elastic_dit.backbones.call import Branches, Call, cut
 from elastic_dit.backbones.layers import Layers, named
+from elastic_dit.backbones.routed import Routed, RoutedBlock
 from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.backbones.times import Times
 from elastic_dit.cost import TransformerShape
@@ -66,6 +67,7 @@ class Backbone(Times, ABC):
         axes: latent axes that coarse patches may cover: ``hw``, or ``thw`` for video.
         conditional_first: which half of a guided batch is the conditional one; None if the pipeline
             calls the model once per branch.
+        tells_guidance: whether the pipeline has an attribute that says that guidance is on.
         contexts: the guidance branch's names in ``cache_context``, if it is called by itself.
         low_rank: layers of self-attention and feed-forward by block list.
         adapts: which of them the method in use adapts: a regular expression that their names match.
@@ -76,6 +78,7 @@ class Backbone(Times, ABC):
         streamed: where tokens meet in its blocks, if sparse modes are known to work.
         packs: whether branches of different modes can share one packed call.
         masks_attention: whether the stock attention processors obey an attention mask.
+        routed: layers that heads, channels and tokens go through, for each list of blocks.
     """
 
     model_class: str
@@ -92,6 +95,7 @@ class Backbone(Times, ABC):
     output_layout: str = "thwC"
     axes: str = "hw"
     conditional_first: bool | None = False
+    tells_guidance: bool = True
     contexts: tuple[str, ...] = ("uncond",)
     low_rank: Layers = ()
     adapts: str = ""
@@ -101,6 +105,12 @@ class Backbone(Times, ABC):
     streamed: Streamed | None = None
     packs: bool = False
     masks_attention: bool = False
+    routed: tuple[Routed, ...] = ()
+
+    def routed_blocks(self, model: Model) -> Iterator[RoutedBlock]:
+        """The modules of every block that routed modes narrow, in the order they run in."""
+        for blocks in self.routed:
+            yield from blocks.of(model)
 
     @abstractmethod
     def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
@@ -266,6 +276,11 @@ class Backbone(Times, ABC):
         if self.conditional_first is None or count % 2:
             return None
         if getattr(pipe, "do_classifier_free_guidance", True) is False:
+            return None
+        if pipe is not None and not self.tells_guidance and call[self.condition[0]]._is_view():
+            # In the first step, two prompts from equal noise are the very numbers of two branches.
+            # But pipelines join the prompts of branches in a new tensor, and hand on a view of
+            # those of one. In inference mode tensors do not tell that they are views.
             return None
         if not torch.equal(sample[:half], sample[half:]):
             return None

@@ -15,15 +15,11 @@ from elastic_dit.backbones.base import COMMON_FACTS, Backbone, Model
 from elastic_dit.backbones.call import Call
 from elastic_dit.backbones.layers import attention, feed_forward
 from elastic_dit.backbones.macs import linear_macs
+from elastic_dit.backbones.tables import kept_table
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
-from elastic_dit.ops.positions import (
-    group_centres,
-    real_rotary_centres,
-    sincos_3d,
-    table_centres,
-)
+from elastic_dit.ops.positions import group_centres, real_rotary_centres, sincos_3d, table_centres
 from elastic_dit.routing import Router
 
 MODULATION = r"\.norm[12]\.linear"
@@ -41,6 +37,7 @@ class CogVideoXBackbone(Backbone):
     output = "proj_out"
     facts = (*COMMON_FACTS, "patch_size_t", "text_embed_dim", "use_rotary_positional_embeddings")
     output_layout = "Cthw"
+    tells_guidance = False
     axes = "thw"
     low_rank = (("transformer_blocks", (*attention("attn1"), *feed_forward("ff"))),)
 
@@ -70,23 +67,20 @@ class CogVideoXBackbone(Backbone):
                     f"hidden_states have a base grid of {grid}, learned positions one of "
                     f"{(frames, *sides)}; legal in coarse modes: the same"
                 )
-            table = module.pos_embedding[0, module.max_text_seq_length :]
-            return table_centres(table.unflatten(0, grid), scale)[None]
+            stored = module.pos_embedding[0, module.max_text_seq_length :]
+            return table_centres(stored.unflatten(0, grid), scale)[None]
         if not module.use_positional_embeddings:
             return None
-        key = (grid, mode, router.device)
-        if key not in router.tables:
-            units = module.temporal_interpolation_scale, *[module.spatial_interpolation_scale] * 2
+        units = module.temporal_interpolation_scale, *[module.spatial_interpolation_scale] * 2
+
+        def table() -> Tensor:
             frames, rows, columns = (
                 group_centres(side, k) / unit
                 for side, k, unit in zip(grid, scale, units, strict=True)
             )
-            table = sincos_3d(frames, rows, columns, len(module.proj.weight))[None].float()
-            table = table.to(router.device)
-            if torch.compiler.is_compiling():  # belongs to the graph
-                return table
-            router.tables[key] = table
-        return router.tables[key]
+            return sincos_3d(frames, rows, columns, len(module.proj.weight))
+
+        return kept_table(router, mode, table)
 
     def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
         if call.get("image_rotary_emb") is None:

@@ -10,7 +10,9 @@ from torch import nn
 
 from elastic_dit.backbones.base import Model, pair
 from elastic_dit.backbones.call import Branches, Call
+from elastic_dit.backbones.layers import embedders
 from elastic_dit.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
+from elastic_dit.backbones.routed import Routed
 from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.cost import TransformerShape, dit_shape
 from elastic_dit.mode import Mode
@@ -37,6 +39,9 @@ class DiTBackbone(PatchEmbedBackbone):
     low_rank = (("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),)
     streamed = Streamed(apart=r"^norm1\.")
     packs = masks_attention = reads_blocks = True
+    routed = (Routed(blocks="transformer_blocks", attention="attn1", residual="norm3"),)
+    # Each block has an embedder of its own; the first one's speaks for all.
+    time_layers = embedders("transformer_blocks.0.norm1.emb")
 
     def modulation_layers(self, model: Model) -> Iterator[nn.Module]:
         for block in model.transformer_blocks:

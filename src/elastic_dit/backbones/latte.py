@@ -9,8 +9,10 @@ from typing import Any
 from torch import nn
 
 from elastic_dit.backbones.base import COMMON_FACTS, BlockHook, Model, pair
+from elastic_dit.backbones.layers import embedders
 from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
+from elastic_dit.backbones.routed import Routed
 from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.ops.patching import Triple
@@ -31,6 +33,14 @@ class LatteBackbone(PatchEmbedBackbone):
         ("temporal_transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),
     )
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
+    routed = tuple(
+        Routed(blocks=blocks, attention="attn1", kind=kind, residual="norm2")
+        for blocks, kind in (
+            ("transformer_blocks", "spatial"),
+            ("temporal_transformer_blocks", "temporal"),
+        )
+    )
+    time_layers = embedders("adaln_single.emb")
     # Behind the first block, positions in time are added to whichever tokens there are.
     streamed = Streamed(
         attention=(("attn1", "spatial"),),

@@ -21,6 +21,11 @@ def feed_forward(name: str) -> tuple[str, ...]:
     return f"{name}.net.0.proj", f"{name}.net.2"
 
 
+def embedders(owner: str) -> tuple[str, str]:
+    """Layers of a combined embedding of time and something else that see the time alone."""
+    return f"{owner}.time_proj", f"{owner}.timestep_embedder"
+
+
 def named(model: Any, layers: Layers) -> Iterator[tuple[str, nn.Linear]]:
     """Those layers with their names in the model."""
     for blocks, names in layers:

@@ -10,27 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from elastic_dit.backbones.base import Backbone, Model, pair
+from elastic_dit.backbones.base import Model, pair
 from elastic_dit.backbones.call import Call
 from elastic_dit.backbones.layers import attention
 from elastic_dit.backbones.macs import linear_macs
-from elastic_dit.cost import Attention, TransformerShape
+from elastic_dit.backbones.refined import RefinedBackbone
+from elastic_dit.cost import TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple, coarse_grid
 from elastic_dit.ops.positions import rotary_centres
 from elastic_dit.routing import Router
 
-MODULATION = r"\.norm1\.linear"
-ONCE = rf"{MODULATION}|timestep_embedder|norm_out\.linear_1"
 ADAPTED = (*attention("attn"), *(f"feed_forward.linear_{i}" for i in (1, 2, 3)))
 
 
-class Lumina2Backbone(Backbone):
+class Lumina2Backbone(RefinedBackbone):
     """Refiners of text and of picture, then one sequence of both without the text's padding.
 
-    The rotary module also cuts the latent into patches and tells the rows' lengths. Time runs from
-    0, noise, to 1. The pipeline calls twice per step with the same latent and opens no
-    `cache_context`.
+    The rotary module also cuts the latent into patches and tells the rows' lengths. The pipeline
+    calls twice per step with the same latent and opens no `cache_context`.
     """
 
     model_class = "Lumina2Transformer2DModel"
@@ -49,21 +47,24 @@ class Lumina2Backbone(Backbone):
         "out_channels",
         "cap_feat_dim",
     )
-    embed_layout = "thwC"
-    direction = -1.0
+    modulation = r"\.norm1\.linear"
+    once = rf"{modulation}|timestep_embedder|norm_out\.linear_1"
+    prompt = r"^context_refiner|caption_embedder"
     conditional_first = None
-    own_sigmas = True
     low_rank = (("noise_refiner", ADAPTED), ("layers", ADAPTED))
 
     def phases(
         self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
     ) -> Any:
         (latent, mask), p = args, module.patch_size
-        vectors, text, _, _, lengths, _ = stock(latent, mask)
+        vectors, text, table, _, lengths, _ = stock(latent, mask)
         coarse = coarse_grid(router.grid, mode.patch_scale)
-        whole = [n * k for n, k in zip(coarse, mode.patch_scale, strict=True)]
-        blank = latent.new_empty(1, 1, 1, 1).expand(*latent.shape[:2], whole[1] * p, whole[2] * p)
-        table = stock(blank, mask)[2].transpose(0, 1).unflatten(0, whole)
+        whole = tuple([n * k for n, k in zip(coarse, mode.patch_scale, strict=True)])
+        if whole != router.grid:  # groups at the border reach beyond it
+            sides = whole[1] * p, whole[2] * p
+            blank = latent.new_empty(1, 1, 1, 1).expand(*latent.shape[:2], *sides)
+            table = stock(blank, mask)[2]
+        table = table.transpose(0, 1).unflatten(0, whole)
         image = rotary_centres(table, mode.patch_scale).flatten(0, 2).transpose(0, 1)
         joint = [torch.cat([a[:n], b]) for a, b, n in zip(text, image, lengths, strict=True)]
         totals = [len(phases) for phases in joint]
@@ -90,9 +91,6 @@ class Lumina2Backbone(Backbone):
         channels = 16 if pipe is None else pipe.transformer.config.in_channels
         super().set_timesteps(scheduler, steps, (1, 1, channels), pipe)
 
-    def level_of(self, time: float) -> float:
-        return 1 - time
-
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, *pair(model.config.sample_size, model.config.patch_size)), 256
 
@@ -103,22 +101,6 @@ class Lumina2Backbone(Backbone):
     def shape(
         self, model: Model, grid: Triple, text_tokens: int, padded: int | None = None
     ) -> TransformerShape:
-        config, d, area = model.config, model.config.hidden_size, self.patch(model)[1] ** 2
-        layers, noise, text = model.layers, model.noise_refiner, model.context_refiner
-        padded, both = padded or text_tokens, linear_macs(layers, but=MODULATION)
-        last = model.norm_out.linear_2
-        return TransformerShape(
-            width=d,
-            grid=grid,
-            patch_in=area * config.in_channels,
-            patch_out=last.out_features,
-            token_macs=linear_macs(noise, but=MODULATION) + both,
-            attention=(Attention(len(noise), d), Attention(len(layers), d, "joint")),
-            text_tokens=text_tokens,
-            text_macs=both + linear_macs(last),
-            picture_macs=linear_macs(model, ONCE)
-            + padded * linear_macs(model, r"^context_refiner|caption_embedder")
-            + 2 * len(text) * d * padded**2,
-            adapted=self.adapted_macs(model),
-            adapted_text=self.adapted_macs(model, "^layers"),
-        )
+        parts = self.sequence(model, grid, text_tokens, padded or text_tokens)
+        parts["text_macs"] += linear_macs(model.norm_out.linear_2)
+        return TransformerShape(**parts)

@@ -6,11 +6,11 @@ a crop from the middle of a stored one.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from elastic_dit.backbones.base import Backbone, Model
 from elastic_dit.backbones.layers import attention, feed_forward
+from elastic_dit.backbones.tables import kept_table
 from elastic_dit.mode import Mode
 from elastic_dit.ops.positions import group_centres, sincos_2d, table_centres
 from elastic_dit.routing import Router
@@ -30,18 +30,15 @@ class PatchEmbedBackbone(Backbone):
         (_, height, width), scale = router.grid, mode.patch_scale
         if module.pos_embed_max_size:
             p = module.patch_size
-            table = module.cropped_pos_embed(height * p, width * p).unflatten(1, (height, width))
-            return table_centres(table[0], scale[1:])[None]
-        key = (router.grid, mode, router.device)
-        if key not in router.tables:
+            stored = module.cropped_pos_embed(height * p, width * p).unflatten(1, (height, width))
+            return table_centres(stored[0], scale[1:])[None]
+
+        def table() -> Tensor:
             # Off its native size the stock table squeezes the grid into base_size units; so do the
             # centres.
             unit = [module.base_size / n / module.interpolation_scale for n in (height, width)]
             rows = group_centres(height, scale[1]) * unit[0]
             columns = group_centres(width, scale[2]) * unit[1]
-            table = sincos_2d(rows, columns, len(module.proj.weight))[None].float()
-            table = table.to(router.device)
-            if torch.compiler.is_compiling():  # belongs to the graph
-                return table
-            router.tables[key] = table
-        return router.tables[key]
+            return sincos_2d(rows, columns, len(module.proj.weight))
+
+        return kept_table(router, mode, table)

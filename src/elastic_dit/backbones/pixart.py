@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from torch import nn
 
 from elastic_dit.backbones.base import COMMON_FACTS, Model, pair
+from elastic_dit.backbones.layers import embedders
 from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
+from elastic_dit.backbones.routed import Routed
 from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.ops.patching import Triple
@@ -17,11 +19,7 @@ TEXT = r"attn2\.to_[kv]$"
 
 
 class PixArtBackbone(PatchEmbedBackbone):
-    """Cross-attention to the text; one modulation for all blocks; unconditional rows first.
-
-    The pipeline keeps to itself whether guidance is on: without it, two prompts that start from the
-    same noise look like two branches in their first step.
-    """
+    """Cross-attention to the text; one modulation for all blocks; unconditional rows first."""
 
     model_class = "PixArtTransformer2DModel"
     output = "proj_out"
@@ -29,8 +27,11 @@ class PixArtBackbone(PatchEmbedBackbone):
     facts = (*COMMON_FACTS, "caption_channels")
     low_rank = (("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),)
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
+    tells_guidance = False
     streamed = Streamed(text="attn2")
     packs = masks_attention = True
+    routed = (Routed(blocks="transformer_blocks", attention="attn1", residual="norm2"),)
+    time_layers = embedders("adaln_single.emb")
 
     def modulation_layers(self, model: Model) -> Iterator[nn.Module]:
         yield model.adaln_single

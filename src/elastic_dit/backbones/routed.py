@@ -7,13 +7,16 @@ into the feed-forward and columns on the way out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from elastic_dit.cost import Attention, Routable
+from elastic_dit.cost import Attention as AttentionCost
+from elastic_dit.cost import Routable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,8 +32,10 @@ class Routed:
         norms: norms over all its heads at once.
         widen, narrow: layers with a row, or a column, for each channel.
         shared: ``narrow`` has a column for each head feature before those of the channels.
-        residual: module that is given the residual stream before the feed-forward.
-        feed_forward: module that tokens may skip; None if they may not.
+        residual: module that is given the residual stream before what tokens may skip; None if
+            they may not.
+        feed_forward: module that they skip; None for ``widen`` and ``narrow``, one by one, which
+            text tokens, that come first, do not skip.
     """
 
     blocks: str
@@ -53,10 +58,11 @@ class Routed:
             attention = block.get_submodule(self.attention)
 
             def layers(names: tuple[str, ...], owner: Any = attention) -> tuple[Any, ...]:
-                return tuple(owner.get_submodule(name) for name in names)
+                # The last block of a model may end its text without an output layer.
+                found = (functools.reduce(getattr, name.split("."), owner) for name in names)
+                return tuple(layer for layer in found if layer is not None)
 
-            residual = self.residual and block.get_submodule(self.residual)
-            forward = self.feed_forward if residual is not None else None
+            residual, forward = self.residual, self.feed_forward
             yield RoutedBlock(
                 name=f"{self.blocks}.{index}",
                 kind=self.kind,
@@ -69,9 +75,30 @@ class Routed:
                 widen=block.get_submodule(self.widen),
                 narrow=block.get_submodule(self.narrow),
                 shared=self.shared,
-                residual=residual,
-                feed_forward=forward and block.get_submodule(forward),
+                residual=None if residual is None else block.get_submodule(residual),
+                feed_forward=None if forward is None else block.get_submodule(forward),
             )
+
+
+JOINT: dict[str, Any] = {
+    "attention": "attn",
+    "kind": "joint",
+    "text_inputs": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "text_outputs": ("to_add_out",),
+}
+"""Attention over text and picture with layers of its own for each, as SD3 and FLUX have it."""
+
+
+def has_fused(attention: Any) -> bool:
+    """Whether its processor takes queries, keys and values from one layer at present.
+
+    Older attention keeps the layer and its mark when it is unfused, and changes the processor.
+    """
+    fused = getattr(attention, "fused_projections", False)
+    return fused and (
+        not isinstance(attention, Attention)
+        or type(attention.processor).__name__.startswith("Fused")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +144,12 @@ class RoutedBlock:
         both = self.shared  # text tokens are in the same sequence
         into += self.narrow.out_features * self.width if both else 0
         return Routable(
-            attention=Attention(1, self.width, self.kind),
+            attention=AttentionCost(1, self.width, self.kind),
             head_macs=into,
             head_text_macs=into if both else text,
             channel_macs=wide,
             channel_text_macs=wide if both else 0,
-            skips_tokens=tokens_skip and self.feed_forward is not None,
+            exit_macs=self.narrow.out_features * self.width if both else 0,
+            skips_tokens=tokens_skip and self.residual is not None,
             width=self.width,
         )

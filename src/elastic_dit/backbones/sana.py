@@ -91,7 +91,9 @@ class SanaBackbone(PatchEmbedBackbone):
 
 def coarse_sides(
     block: nn.Module, args: tuple, kwargs: dict[str, Any]
-) -> tuple[tuple, dict[str, Any]]:
+) -> tuple[tuple, dict[str, Any]] | None:
     """Blocks get the base grid's height and width last; give them those of a mode."""
     router = block.__dict__[ROUTER]
+    if not router.sizes.routes(router.mode):
+        return None
     return (*args[:5], *coarse_grid(router.grid, router.mode.patch_scale)[1:]), kwargs

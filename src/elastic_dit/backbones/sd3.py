@@ -8,9 +8,10 @@ from torch import nn
 
 from elastic_dit.backbones.base import COMMON_FACTS, Model, pair
 from elastic_dit.backbones.call import Call
-from elastic_dit.backbones.layers import attention, feed_forward
+from elastic_dit.backbones.layers import attention, embedders, feed_forward
 from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.backbones.patch_embed import PatchEmbedBackbone
+from elastic_dit.backbones.routed import JOINT, Routed
 from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
@@ -34,6 +35,8 @@ class SD3Backbone(PatchEmbedBackbone):
         apart=r"^(attn\.(add_|to_add_out)|ff_context|norm1)",
     )
     packs = True
+    routed = (Routed(blocks="transformer_blocks", **JOINT, residual="norm2"),)
+    time_layers = embedders("time_text_embed")
 
     def check_call(self, call: Call, mode: Mode) -> None:
         super().check_call(call, mode)

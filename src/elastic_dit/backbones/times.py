@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from elastic_dit.backbones.call import Call
 from elastic_dit.ops.patching import Triple
@@ -19,11 +20,16 @@ class Times:
         time: argument of the call that holds the latent's time.
         time_scale: time of pure noise, as the model is given it.
         own_sigmas: whether the pipeline gives its scheduler `sigmas`.
+        time_layers: modules that turn a time into sinusoids, and these into the embedding of the
+            time alone, before anything of the prompt or the size is added.
+        time_factor: what the model multiplies a time by before that.
     """
 
     time: str = "timestep"
     time_scale: float = 1000.0
     own_sigmas: bool = False
+    time_layers: tuple[str, str] = ("", "")
+    time_factor: float = 1.0
 
     def levels(self, call: Call) -> tuple[float, float]:
         """Lowest and highest noise level in [0, 1] of the rows of a call.
@@ -47,6 +53,30 @@ class Times:
     def level_of(self, time: float) -> float:
         """Noise level in [0, 1] of the time the model is given."""
         return time / self.time_scale
+
+    def time_of(self, level: float) -> float:
+        """The inverse of `level_of`."""
+        return level * self.time_scale
+
+    def time_width(self, model: Any) -> int:
+        """Width of what `time_vector` returns.
+
+        Raises:
+            ValueError: no embedding of the time alone is known.
+        """
+        if not self.time_layers[1]:
+            raise ValueError(
+                f"no embedding of the time alone is known of {type(model).__name__}; legal: a "
+                "class whose backbone names one"
+            )
+        return model.get_submodule(self.time_layers[1]).linear_2.out_features
+
+    def time_vector(self, model: Any, times: Tensor) -> Tensor:
+        """Embedding of the time alone, ``(B, D)``, of times ``(B,)`` as the model is given them."""
+        sinusoids, embedder = (model.get_submodule(name) for name in self.time_layers)
+        weight = embedder.linear_1.weight
+        times = times.to(weight.device, torch.float32) * self.time_factor
+        return embedder(sinusoids(times).to(weight.dtype))
 
     def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
         """Timesteps of a run of a latent with this base grid, as a pipeline of the class asks."""

@@ -12,6 +12,7 @@ from elastic_dit.backbones.base import COMMON_FACTS, Backbone, Model
 from elastic_dit.backbones.call import Call, grouped_times, has_token_times
 from elastic_dit.backbones.layers import attention, feed_forward
 from elastic_dit.backbones.macs import linear_macs
+from elastic_dit.backbones.routed import Routed
 from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
@@ -36,6 +37,18 @@ class WanBackbone(Backbone):
     conditional_first = None
     low_rank = (("blocks", (*attention("attn1"), *feed_forward("ffn"))),)
     prompt_only = (("blocks", ("attn2.to_k", "attn2.to_v")),)
+    routed = (
+        Routed(
+            blocks="blocks",
+            attention="attn1",
+            norms=("norm_q", "norm_k"),
+            widen="ffn.net.0.proj",
+            narrow="ffn.net.2",
+            residual="norm3",
+            feed_forward="ffn",
+        ),
+    )
+    time_layers = "condition_embedder.timesteps_proj", "condition_embedder.time_embedder"
     streamed = Streamed(
         blocks=("blocks",),
         arguments=("hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb"),

@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor
 
-from elastic_dit.backbones.base import Backbone, Model, Rewired
+from elastic_dit.backbones.base import Model, Rewired
 from elastic_dit.backbones.call import Call
 from elastic_dit.backbones.layers import attention
-from elastic_dit.backbones.macs import FilledShape, filled, linear_macs
-from elastic_dit.cost import Attention, TransformerShape
+from elastic_dit.backbones.macs import FilledShape, filled
+from elastic_dit.backbones.refined import RefinedBackbone
+from elastic_dit.cost import TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple, coarse_grid, group, ungroup
 from elastic_dit.routing import Router
 
-MODULATION = "adaLN_modulation"
 ADAPTED = (*attention("attention"), "feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
 PLAIN = {"all_patch_size": (2,), "all_f_patch_size": (1,), "siglip_feat_dim": None}
 """One patch size, and no pictures beside the one to make."""
@@ -57,8 +57,8 @@ def centred_phases(model: Model, router: Router, stock: Rewired, *args: Any) -> 
     return tokens, centres.view_as(phases), *rest
 
 
-class ZImageBackbone(Backbone):
-    """Refiners of picture and of text, then both; conditional rows first; time runs from 0, noise.
+class ZImageBackbone(RefinedBackbone):
+    """Refiners of picture and of text, then one sequence of both; conditional rows first.
 
     All pictures of a call have one size. Omni models, which take more of them, are refused.
     """
@@ -73,10 +73,10 @@ class ZImageBackbone(Backbone):
     condition = ("cap_feats",)
     facts = ("dim", "n_layers", "n_refiner_layers", "n_heads", "in_channels", "cap_feat_dim")
     residuals = ("controlnet_block_samples",)
-    embed_layout = "thwC"
-    direction = -1.0
+    modulation = "adaLN_modulation"
+    once = f"{modulation}|^t_embedder"
+    prompt = "^(cap_embedder|context_refiner)"
     conditional_first = True
-    own_sigmas = True
     low_rank = (("noise_refiner", ADAPTED), ("layers", ADAPTED))
 
     def patch(self, model: Model) -> Triple:
@@ -102,9 +102,6 @@ class ZImageBackbone(Backbone):
     def base_vectors(self, router: Router, mode: Mode, stock: Rewired, hidden: Tensor) -> Tensor:
         return super().base_vectors(router, mode, stock, hidden[:, : router.tokens(mode)])
 
-    def level_of(self, time: float) -> float:
-        return 1 - time
-
     def sigmas(self, steps: int) -> Any:
         return torch.linspace(1.0, 1 / steps, steps).tolist()  # of single precision
 
@@ -112,23 +109,5 @@ class ZImageBackbone(Backbone):
         return (1, 64, 64), 512
 
     def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
-        config, d, text = model.config, model.config.dim, filled(text_tokens, SEQ_MULTI_OF)
-        noise, refiner, layers = model.noise_refiner, model.context_refiner, model.layers
-        _, last = self.projections(model)
-        both = linear_macs(layers, but=MODULATION)
-        return FilledShape(
-            multiple=SEQ_MULTI_OF,
-            width=d,
-            grid=grid,
-            patch_in=4 * config.in_channels,
-            patch_out=last.out_features,
-            token_macs=linear_macs(noise, but=MODULATION) + both,
-            attention=(Attention(len(noise), d), Attention(len(layers), d, "joint")),
-            text_tokens=text,
-            text_macs=both,
-            picture_macs=linear_macs(model, f"{MODULATION}|^t_embedder")
-            + text * linear_macs(model, "^(cap_embedder|context_refiner)")
-            + 2 * len(refiner) * d * text**2,
-            adapted=self.adapted_macs(model),
-            adapted_text=self.adapted_macs(model, "^layers"),
-        )
+        text = filled(text_tokens, SEQ_MULTI_OF)
+        return FilledShape(multiple=SEQ_MULTI_OF, **self.sequence(model, grid, text, text))

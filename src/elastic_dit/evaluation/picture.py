@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from elastic_dit.mode import Mode
+from elastic_dit.mode import Mode, coarseness
 from elastic_dit.report import Report
 from elastic_dit.schedule import Plan
 
@@ -19,6 +18,7 @@ STRIP_HEIGHT = 14
 MARGIN = 6
 # Colour-blind safe (Okabe and Ito): full mode dark, coarser modes lighter and warmer.
 COLOURS = {1: (0, 63, 114), 2: (86, 180, 233), 4: (240, 160, 40), 8: (213, 94, 0)}
+NARROW = (0, 158, 115)
 NO_BRANCH = (235, 235, 235)
 
 
@@ -32,18 +32,21 @@ class Row:
 
 
 def mode_colour(mode: Mode | None) -> tuple[int, int, int]:
-    """Colour of a mode in strips; light grey for a branch that is left out."""
+    """Colour of a mode in strips; light grey for a branch that is left out.
+
+    Patches have their own, and the narrower a mode is the greener. Sparse grids are green, the
+    fewer their tokens the lighter.
+    """
     if mode is None:
         return NO_BRANCH
-    if mode.token_grid is not None:  # fewer tokens, lighter
+    if mode.token_grid is not None:
         shade = 70 + 140 // max(mode.token_grid)
         return shade, 150, shade
-    return COLOURS.get(max(mode.patch_scale), (120, 120, 120))
-
-
-def _fineness(mode: Mode) -> tuple[tuple[int, ...], int]:
-    """Sorts modes from the finest on."""
-    return mode.patch_scale, -math.prod(mode.token_grid or (1000, 1000))
+    patch = COLOURS.get(max(mode.patch_scale), (120, 120, 120))
+    red, green, blue = (
+        round(mode.width * a + (1 - mode.width) * b) for a, b in zip(patch, NARROW, strict=True)
+    )
+    return red, green, blue
 
 
 def comparison(rows: Sequence[Row], *, zoom: int = 2) -> np.ndarray:
@@ -66,7 +69,7 @@ def comparison(rows: Sequence[Row], *, zoom: int = 2) -> np.ndarray:
             for mode in (s.mode, s.guide)
             if mode
         },
-        key=_fineness,
+        key=coarseness,
     )
     canvas = Image.new(
         "RGB", (LABEL_WIDTH + count * cell_w + MARGIN, len(rows) * line + 22 + MARGIN), "white"
@@ -86,7 +89,7 @@ def comparison(rows: Sequence[Row], *, zoom: int = 2) -> np.ndarray:
     for mode in legend:
         draw.rectangle((x, y + 3, x + 10, y + 13), fill=mode_colour(mode))
         draw.text((x + 15, y), mode.name, fill="black", font=font)
-        x += 80
+        x += max(80, 30 + 7 * len(mode.name))
     draw.text((x, y), "strip: steps, noise to data; guidance below", fill="grey", font=font)
     return np.asarray(canvas)
 
@@ -133,8 +136,8 @@ def decisions(report: Report, *, plan: Plan | None = None, cell: int = 16) -> np
             draw.rectangle((x, top, x + cell - 2, top + cell - 2), fill=mode_colour(mode))
     known = {mode for _, modes in lines for mode in modes if mode is not None}
     x, y = MARGIN, MARGIN + len(lines) * cell + 4
-    for mode in sorted(known, key=_fineness):
+    for mode in sorted(known, key=coarseness):
         draw.rectangle((x, y + 3, x + 10, y + 13), fill=mode_colour(mode))
         draw.text((x + 15, y), mode.name, fill="black", font=font)
-        x += 80
+        x += max(80, 30 + 7 * len(mode.name))
     return np.asarray(canvas)

@@ -6,15 +6,13 @@ from typing import Any
 
 from elastic_dit.methods.base import Method
 from elastic_dit.methods.ddit import DDiT
+from elastic_dit.methods.dydit import DyDiT
 from elastic_dit.methods.flexidit import FlexiDiT
 from elastic_dit.methods.ppflow import PPFlow
 from elastic_dit.methods.sparsedit import SparseDiT
 
 METHODS: dict[str, type[Method]] = {
-    "flexidit": FlexiDiT,
-    "ddit": DDiT,
-    "ppflow": PPFlow,
-    "sparsedit": SparseDiT,
+    method.name: method for method in (FlexiDiT, DDiT, PPFlow, DyDiT, SparseDiT)
 }
 """Methods by name."""
 
@@ -33,4 +31,13 @@ def method_from_config(name: object, config: dict[str, Any]) -> Method:
         raise ValueError(f"configuration of method {name!r} is not understood: {error}") from error
 
 
-__all__ = ["METHODS", "DDiT", "FlexiDiT", "Method", "PPFlow", "SparseDiT", "method_from_config"]
+__all__ = [
+    "METHODS",
+    "DDiT",
+    "DyDiT",
+    "FlexiDiT",
+    "Method",
+    "PPFlow",
+    "SparseDiT",
+    "method_from_config",
+]

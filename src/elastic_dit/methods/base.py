@@ -71,6 +71,7 @@ class Method(ABC):
             their names match.
         conditions: whether coarse modes change the conditioning vector.
         skips: whether coarse modes have a path from the base patch vectors to the output's.
+        narrows: whether its modes leave out heads, channels or tokens.
         packs: whether branches of different modes may share one packed call, where the class can.
     """
 
@@ -80,12 +81,17 @@ class Method(ABC):
     adapts: str = ""
     conditions: bool = False
     skips: bool = False
+    narrows: bool = False
     packs: bool = True
 
     @property
     @abstractmethod
     def modes(self) -> tuple[Mode, ...]:
         """The coarse modes it adds."""
+
+    def has(self, mode: Mode) -> bool:
+        """Whether it can run a mode."""
+        return mode in (FULL, *self.modes)
 
     @property
     @abstractmethod

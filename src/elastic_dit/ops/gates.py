@@ -13,11 +13,16 @@ from torch import Tensor
 TEMPERATURE = 5.0
 """Of the surrogate gradient, constant in the paper's code."""
 
+CAPACITY_MULTIPLE = 8
+"""A fixed number of tokens is rounded up to a multiple of this, which matrix units like."""
 
-def logistic_noise(like: Tensor) -> Tensor:
-    """The difference of two Gumbel variables, one for each logit."""
-    u = torch.rand_like(like, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
-    return torch.logit(u)
+
+def logistic_noise(like: Tensor, generator: torch.Generator | None) -> Tensor | None:
+    """The difference of two Gumbel variables, one for each logit; none without a generator."""
+    if generator is None:
+        return None
+    uniform = torch.rand(like.shape, generator=generator, device=generator.device)
+    return torch.logit(uniform.clamp(1e-6, 1 - 1e-6)).to(like.device)
 
 
 def gate(logits: Tensor, noise: Tensor | None = None, temperature: float = TEMPERATURE) -> Tensor:
@@ -37,17 +42,29 @@ def with_constant(gates: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(gates[:, :1]), gates], dim=1)
 
 
-def fixed_count(logits: Tensor, share: float, multiple: int = 1) -> Tensor:
-    """Places ``(B, k)`` of the highest of N logits per row, in rising order.
+def open_tokens(logits: Tensor, share: float | None = None) -> Tensor:
+    """Places of open tokens in all rows laid end to end, ``(k,)`` in rising order.
 
     Args:
         logits: ``(B, N)``.
-        share: of the N that ``k`` is, rounded up to a multiple; at most N.
+        share: of each row's tokens that are open, the highest ones, so that k is known beforehand
+            (see `kept_tokens`); None opens those above zero.
     """
-    return logits.topk(kept_tokens(logits.shape[1], share, multiple), dim=1).indices.sort(1).values
+    if share is None:
+        return (logits > 0).flatten().nonzero()[:, 0]
+    rows, tokens = logits.shape
+    places = logits.topk(kept_tokens(tokens, share), dim=1).indices.sort(dim=1).values
+    return (places + tokens * torch.arange(rows, device=logits.device)[:, None]).flatten()
 
 
-def kept_tokens(tokens: int, share: float, multiple: int = 1) -> int:
-    """How many tokens a share of them is: at least one, rounded up to a multiple, at most all."""
+def open_mask(logits: Tensor, share: float | None = None) -> Tensor:
+    """The same tokens as ones among zeros, ``(B, N)``."""
+    places = open_tokens(logits, share)
+    ones = torch.zeros(logits.numel(), device=logits.device).index_fill_(0, places, 1.0)
+    return ones.view_as(logits)
+
+
+def kept_tokens(tokens: int, share: float) -> int:
+    """How many tokens a share of them is: rounded up to a multiple, at most all."""
     count = max(1, round(tokens * share))
-    return min(tokens, count + -count % multiple)
+    return min(tokens, count + -count % CAPACITY_MULTIPLE)

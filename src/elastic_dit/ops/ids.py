@@ -21,8 +21,13 @@ def first_grid(ids: Tensor, skip: int = 0) -> Triple:
     The second and third number of an id are row and column; the first tells pictures apart.
 
     Raises:
-        ValueError: the first picture's ids are not one whole grid.
+        ValueError: the first picture's ids are not one whole grid, or an export cannot read them.
     """
+    if torch.compiler.is_exporting():
+        raise ValueError(
+            "the grid stands in the numbers of img_ids, which are not known to an exported graph; "
+            "legal: full mode"
+        )
     ids = (ids[0] if ids.ndim == 3 else ids)[skip:]
     if ids.is_meta:  # no numbers to read: counting costs only
         side = math.isqrt(len(ids))

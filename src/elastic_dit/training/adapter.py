@@ -185,6 +185,9 @@ class AdapterTask:
         if self.teacher is not None:
             self.teacher.model.to(device)
 
+    def progress(self, share: float) -> None:
+        """Every step is alike."""
+
     def loss(
         self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Tensor:

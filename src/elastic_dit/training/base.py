@@ -91,6 +91,9 @@ class BaseTask:
     def to(self, device: torch.device) -> None:
         """Nothing but the module."""
 
+    def progress(self, share: float) -> None:
+        """Every step is alike."""
+
     def loss(
         self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Tensor:

@@ -63,6 +63,9 @@ class ClassifierTask:
     def to(self, device: torch.device) -> None:
         """Nothing but the module."""
 
+    def progress(self, share: float) -> None:
+        """Every step is alike."""
+
     def loss(
         self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Tensor:

@@ -45,6 +45,10 @@ class Task(Protocol):
         """Move whatever the task owns beside ``module``."""
         ...
 
+    def progress(self, share: float) -> None:
+        """Told before each step: the share of the steps that are over."""
+        ...
+
     def loss(
         self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Tensor:
@@ -122,6 +126,7 @@ def train(recipe: Recipe, task: Task, data: ImageData, *, resume: bool = False) 
         first = step * recipe.loop.batch_size + rank * per_process
         images, labels = data.batch(first, per_process, recipe.seed, device)
         generator = torch.Generator().manual_seed(_seed(recipe.seed, step, rank))
+        task.progress(step / total)
         with accelerator.autocast():
             loss = task.loss(model, images, labels, generator)
         accelerator.backward(loss)

@@ -39,6 +39,7 @@ def save_state(
         name: p.detach().contiguous() for name, p in module.named_parameters() if p.requires_grad
     }
     save_file(trained, partial / "model.safetensors")
+    save_file(_buffers(module), partial / "buffers.safetensors")
     save_file(average.average, partial / "average.safetensors")
     for index, optimizer in enumerate(optimizers):
         save_file(
@@ -76,12 +77,22 @@ def load_state(
     with torch.no_grad():
         for name, value in saved.items():
             parameters[name].copy_(value)
+        buffers = _buffers(module)
+        for name, value in load_file(path / "buffers.safetensors").items():
+            buffers[name].copy_(value)
     average.load(load_file(path / "average.safetensors"), facts["average_updates"])
     for index, optimizer in enumerate(optimizers):
         state = optimizer.state_dict()
         state["state"] = _unflatten(load_file(path / f"optimizer-{index}.safetensors"))
         optimizer.load_state_dict(state)
     return facts
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    """What training may keep beside parameters: running means."""
+    parameters = {name for name, _ in module.named_parameters()}
+    state = module.state_dict()
+    return {name: value for name, value in state.items() if name not in parameters}
 
 
 def _flatten(state: dict[int, dict[str, Any]]) -> dict[str, Tensor]:

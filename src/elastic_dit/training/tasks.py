@@ -7,10 +7,12 @@ from elastic_dit.training.base import BaseTask
 from elastic_dit.training.classifier import ClassifierTask
 from elastic_dit.training.config import Recipe
 from elastic_dit.training.loop import Task
+from elastic_dit.training.width import WidthTask
 
-TASKS: dict[str, type[BaseTask] | type[AdapterTask] | type[ClassifierTask]] = {
+TASKS: dict[str, type[BaseTask | AdapterTask | WidthTask | ClassifierTask]] = {
     "base": BaseTask,
     "adapter": AdapterTask,
+    "width": WidthTask,
     "classifier": ClassifierTask,
 }
 

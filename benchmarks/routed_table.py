@@ -1,0 +1,187 @@
+"""Routed widths on the reference model, against what the same training and the same time buy.
+
+    python benchmarks/routed_table.py [--static runs/mnist-dydit-static/export] [--images 800]
+
+Rows: the base; the base at fewer steps; the control, the same weights trained as long with nothing
+left out, at all and at fewer steps; DyDiT at the widths it was trained for, at a width between them
+(by its threshold), and with a fixed share of the tokens. All have the same seeds and a guidance
+scale of their own, tuned on others. ``against_static`` is the paired difference to the control at
+fewer steps that take no less time.
+
+Rows that exist in the results file are kept. Writes benchmarks/results/routed-<name>.json and two
+figures: what is open over noise levels, and which tokens enter the feed-forward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from frontier import START, STEPS, Frontier
+from reference_table import REPORT_SEED, SETS, Row, _frechet
+
+from elastic_dit import Mode, Schedule, elastify
+from elastic_dit.evaluation.record import write_results
+from elastic_dit.reference import reference_adapter
+from elastic_dit.sampling import cyclic_labels
+
+RESULTS = Path(__file__).parent / "results"
+MODES = ("width70", "width60", "width50", "width50_keep50")
+FEWER = (10, 9, 8, 7, 6)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--name", default="mnist")
+    parser.add_argument("--static", type=Path, default=Path("runs/mnist-dydit-static/export"))
+    parser.add_argument("--adapter", type=Path, default=None, help="the shipped one by default")
+    parser.add_argument("--images", type=int, default=800)
+    parser.add_argument("--tune-images", type=int, default=200)
+    parser.add_argument("--restart", action="store_true")
+    arguments = parser.parse_args()
+    path = RESULTS / f"routed-{arguments.name}.json"
+    rows: list[Row] = []
+    if path.exists() and not arguments.restart:
+        rows = json.loads(path.read_text())["rows"]
+    facts = {"images": arguments.images, "tune_images": arguments.tune_images, "steps": STEPS}
+    bench = Frontier(arguments.name, arguments.images, arguments.tune_images, "float32")
+
+    def keep(key: str, make: Callable[[], Row]) -> Row:
+        found = next((row for row in rows if row["key"] == key), None)
+        if found is None:
+            found = {**make(), "key": key}
+            rows.append(found)
+            compare(rows)
+            write_results(path, {**facts, "sets": SETS, "rows": rows})
+        names = ("ratio", "time_ratio", "scale", "frechet", "accuracy", "loss", "against_static")
+        print(key, {k: round(found[k], 3) for k in names if k in found}, flush=True)
+        return found
+
+    base = keep("base", lambda: bench.row(STEPS, START, ratio=1.0, time_ratio=1.0))
+    bench.full = bench.draw(base["scale"], STEPS, REPORT_SEED, bench.images)
+    if arguments.static.is_dir():
+        bench.handle = elastify(bench.pipe, arguments.static)
+    for steps in (STEPS, *FEWER):
+        share = steps / STEPS
+        if bench.handle is not None:
+            keep(
+                f"static/{steps}",
+                lambda steps=steps, share=share: bench.row(
+                    steps, START, ratio=share, time_ratio=share
+                ),
+            )
+    bench.use(None)
+    for steps in FEWER:
+        share = steps / STEPS
+        keep(
+            f"fewer-steps/{steps}",
+            lambda steps=steps, share=share: bench.row(steps, START, ratio=share, time_ratio=share),
+        )
+    handle = bench.handle = elastify(
+        bench.pipe, arguments.adapter or reference_adapter("dydit", arguments.name)
+    )
+    for name in ("full", *MODES):
+
+        def choose(name: str = name) -> None:
+            handle.schedule = Schedule.constant(Mode.parse(name))
+
+        keep(f"dydit/{name}", lambda choose=choose: bench.measured(choose))
+    images = Path(__file__).parent.parent / "docs" / "images"
+    draw_widths(handle, images / "dydit-widths.png")
+    draw_tokens(bench, images / "dydit-tokens.png")
+
+
+def compare(rows: list[Row]) -> None:
+    """Paired differences to the base, and to the control at steps that take no less time."""
+    base = rows[0]
+    static = {int(row["key"].split("/")[1]): row for row in rows if row["key"][:6] == "static"}
+    for row in rows[1:]:
+        loss = _frechet(row).minus(_frechet(base))
+        row["loss"], row["loss_noise"] = loss.value, loss.noise
+        if not row["key"].startswith("dydit/width") or not static:
+            continue
+        for name, share in (("time", row["time_ratio"]), ("cost", row["ratio"])):
+            steps = min(STEPS, math.ceil(STEPS * share - 0.05))
+            steps = min((each for each in static if each >= steps), default=STEPS)
+            apart = _frechet(row).minus(_frechet(static[steps]))
+            row[f"rival_steps_by_{name}"] = steps
+            row[f"against_static_by_{name}"] = apart.value
+            row[f"against_static_by_{name}_noise"] = apart.noise
+
+
+def draw_widths(handle: Any, path: Path) -> None:
+    """Open heads and channels of each block over noise levels, and tokens as training left them."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    levels = [i / 50 for i in range(51)]
+    modes = handle.method.routed
+    figure, panels = plt.subplots(
+        len(modes), 3, figsize=(11, 2.6 * len(modes)), layout="constrained", squeeze=False
+    )
+    for row, mode in zip(panels, modes, strict=True):
+        kept = [handle.widths.kept(handle.model, mode, level) for level in levels]
+        for panel, name in zip(row, ("heads", "channels", "tokens"), strict=True):
+            table = torch.tensor([[getattr(each, name) for each in level] for level in kept])
+            image = panel.imshow(
+                table.T, aspect="auto", extent=(0, 1, len(table[0]), 0), vmin=0, vmax=1
+            )
+            panel.set_title(f"{name} kept, {mode.name}", fontsize=9)
+            panel.set_xlabel("noise level", fontsize=8)
+            panel.set_ylabel("block", fontsize=8)
+    figure.colorbar(image, ax=panels, shrink=0.6)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def draw_tokens(bench: Frontier, path: Path) -> None:
+    """For ten pictures: the share of blocks whose feed-forward each token entered, over the run."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    handle = bench.handle
+    assert handle is not None
+    mode = min(handle.method.routed, key=lambda each: each.width)
+    handle.schedule = Schedule.constant(mode)
+    masks: list[torch.Tensor] = []
+    routers = handle.sizes.routers[mode.name]
+    stock = routers.tokens
+
+    def watching(block: int, x: torch.Tensor) -> torch.Tensor:
+        logits = stock(block, x)
+        masks.append((logits > 0).float())
+        return logits
+
+    routers.tokens = watching
+    try:
+        images = bench.pipe(
+            cyclic_labels(10, 10),
+            seeds=list(range(10)),
+            num_inference_steps=STEPS,
+            output_type="pt",
+        ).images
+    finally:
+        del routers.tokens
+    conditional = torch.stack(masks)[:, :10].mean(0)
+    side = math.isqrt(conditional.shape[1])
+    figure, panels = plt.subplots(2, 10, figsize=(11, 2.6), layout="constrained")
+    for index in range(10):
+        panels[0, index].imshow(images[index, 0], cmap="gray")
+        panels[1, index].imshow(conditional[index].view(side, side), vmin=0, vmax=1)
+        for panel in panels[:, index]:
+            panel.axis("off")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
