@@ -1,16 +1,19 @@
 """How to spend a budget: one frontier for fixed schedules, solved plans, DDiT, PPFlow, fewer steps.
 
     python benchmarks/frontier.py [--images 800] [--tune-images 200] [--series ...] [--restart]
+                                  [--results benchmarks/results]
 
 The reference model at 12 steps. Every row has the same seeds and a guidance scale of its own, tuned
-on others. Solved plans use the calibration that ships with the LoRA adapter; DDiT's thresholds are
-calibrated on tuning seeds, once with FlexiDiT's weights (so that only the choice differs) and once
-with its own. ``against_fixed`` is the paired difference to the best hand-set schedule of the same
-budget and guidance.
+on others. Solved plans use the calibration that ships with the LoRA adapter, whose reference is the
+base with full guidance; those of ``solved weak reference`` one that aims at weak guidance below a
+noise level of 0.8, at the guidance scale that is best for that, measured here on tuning seeds and
+kept beside the results. DDiT's thresholds are calibrated on tuning seeds, once with FlexiDiT's
+weights (so that only the choice differs) and once with its own. ``against_fixed`` is the paired
+difference to the best hand-set schedule of the same budget and guidance.
 
-Rows that exist in the results file are kept. Writes benchmarks/results/frontier-<name>.json and
-.png, and how DDiT's choices differ from picture to picture: cost by class, and its rank correlation
-with the detail of the picture (its mean absolute gradient) in the full run.
+Rows that exist in the results file are kept. Writes frontier-<name>.json and .png, and how DDiT's
+choices differ from picture to picture: cost by class, and its rank correlation with the detail of
+the picture (its mean absolute gradient) in the full run.
 """
 
 from __future__ import annotations
@@ -29,12 +32,14 @@ from torch import Tensor
 from elastic_dit import FULL, DDiTController, Handle, Mode, Schedule, Segment, elastify
 from elastic_dit.bench import interleave
 from elastic_dit.budget import Budget, weak_first_for_budget
+from elastic_dit.calibration import Calibration
 from elastic_dit.controller import Facts
 from elastic_dit.ddit_controller import settled
 from elastic_dit.evaluation.pareto import plot_pareto
 from elastic_dit.evaluation.record import write_results
+from elastic_dit.measurement import calibrate
 from elastic_dit.reference import reference_adapter
-from elastic_dit.sampling import cyclic_labels
+from elastic_dit.sampling import cyclic_labels, sample
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 12
@@ -45,12 +50,18 @@ SERIES = (
     "weak guidance",
     "solved path",
     "solved picture",
+    "solved weak reference",
     "ddit lora",
     "ddit ddit",
     "ppflow",
     "coarse to fine",
 )
 TRACES = 100
+WEAK_BELOW = 0.8
+"""Where weak guidance begins to be the better aim; from the first step on it fails (lab notes)."""
+
+PICTURES, PICTURE_STEPS = 48, 16
+"""Of a calibration, as for the shipped one."""
 
 Choose = Callable[[], None]
 """Sets what a row's runs use."""
@@ -146,6 +157,32 @@ class Frontier(Bench):
         return Facts(levels=levels, macs=handle.shape.macs, guided=True)
 
 
+def weak_reference(bench: Frontier, path: Path, *, restart: bool) -> Calibration:
+    """The adapter's errors with weak guidance as the aim at all but the highest noise levels."""
+    handle, reference = bench.handle, Schedule.weak_guidance_below(WEAK_BELOW)
+    assert handle is not None
+    if handle.calibration is not None and handle.calibration.reference == reference:
+        return handle.calibration
+    if path.exists() and not restart:
+        return Calibration.load(path)
+    handle.schedule = reference
+    scale, _ = bench.tune(STEPS, START)
+    labels, seeds = cyclic_labels(PICTURES, 10), range(TUNE_SEED, TUNE_SEED + PICTURES)
+
+    def draw(batch: int) -> None:
+        sample(bench.pipe, labels, seeds, guidance_scale=scale, steps=PICTURE_STEPS)
+
+    found = calibrate(
+        handle,
+        draw,
+        guidance_scale=scale,
+        reference=reference,
+        data={"first_seed": TUNE_SEED, "labels": "in turn", "tune_images": bench.tune_images},
+    )
+    found.save(path)
+    return found
+
+
 def fixed(handle: Handle, budget: float) -> Iterator[tuple[str, Schedule]]:
     """Schedules that somebody would set by hand for a budget."""
     macs = handle.shape.macs
@@ -221,9 +258,11 @@ def main() -> None:
     parser.add_argument("--tune-images", type=int, default=200)
     parser.add_argument("--series", nargs="+", default=SERIES, choices=SERIES)
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder to write into")
     parser.add_argument("--restart", action="store_true")
     arguments = parser.parse_args()
-    path = RESULTS / f"frontier-{arguments.name}.json"
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    path = arguments.results / f"frontier-{arguments.name}.json"
     facts = {
         "images": arguments.images,
         "tune_images": arguments.tune_images,
@@ -267,6 +306,10 @@ def main() -> None:
     bench.use("lora")
     handle = bench.handle
     assert handle is not None
+    solved = {"path": handle.calibration, "picture": handle.calibration}
+    if "solved weak reference" in arguments.series:
+        cache = arguments.results / f"frontier-{arguments.name}-weak-calibration.json"
+        solved["weak reference"] = weak_reference(bench, cache, restart=arguments.restart)
     for budget in BUDGETS:
         for name, schedule in fixed(handle, budget):
             if name not in arguments.series:
@@ -280,16 +323,20 @@ def main() -> None:
                 f"{name}/{budget}",
                 lambda choose=set_by_hand, settings=settings: bench.measured(choose, **settings),
             )
-        for criterion in ("path", "picture"):
-            if f"solved {criterion}" not in arguments.series:
+        for name, calibration in solved.items():
+            if f"solved {name}" not in arguments.series:
                 continue
+            assert calibration is not None
+            spent = Budget(budget, criterion="picture" if name == "picture" else "path")
 
-            def solve(budget: float = budget, criterion: str = criterion) -> None:
-                handle.budget = Budget(budget, criterion=criterion)
+            def solve(calibration: Calibration = calibration, spent: Budget = spent) -> None:
+                handle.calibration = calibration
+                handle.budget = spent
 
-            settings = {"series": f"solved, {criterion}", "kind": "solved", "budget": budget}
+            settings = {"series": f"solved, {name}", "kind": "solved", "budget": budget}
+            settings["calibrated_at"] = calibration.guidance_scale
             keep(
-                f"solved {criterion}/{budget}",
+                f"solved {name}/{budget}",
                 lambda choose=solve, settings=settings: bench.measured(choose, **settings),
             )
     for weights in ("lora", "ddit"):

@@ -67,15 +67,33 @@ def test_usual_choices():
     assert names == [*full, "patch2/patch2", "patch2/patch4", "patch4/patch4"]
     assert pairings([FULL])[0] == Choice() == pairings([])[0]
     weak = pairings(MODES, "weak")
-    assert [choice.name for choice in weak] == ["full/patch4", "patch2/patch4", "patch4/patch4"]
+    guided = ["full/patch4 weak 0.4", "patch2/patch4 weak 0.4"]
+    assert [choice.name for choice in weak] == [*guided, "patch4/patch4"]
     assert [choice.segment(1, 0).weak_guidance for choice in weak] == [True, True, False]
     assert [choice.gain for choice in weak] == [0.4, 0.4, 1.0]
     frames, width = Mode((2, 1, 1)), Mode((1, 1, 2))  # neither is coarser than the other
     assert "patch2x1x1/patch1x1x2" not in [choice.name for choice in pairings([frames, width])]
-    with pytest.raises(ValueError, match=r"guidance = 'weak' with modes full; legal: 'cfg'"):
-        pairings([FULL], "weak")
+    both = pairings(MODES, "both")
+    assert both[:6] == pairings(MODES)
+    assert [choice.name for choice in both[6:]] == ["full/patch2 weak 0.4", *guided]
+    for guidance in ("weak", "both"):
+        with pytest.raises(
+            ValueError, match=rf"guidance = '{guidance}' with modes full; legal: 'c"
+        ):
+            pairings([FULL], guidance)
     with pytest.raises(ValueError, match="gain = -1"):
         Choice(gain=-1)
+
+
+def test_a_choice_is_what_runs_not_how_it_is_written():
+    weak = Choice(guide=Mode(2), guidance="weak", gain=0.4)
+    segment = weak.segment(0.8, 0.1)
+    assert Choice.of(segment) == weak
+    assert weak.runs_as(segment)
+    assert not Choice(guide=Mode(2)).runs_as(segment)
+    assert not Choice(guide=Mode(2), guidance="weak").runs_as(segment)
+    assert Choice().runs_as(Choice(guide=FULL, guidance="weak").segment(1, 0))
+    assert Choice(gain=0.0).name == "full/full cfg 0"
 
 
 def every_plan(damage, cost):

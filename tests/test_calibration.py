@@ -49,6 +49,13 @@ STAGES = (
 )
 
 
+def refers(*stretches):
+    """A reference as it is in a file: (start, stop, mode) from noise to data."""
+    keys = ("start", "stop", "mode")
+    rows = [dict(zip(keys, (*stretch, "full")[:3], strict=True)) for stretch in stretches]
+    return {"segments": rows}
+
+
 @pytest.fixture
 def pixel(make_model):
     """``pixel(name)``: a pipeline over a tiny 32x32 model."""
@@ -145,12 +152,31 @@ def test_a_measured_one_round_trips(calibrated):
         (lambda d: d["points"][1].update(step_error=[0, 1]), "step_error at level 0.5 .*: 3 num"),
         (lambda d: d["points"][1].update(step_error=[0, -1, 1]), "step_error at level 0.5"),
         (lambda d: d["points"][1].update(step_error=[0, float("nan"), 1]), "step_error at level"),
-        (lambda d: d["points"][1].update(branch_error=[1, 1]), "the first of them 0"),
+        (lambda d: d["points"][1].update(step_error=[1, 1, 1]), "3 numbers >= 0, that of full/f"),
+        (lambda d: d["points"][1].update(branch_error=[1, 1]), "2 numbers >= 0, that of full 0"),
         (lambda d: d["choices"].__setitem__(1, d["choices"][0]), "legal: at least one, all diff"),
         (lambda d: d["choices"][1].update(mode="tiny"), "unknown mode 'tiny'"),
         (lambda d: d["seconds"][0]["alone"].pop("full"), "with those of full mode"),
         (lambda d: d["seconds"].append(d["seconds"][0]), "one entry per device"),
         (lambda d: d.update(bands=[{"start": 1, "stop": 0.5, "rates": [0, 1, 1]}]), "without gap"),
+        (lambda d: d.update(bands=[{"start": 0, "stop": 0, "rates": [0, 1, 1]}]), "without gap"),
+        (
+            lambda d: d.update(reference=refers((1, 0.6), (0.5, 0))),
+            "reference: .*gap .*0.6 and 0.5",
+        ),
+        (lambda d: d.update(reference=7), "reference: schedule JSON must be an object"),
+        (
+            lambda d: d.update(reference=refers((1, 0.5, "patch4"), (0.5, 0))),
+            r"reference = 'patch4/patch4' from noise level 1 to 0.5; legal: .*'full/patch2'",
+        ),
+        (
+            lambda d: d.update(reference=refers((1, 0.5, "patch2"), (0.5, 0))),
+            r"step_error at level 0.9 = .*; legal: 3 numbers >= 0, that of patch2/patch2 0",
+        ),
+        (
+            lambda d: d.update(reference=refers((1, 0.95, "patch2"), (0.95, 0))),
+            "'patch2/patch2' from noise level 1 to 0.95, where nothing was .* levels 0.9, 0.5",
+        ),
     ],
 )
 def test_damage_to_a_file_is_named(tmp_path, change, words):
@@ -617,6 +643,259 @@ def test_without_a_calibration(make_elastic, make_model):
 
 
 # ------------------------------------------------------------------------------------------------
+# A reference that changes with the noise level
+
+CFG_THEN_WEAK = Schedule.weak_guidance_below(0.5)
+WEAKLY = Choice.of(CFG_THEN_WEAK.segments[1])
+BOTH = pairings([FULL, WEAK], "both")
+
+
+def two_aims(**changes):
+    """A calibration in which weak guidance is the aim below 0.5: there it is free."""
+    assert (*made_up().choices, WEAKLY) == BOTH
+    step = {0.9: (0.0, 0.01, 0.09, 0.3), 0.6: (0.0, 0.02, 0.06, 0.2)}
+    step |= {0.4: (0.2, 0.15, 0.3, 0.0), 0.1: (0.1, 0.08, 0.2, 0.0)}
+    points = tuple(
+        Point(level=x, step_error=errors, branch_error=(0.0, 0.04 * x))
+        for x, errors in step.items()
+    )
+    return made_up(**{"choices": BOTH, "points": points, "reference": CFG_THEN_WEAK} | changes)
+
+
+def test_no_reference_is_the_first_choice_throughout():
+    plain = made_up()
+    assert plain.reference == Schedule.constant()
+    for same in (Schedule.constant(guide=FULL), Schedule.weak_first(0.0)):
+        assert made_up(reference=same) == plain
+    assert "reference" not in json.loads(plain.to_json())
+    weak = pairings([FULL, WEAK], "weak")
+    points = tuple(replace(point, step_error=point.step_error[:2]) for point in plain.points)
+    assert made_up(choices=weak, points=points).reference == Schedule([weak[0].segment(1, 0)])
+
+
+def test_calibrations_of_before_load_and_save_as_they_were():
+    file = reference_adapter("lora") / FILE
+    shipped = Calibration.load(file)
+    assert shipped.reference == Schedule.constant()
+    assert shipped.to_json() + "\n" == file.read_text()
+
+
+def test_a_reference_round_trips():
+    calibration = two_aims()
+    data = json.loads(calibration.to_json())
+    assert [row["guidance"] for row in data["reference"]["segments"]] == ["cfg", "weak"]
+    again = Calibration.from_json(calibration.to_json())
+    assert again == calibration
+    assert again.reference == CFG_THEN_WEAK
+    split = Schedule([Choice().segment(1, 0.7), *CFG_THEN_WEAK.between(0.7, 0)])
+    assert two_aims(reference=split) == calibration  # as few stretches as it takes
+
+
+def test_errors_are_not_mixed_across_a_change():
+    found = two_aims().errors([1.0, 0.75, 0.51, 0.49, 0.25, 0.0])
+    assert not found[:3, 0].any()
+    assert not found[3:, 3].any()
+    np.testing.assert_allclose(found[2], two_aims().errors([0.6])[0])
+    np.testing.assert_allclose(found[3], two_aims().errors([0.4])[0])
+    np.testing.assert_allclose(found[1, 3], np.sqrt(0.3 * 0.2))
+    np.testing.assert_allclose(found[4, 0], np.sqrt(0.2 * 0.1))
+    damage = two_aims().damage([0.9, 0.6, 0.4, 0.1])
+    assert (damage == 0).tolist() == [[True, False, False, False]] * 2 + [[False] * 3 + [True]] * 2
+
+
+def facts_of(levels):
+    costs = {FULL: 1.0, WEAK: 0.3}
+    return Facts(levels=tuple(levels), macs=lambda mode, level: costs[mode], guided=True)
+
+
+def test_what_the_reference_does_is_free():
+    """With enough budget the plan is the reference; all of the budget is the base."""
+    levels = [1 - (i + 0.5) / 20 for i in range(20)]
+    own = facts_of(levels)
+    share = np.mean([own.cost(CFG_THEN_WEAK.at(level)) for level in levels]) / 2
+    for budget in (share, 0.9, 0.999):
+        controller = SolvedBudget(calibration=two_aims(), budget=Budget(budget))
+        assert controller.begin(own) == CFG_THEN_WEAK
+    last = controller.offers(own)[-1]
+    assert (last.damage, last.schedule) == (0, CFG_THEN_WEAK)
+    assert last.ratio == pytest.approx(share)
+    assert SolvedBudget(calibration=two_aims(), budget=Budget(1)).begin(own) == Schedule.constant()
+    unguided = replace(own, guided=False)
+    plan = SolvedBudget(calibration=two_aims(), budget=Budget(0.9)).begin(unguided)
+    assert {segment.guide for segment in plan.segments} == {None}
+
+
+@pytest.mark.parametrize("budget", [0.35, 0.5, 0.6, 0.7, 0.8, 0.95])
+def test_the_solver_is_brute_force_with_both_kinds_of_guidance(budget):
+    levels = [0.95, 0.7, 0.55, 0.45, 0.3, 0.1]
+    calibration, own = two_aims(), facts_of(levels)
+    damage = calibration.damage(levels)
+    cost = np.array([own.cost(choice.segment(1, 0)) for choice in BOTH]) / (2 * len(levels))
+    plans = np.array(list(itertools.product(range(len(BOTH)), repeat=len(levels))))
+    within = cost[plans].sum(axis=1) <= budget + 1e-9
+    best = damage[np.arange(len(levels)), plans[within]].sum(axis=1).min()
+    schedule = SolvedBudget(calibration=calibration, budget=Budget(budget)).begin(own)
+    chosen = [BOTH.index(Choice.of(schedule.at(level))) for level in levels]
+    assert damage[np.arange(len(levels)), chosen].sum() == pytest.approx(best, rel=1e-4)
+    assert cost[chosen].sum() <= budget + 1e-9
+
+
+def test_the_constant_reference_measures_the_same(pixel, make_elastic):
+    """Bit for bit, with the final latents."""
+    found = []
+    for reference in (None, Schedule.constant(), Schedule.constant(guide=FULL)):
+        pipe = pixel()
+        facts = {"choices": BOTH, "reference": reference, "bands": 2, "rounds": 1}
+        found.append(calibrate(make_elastic(pipe), sampler(pipe), guidance_scale=2.5, **facts))
+    assert found[0].points == found[1].points == found[2].points
+    assert found[0].bands == found[1].bands == found[2].bands
+
+
+def made_at(pipe, handle, schedule, sample):
+    """The final latents of a run, and what the pipeline made of each of its model calls."""
+    kept, step, last = [], pipe.scheduler.step, []
+
+    @functools.wraps(step)  # pipelines read its signature
+    def keep(output, *args, **kwargs):
+        kept.append(output.double())
+        last[:] = [step(output, *args, **kwargs)]
+        return last[0]
+
+    handle.schedule = schedule
+    pipe.scheduler.step = keep
+    try:
+        sample(0)
+        return last[0][0].double(), kept
+    finally:
+        del pipe.scheduler.step
+
+
+MIXED = {
+    "cfg, then weak": CFG_THEN_WEAK,
+    "weak, then cfg": Schedule([WEAKLY.segment(1, 0.6), Choice().segment(0.6, 0)]),
+    "coarse, then weak": Schedule([Choice(mode=WEAK).segment(1, 0.8), WEAKLY.segment(0.8, 0)]),
+}
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_errors_are_those_of_leaving_the_reference(pixel, make_elastic, name):
+    """At the step where a run leaves the reference, both still see the same latent."""
+    reference, pipe = MIXED[name], pixel()
+    handle = make_elastic(pipe)
+    sample = sampler(pipe, steps=5)
+    measured = calibrate(handle, sample, guidance_scale=2.5, reference=reference, rounds=1)
+    assert set(BOTH) < set(measured.choices)
+    assert measured.reference == reference
+    levels = [point.level for point in measured.points]
+    _, own = made_at(pipe, handle, reference, sample)
+    for choice in BOTH:
+        place = measured.choices.index(choice)
+        for step, level in enumerate(levels):
+            stop = max(level - 1e-6, 0.0)
+            start = min(level + 1e-6, 1.0)
+            parts = (*reference.between(1, start), choice.segment(start, stop))
+            schedule = Schedule([*parts, *reference.between(stop, 0)])
+            _, found = made_at(pipe, handle, schedule, sample)
+            expected = (level * (found[step] - own[step])).square().mean().item()
+            error = measured.points[step].step_error[place]
+            assert error == pytest.approx(expected, rel=1e-3, abs=1e-12), (choice.name, level)
+            assert (error == 0) == choice.runs_as(reference.at(level))
+
+
+def test_bands_end_where_the_reference_changes(pixel, make_elastic):
+    pipe = pixel()
+    handle = make_elastic(pipe)
+    sample = sampler(pipe, steps=6)
+    facts = {"choices": BOTH, "reference": CFG_THEN_WEAK, "bands": 2, "rounds": 1}
+    found = handle.calibrate(sample, guidance_scale=2.5, **facts)
+    levels = [point.level for point in found.points]
+    assert 0.5 in [band.stop for band in found.bands]
+    damage = found.damage(levels, criterion="picture")
+    for step, level in enumerate(levels):
+        assert damage[step, BOTH.index(Choice.of(CFG_THEN_WEAK.at(level)))] == 0
+    final, _ = made_at(pipe, handle, CFG_THEN_WEAK, sample)
+    band = found.bands[-1]
+    parts = (*CFG_THEN_WEAK.between(1, band.start), Choice().segment(band.start, 0))
+    other, _ = made_at(pipe, handle, Schedule(parts), sample)
+    inside = [step for step, level in enumerate(levels) if level < band.start]
+    assert damage[inside, 0].sum() > 0
+    change = (other - final).square().mean().item()
+    assert damage[inside, 0].sum() == pytest.approx(change, rel=1e-4)
+    with pytest.raises(ValueError, match=r"band from 1 to 0; legal: one that ends at 0.5, where"):
+        replace(found, bands=(Band(start=1, stop=0, rates=(0.0,) * 4),))
+
+
+def test_budgets_run_what_a_reference_made_of_them(pixel, make_elastic):
+    pipe = pixel()
+    handle = make_elastic(pipe)
+    sample = sampler(pipe, steps=8)
+    handle.calibrate(sample, guidance_scale=2.5, reference=CFG_THEN_WEAK, rounds=1)
+    handle.budget = 0.99
+    sample(0)
+    levels = [call.level for call in handle.report().calls]
+    chosen = [Choice.of(handle.schedule.at(level)) for level in levels]
+    assert chosen == [Choice.of(CFG_THEN_WEAK.at(level)) for level in levels]
+    assert {Choice(), WEAKLY} == set(chosen)
+    handle.budget = 1.0
+    expected = sample(0).images
+    assert handle.report().ratio == 1
+    handle.remove()
+    assert torch.equal(sample(0).images, expected)
+
+
+@pytest.mark.parametrize("name", ["dit", "flux", "chroma"])
+def test_a_reference_in_stock_pipelines(name):
+    case = PIPES[name]
+    pipe = case.pipe()
+    handle = case.elastic(pipe)
+    settings = {"guidance_scale": 3.0, "rounds": 1}
+    plain = calibrate(handle, lambda n: case.draw(pipe), **settings)
+    levels = [point.level for point in plain.points]
+    reference = Schedule.weak_guidance_below((levels[0] + levels[1]) / 2)
+    found = calibrate(handle, lambda n: case.draw(pipe), reference=reference, **settings)
+    assert found.points[0].step_error[: len(plain.choices)] == plain.points[0].step_error
+    own = [found.names[np.argmin(point.step_error)] for point in found.points]
+    assert own == ["full/full"] + ["full/patch2 weak 0.4"] * (len(levels) - 1)
+
+
+NARROW = Schedule(
+    [Choice().segment(1, 0.59), WEAKLY.segment(0.59, 0.58), Choice().segment(0.58, 0)]
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"reference": "weak:0.8"}, "reference = 'weak:0.8' is out of range; legal: a Schedule"),
+        (
+            {"reference": CFG_THEN_WEAK, "choices": pairings([FULL, WEAK])},
+            r"reference = 'full/patch2 weak 0.4' from noise level 0.5 to 0; legal: .*'full/full'",
+        ),
+        ({"reference": Schedule.constant(Mode(3))}, r"ask for \['patch3'\]; legal.*patch2"),
+        (
+            {"reference": NARROW},
+            "from noise level 0.59 to 0.58, where nothing was measured; legal: .* levels 1, 0.",
+        ),
+    ],
+)
+def test_illegal_references_are_named(pixel, make_elastic, changes, words):
+    pipe = pixel()
+    with pytest.raises(ValueError, match=words):
+        calibrate(make_elastic(pipe), sampler(pipe), guidance_scale=2.5, rounds=1, **changes)
+
+
+def test_weak_guidance_is_no_reference_without_guidance(pixel, make_elastic):
+    pipe = pixel()
+    handle, sample = make_elastic(pipe), sampler(pipe, scale=1.0)
+    with pytest.raises(ValueError, match=r"reference = 'full/patch2 weak 0.4'.*one of the choices"):
+        calibrate(handle, sample, guidance_scale=1, reference=CFG_THEN_WEAK, rounds=1)
+    coarse = Schedule.weak_first(0.5)
+    found = calibrate(handle, sample, guidance_scale=1, reference=coarse, rounds=1)
+    assert [segment.mode for segment in found.reference.segments] == [WEAK, FULL]
+    assert all(point.step_error == point.branch_error for point in found.points)
+
+
+# ------------------------------------------------------------------------------------------------
 # In an adapter folder
 
 
@@ -698,9 +977,41 @@ def test_the_command_calibrates_an_adapter_folder(monkeypatch, capsys, tmp_path)
     assert 0.4 < json.loads((pictures / "report.json").read_text())["ratio"] <= 0.5
 
 
+def test_the_command_takes_a_reference(monkeypatch, capsys, tmp_path):
+    small = ("--images", "2", "--steps", "5", "--output")
+    code, _, err = run(
+        monkeypatch,
+        capsys,
+        "calibrate",
+        *small,
+        str(tmp_path / "weak.json"),
+        "--reference",
+        "weak:0.8",
+    )
+    assert code == 0, err
+    measured = Calibration.load(tmp_path / "weak.json")
+    assert measured.reference == Schedule.weak_guidance_below(0.8)
+    (tmp_path / "reference.json").write_text(measured.reference.to_json())
+    code, _, err = run(
+        monkeypatch,
+        capsys,
+        "calibrate",
+        *small,
+        str(tmp_path / "same.json"),
+        "--reference",
+        str(tmp_path / "reference.json"),
+    )
+    assert code == 0, err
+    assert Calibration.load(tmp_path / "same.json").points == measured.points
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["--reference", "weak"], "reference = 'weak'; legal: 'cfg', 'weak:LEVEL'"),
+        (["--reference", "weak:1.5"], "reference = 'weak:1.5'; legal: 'cfg', 'weak:LEVEL'"),
+        (["--reference", "no.json"], "reference = 'no.json'; legal: 'cfg', 'weak:LEVEL'"),
+        (["--reference", "weak:0.5", "--only-seconds"], "--only-seconds, which keeps the errors"),
         (["--images", "0"], "images = 0"),
         (["--steps", "0"], "steps = 0"),
         (["--adapter", "no/such/folder"], "no/such/folder"),

@@ -164,6 +164,29 @@ def test_illegal_schedules_are_named(levels, words):
         Schedule([Segment(start=a, stop=b) for a, b in levels])
 
 
+def test_weak_guidance_below_a_level():
+    above, below = Schedule.weak_guidance_below(0.8).segments
+    assert above == Segment(start=1, stop=0.8)
+    assert below == Segment(start=0.8, stop=0, guide=Mode(2), guidance="weak", gain=0.4)
+    assert below.weak_guidance
+    assert Schedule.weak_guidance_below(0) == Schedule.constant()
+    (throughout,) = Schedule.weak_guidance_below(1, Mode(4), gain=0.7).segments
+    assert (throughout.guide, throughout.gain) == (Mode(4), 0.7)
+    for level in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=rf"level = {level}; legal: \[0, 1\]"):
+            Schedule.weak_guidance_below(level)
+
+
+def test_between_cuts_segments_off():
+    schedule = Schedule([Segment(start=1, stop=0.6, mode=Mode(2)), Segment(start=0.6, stop=0)])
+    assert schedule.between(1, 0) == schedule.segments
+    edges = [(segment.start, segment.stop) for segment in schedule.between(0.8, 0.3)]
+    assert edges == [(0.8, 0.6), (0.6, 0.3)]
+    assert schedule.between(0.6, 0.3) == (Segment(start=0.6, stop=0.3),)
+    assert schedule.between(1, 1) == schedule.between(0, 0) == ()
+    assert Schedule([*schedule.between(1, 0.7), *schedule.between(0.7, 0)]).segments[0].stop == 0.7
+
+
 ROW = {"start": 1, "stop": 0, "mode": "full"}
 
 

@@ -13,6 +13,12 @@ over plans is exact (`elastic_dit.budget`), and neither the number of steps nor 
 measurement matters: only the error at each level does. Damage is told per number of the latent
 (errors are means), so it does not grow with the picture.
 
+The second sampler is the *reference*, whose path the measured runs follow. Girsanov's theorem asks
+nothing of it: it may be one choice throughout, such as the base with full guidance, or another at
+each noise level. That matters where kinds of guidance are mixed. Weak-model guidance aims at other
+pictures than ordinary guidance does; measured against the latter it is charged for the distance of
+the two aims, which no error of any mode has made. The reference says which aim is meant where.
+
 Shape legend: S steps, K choices.
 """
 
@@ -32,6 +38,7 @@ from numpy.typing import NDArray
 from elastic_dit.budget import CRITERIA, Choice
 from elastic_dit.device import Seconds
 from elastic_dit.mode import Mode
+from elastic_dit.schedule import Schedule
 
 FORMAT = 1
 FILE = "calibration.json"
@@ -59,8 +66,8 @@ class Band:
 
     Args:
         start, stop: of the levels, ``stop <= level < start``.
-        rates: mean squared difference to the run in the first choice with the same seed, for each
-            choice, per unit of ``u`` that the band covers.
+        rates: mean squared difference to the reference's run with the same seed, for each choice,
+            per unit of ``u`` that the band covers.
     """
 
     start: float
@@ -76,7 +83,9 @@ class Calibration:
         base: identity of the base, as its backbone tells it.
         method: ``name`` and ``settings`` of the method.
         guidance_scale: it was measured at; 1 is without guidance.
-        choices: ways to run a step. Errors are differences to the first.
+        choices: ways to run a step. The first is what a whole budget buys.
+        reference: what errors are differences to at each noise level, one of the choices; the first
+            of them throughout by default.
         noise: ``u`` at evenly spaced noise levels from 0 to 1.
         points: errors at falling noise levels.
         bands: what was measured of final latents, from noise to data; may be empty.
@@ -84,7 +93,8 @@ class Calibration:
         data, provenance: what it was measured on, with which command, commit and machine.
 
     Raises:
-        ValueError: numbers that are negative or not finite, or that do not fit together.
+        ValueError: numbers that are negative or not finite, or that do not fit together; a
+            reference that is none of the choices somewhere, or changes where nothing was measured.
     """
 
     base: Mapping[str, Any]
@@ -93,6 +103,7 @@ class Calibration:
     choices: tuple[Choice, ...]
     noise: tuple[float, ...]
     points: tuple[Point, ...]
+    reference: Schedule = None  # pyrefly: ignore[bad-assignment]  # until __post_init__
     bands: tuple[Band, ...] = ()
     seconds: tuple[Seconds, ...] = ()
     data: Mapping[str, Any] = field(default_factory=dict)
@@ -105,17 +116,28 @@ class Calibration:
         _check_order("noise", list(reversed(self.noise)), equal=True)
         if len(set(self.choices)) != len(self.choices) or not self.choices:
             raise ValueError(f"choices = {self.names}; legal: at least one, all different")
-        columns = {"step_error": len(self.choices), "branch_error": len(self.conditional)}
+        object.__setattr__(self, "reference", as_choices(self.reference, self.choices))
+        check_stretches(self.reference, [point.level for point in self.points])
+        modes = [mode.name for mode in self.conditional]
         for point in self.points:
-            for name, count in columns.items():
-                _check_errors(f"{name} at level {point.level}", getattr(point, name), count)
-        for band in self.bands:
-            _check_errors(f"rates of band {band.start}", band.rates, len(self.choices))
+            at, own = f"at level {point.level}", self.reference.at(point.level)
+            _check_errors(f"step_error {at}", point.step_error, self.names, Choice.of(own).name)
+            _check_errors(f"branch_error {at}", point.branch_error, modes, own.mode.name)
         starts, stops = [b.start for b in self.bands], [b.stop for b in self.bands]
-        if self.bands and [*starts, 0] != [1, *stops]:
+        falls = all(band.stop < band.start for band in self.bands)
+        if self.bands and not (falls and [*starts, 0] == [1, *stops]):
             raise ValueError(
                 f"bands from {starts} to {stops}; legal: 1 to 0 without gap or overlap"
             )
+        for band in self.bands:
+            parts = self.reference.between(band.start, band.stop)
+            if len(parts) > 1:
+                raise ValueError(
+                    f"band from {band.start} to {band.stop}; legal: one that ends at "
+                    f"{parts[0].stop}, where the reference changes"
+                )
+            own = Choice.of(parts[0]).name
+            _check_errors(f"rates of band {band.start}", band.rates, self.names, own)
         devices = [each.device for each in self.seconds]
         if len(set(devices)) != len(devices):
             raise ValueError(f"seconds of {devices}; legal: one entry per device")
@@ -142,17 +164,25 @@ class Calibration:
     def errors(self, levels: Sequence[float], *, guided: bool = True) -> NDArray[np.float64]:
         """Squared errors at noise levels, ``(S, K)``: linear in their logarithm between points.
 
+        Points on the other side of a change of the reference are not used: they are differences to
+        something else.
+
         Args:
             guided: of the guided prediction, for each choice; else of the conditional branch, for
                 each of its modes.
         """
         name = "step_error" if guided else "branch_error"
-        points = self.points[::-1]
-        known = np.array([getattr(point, name) for point in points])
-        logs = np.log(np.maximum(known, np.finfo(float).tiny))
-        at = [point.level for point in points]
-        found = np.exp(np.stack([np.interp(levels, at, log) for log in logs.T], axis=1))
-        return np.where(known.any(axis=0), found, 0.0)  # the first choice has no error anywhere
+        found = np.empty((len(levels), len(getattr(self.points[0], name))))
+        for stretch in self.reference.segments:
+            points = [x for x in self.points[::-1] if self.reference.at(x.level) is stretch]
+            inside = [step for step, x in enumerate(levels) if self.reference.at(x) is stretch]
+            known = np.array([getattr(point, name) for point in points])
+            logs = np.log(np.maximum(known, np.finfo(float).tiny))
+            at, asked = [point.level for point in points], [levels[step] for step in inside]
+            between = np.exp(np.stack([np.interp(asked, at, log) for log in logs.T], axis=1))
+            # The reference's own choice has no error anywhere.
+            found[inside] = np.where(known.any(axis=0), between, 0.0)
+        return found
 
     def damage(
         self, levels: Sequence[float], *, criterion: str = "path", guided: bool = True
@@ -234,7 +264,12 @@ class Calibration:
             }
             for choice in self.choices
         ]
-        return json.dumps({"format": FORMAT, **asdict(self), "choices": choices}, indent=1)
+        data = {"format": FORMAT, **asdict(self), "choices": choices}
+        if self.reference == as_choices(None, self.choices):
+            del data["reference"]
+        else:
+            data["reference"] = json.loads(self.reference.to_json())
+        return json.dumps(data, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
@@ -251,6 +286,11 @@ class Calibration:
             found = data.get("format") if isinstance(data, dict) else data
             raise ValueError(f"calibration: format = {found!r}; legal: {FORMAT}")
         del data["format"]
+        if "reference" in data:
+            try:
+                data["reference"] = Schedule.from_json(json.dumps(data["reference"]))
+            except ValueError as error:
+                raise ValueError(f"calibration: reference: {error}") from error
         try:
             rows = {name: data[name] for name in ("choices", "points", "bands", "seconds")}
             return cls(
@@ -293,6 +333,48 @@ class Calibration:
             raise ValueError(f"{str(path)!r}: {error}") from error
 
 
+def as_choices(reference: Schedule | None, choices: Sequence[Choice]) -> Schedule:
+    """A reference in the words of the choices, in as few stretches as it takes.
+
+    Args:
+        reference: None for the first choice throughout.
+
+    Raises:
+        ValueError: a schedule that somewhere is none of the choices.
+    """
+    if reference is None:
+        return Schedule([choices[0].segment(1, 0)])
+    segments = []
+    for segment in reference.segments:
+        choice = next((choice for choice in choices if choice.runs_as(segment)), None)
+        if choice is None:
+            raise ValueError(
+                f"reference = {Choice.of(segment).name!r} from noise level {segment.start} to "
+                f"{segment.stop}; legal: one of the choices "
+                f"({', '.join(repr(choice.name) for choice in choices)})"
+            )
+        start = segment.start
+        if segments and Choice.of(segments[-1]) == choice:
+            start = segments.pop().start
+        segments.append(choice.segment(start, segment.stop))
+    return Schedule(segments)
+
+
+def check_stretches(reference: Schedule, levels: Sequence[float]) -> None:
+    """Refuse a reference that was not measured throughout.
+
+    Raises:
+        ValueError: a stretch of it without any of the levels.
+    """
+    for stretch in reference.segments:
+        if not any(reference.at(level) is stretch for level in levels):
+            raise ValueError(
+                f"reference = {Choice.of(stretch).name!r} from noise level {stretch.start} to "
+                f"{stretch.stop}, where nothing was measured; legal: stretches with at least one "
+                f"of the levels {', '.join(f'{level:.3g}' for level in levels)}"
+            )
+
+
 def _choice(mode: str, guide: str | None, **others: Any) -> Choice:
     parsed = None if guide is None else Mode.parse(guide)
     return Choice(mode=Mode.parse(mode), guide=parsed, **others)
@@ -310,6 +392,8 @@ def _check_order(name: str, levels: Sequence[float], *, equal: bool = False) -> 
         raise ValueError(f"{name} = {list(levels)}; legal: falling noise levels in [0, 1]")
 
 
-def _check_errors(name: str, errors: Sequence[float], count: int) -> None:
-    if len(errors) != count or not all(0 <= error < math.inf for error in errors) or errors[0]:
-        raise ValueError(f"{name} = {errors}; legal: {count} numbers >= 0, the first of them 0")
+def _check_errors(name: str, errors: Sequence[float], names: Sequence[str], own: str) -> None:
+    """Refuse errors that are not one for each name, or not 0 for the reference's own."""
+    fits = len(errors) == len(names) and all(0 <= error < math.inf for error in errors)
+    if not fits or errors[names.index(own)]:
+        raise ValueError(f"{name} = {errors}; legal: {len(names)} numbers >= 0, that of {own} 0")

@@ -198,6 +198,13 @@ def calibrate(
     guidance_scale: Annotated[float, typer.Option(help="1 turns guidance off.")] = 2.0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
     images: Annotated[int, typer.Option(help="Pictures in all.")] = 32,
+    reference: Annotated[
+        str,
+        typer.Option(
+            help="What choices are compared with: cfg, weak:LEVEL for weak guidance below a noise "
+            "level, or a schedule file."
+        ),
+    ] = "cfg",
     bands: Annotated[int, typer.Option(help="Stretches to measure final pictures in.")] = 0,
     model: Annotated[str, typer.Option(help="Reference model or pipeline folder.")] = "mnist",
     only_seconds: Annotated[
@@ -218,7 +225,12 @@ def calibrate(
     if path.exists() and not (force or only_seconds):
         raise FileExistsError(f"{str(path)!r} exists; --force replaces it")
     pipe, handle = _elastic(model, adapter)
+    aim = parse_reference(reference, handle.modes[1])
     if only_seconds:
+        if aim is not None:
+            raise ValueError(
+                f"reference = {reference!r} with --only-seconds, which keeps the errors"
+            )
         handle.calibration = Calibration.load(path)
     labels = cyclic_labels(images, pipe.transformer.config.num_embeds_ada_norm)
     seeds = list(range(CALIBRATION_SEED, CALIBRATION_SEED + images))
@@ -229,7 +241,7 @@ def calibrate(
         draw(pipe, labels[part], seeds[part], guidance_scale=guidance_scale, steps=steps)
 
     facts = {"first_seed": CALIBRATION_SEED, "labels": "in turn"}
-    settings: dict[str, Any] = {"guidance_scale": guidance_scale, "bands": bands}
+    settings: dict[str, Any] = {"guidance_scale": guidance_scale, "reference": aim, "bands": bands}
     settings = {} if only_seconds else {**settings, "batches": batches, "data": facts}
     measured = handle.calibrate(sample, only_seconds=only_seconds, **settings)
     measured.save(path)
@@ -240,7 +252,8 @@ def calibrate(
     if as_json:
         _print(rows, (), as_json=True)
         return
-    shown = [{k.replace("/", "\n"): f"{v:.2g}" for k, v in row.items()} for row in rows]
+    lines = str.maketrans("/ ", "\n\n")
+    shown = [{k.translate(lines): f"{v:.2g}" for k, v in row.items()} for row in rows]
     _print(shown, tuple(shown[0]), as_json=False)
     console.print(f"squared errors of the predicted clean latents; calibration: {path}")
 
@@ -377,6 +390,34 @@ def parse_labels(text: str, name: str = "labels") -> list[int]:
             raise ValueError(f"{name} = {text!r}; legal: numbers and ranges, as in 0,3,5-7")
         labels += range(int(first), int(last or first) + 1)
     return labels
+
+
+def parse_reference(text: str, weak: Any) -> Any:
+    """``cfg`` -> None, ``weak:0.8`` -> weak guidance below this noise level, else a schedule file.
+
+    Args:
+        weak: the mode that guides.
+
+    Raises:
+        ValueError: none of these, or a level outside (0, 1].
+    """
+    from elastic_dit.schedule import Schedule
+
+    kind, _, level = text.partition(":")
+    if text == "cfg":
+        return None
+    if kind != "weak" and Path(text).is_file():
+        return _read_schedule(Path(text))
+    try:
+        below = float(level) if kind == "weak" else 0.0
+    except ValueError:
+        below = 0.0
+    if not 0 < below <= 1:
+        raise ValueError(
+            f"reference = {text!r}; legal: 'cfg', 'weak:LEVEL' with a noise level in (0, 1], or a "
+            "schedule file"
+        )
+    return Schedule.weak_guidance_below(below, weak)
 
 
 def _read_schedule(path: Path | None) -> Any:

@@ -178,8 +178,9 @@ class Handle:
         """What the next runs may take; None if their modes were chosen otherwise.
 
         Setting it, to a share of the full run's FLOPs or a `Budget`, has every run planned for its
-        own noise levels, at the least damage by the adapter's calibration. Without a calibration it
-        chooses the weak-first schedule of this cost.
+        own noise levels, at the least damage by the adapter's calibration; 1 is the first choice of
+        the calibration throughout, usually the base's own run. Without a calibration it chooses the
+        weak-first schedule of this cost.
 
         Raises:
             ValueError: outside (0, 1], below the cheapest plan, or one that asks for what was not
@@ -240,7 +241,8 @@ class Handle:
         Args:
             sample: calls the pipeline for a batch: ``sample(0)``, ``sample(1)``, ...
             only_seconds: keep the errors, and measure what each mode takes on this device.
-            settings: of `elastic_dit.measurement.calibrate`; its ``guidance_scale`` is needed.
+            settings: of `elastic_dit.measurement.calibrate`; its ``guidance_scale`` is needed, and
+                its ``reference`` says what the choices are compared with at each noise level.
 
         Raises:
             ValueError: a setting out of range, or only seconds without a calibration.

@@ -1,9 +1,10 @@
-"""Measure a calibration: the other modes look on while the real pipeline samples in full mode.
+"""Measure a calibration: the other modes look on while the real pipeline samples the reference.
 
 At every model call of a run all modes predict from the same inputs, in both branches. For the
 predictions c and g of a choice's branches and the pipeline's scale s, what the pipeline makes of
 them is ``c + gain (s - 1)(c - g)``; so one prediction per mode and branch tells the error of every
-choice. What is compared are the clean latents that the predictions imply.
+choice. What is compared are the clean latents that the predictions imply, with those of the choice
+that the reference makes at this noise level.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from elastic_dit.backbones.call import Call
 from elastic_dit.bench import interleave
 from elastic_dit.budget import Choice, pairings
-from elastic_dit.calibration import Band, Calibration, Point
+from elastic_dit.calibration import Band, Calibration, Point, as_choices, check_stretches
 from elastic_dit.checkpoint import identity
 from elastic_dit.checks import require
 from elastic_dit.device import Seconds, device_name
@@ -49,6 +50,7 @@ def calibrate(
     guidance_scale: float,
     batches: int = 1,
     choices: Sequence[Choice] | None = None,
+    reference: Schedule | None = None,
     bands: int = 0,
     rounds: int = 5,
     data: dict[str, Any] | None = None,
@@ -60,39 +62,43 @@ def calibrate(
         sample: calls the pipeline for a batch.
         guidance_scale: that it calls the pipeline with; 1 for none.
         batches: how many there are.
-        choices: ways to run a step, the first of which is what runs and what the others are
-            compared with; every pair of modes with a guide as coarse or coarser by default.
+        choices: ways to run a step, the first of which is what a whole budget buys; every pair of
+            modes with a guide as coarse or coarser by default, with weak guidance beside ordinary
+            guidance where the reference uses it, and what else the reference does.
+        reference: what runs, and what the choices are compared with at each noise level, in terms
+            of the choices; the first one throughout by default.
         bands: stretches of noise levels in which to also measure what each choice does to the final
-            latents; each takes one more run of all batches per choice.
+            latents; each takes one more run of all batches per choice. They are also cut where the
+            reference changes.
         rounds: timed calls per mode.
         data: what the batches are (seeds, prompts), kept with the numbers.
         command: that measures, for the record; the process's own by default.
 
     Raises:
-        ValueError: a number out of range, a choice the adapter lacks a mode for, a pipeline whose
-            predictions are not understood, a guidance scale that the runs do not fit, or a step
-            cache that is on.
+        ValueError: a number out of range, a choice the adapter lacks a mode for, a reference that
+            is none of the choices somewhere or changes more often than the runs call the model, a
+            pipeline whose predictions are not understood, a guidance scale that the runs do not
+            fit, or a step cache that is on.
     """
     engine, model = handle._live(), handle.model
     require(batches >= 1, "batches", batches, ">= 1")
     require(0 <= guidance_scale < float("inf"), "guidance_scale", guidance_scale, "a number >= 0")
     require(bands >= 0, "bands", bands, ">= 0")
     guided = guidance_scale != 1
-    if choices is None:
-        usual = pairings(handle.modes)
-        choices = usual if guided else [choice for choice in usual if choice.guide is None]
-    choices = tuple(choices)
+    legal = "a Schedule, or None for the first choice throughout"
+    require(reference is None or isinstance(reference, Schedule), "reference", reference, legal)
+    choices = _usual(handle.modes, reference, guided) if choices is None else tuple(choices)
     _check(handle, choices)
+    reference = as_choices(reference, choices)
     told = parametrisation(handle._pipe)
-    watch = _Watch(engine, choices, guidance_scale, told, rounds)
+    watch = _Watch(engine, choices, reference, guidance_scale, told, rounds)
     finals: list[Tensor] = []
-    first = choices[0].segment(1, 0)
-    with _running(engine, Schedule([first]), watch.visit), _final(handle._pipe) as final:
+    with _running(engine, reference, watch.visit), _final(handle._pipe) as final:
         for batch in range(batches):
             watch.waiting.clear()
             sample(batch)
+            watch.check(guided)
             finals += final
-    watch.check(guided)
     points = watch.points()
     assert watch.seconds is not None
     calibration = Calibration(
@@ -102,6 +108,7 @@ def calibrate(
         choices=choices,
         noise=noise_table(told),
         points=points,
+        reference=reference,
         seconds=(watch.seconds,),
         data={"pictures": watch.pictures, "steps": len(points), **(data or {})},
         provenance=provenance(command),
@@ -121,8 +128,9 @@ def time_modes(handle: Handle, sample: Sample, *, rounds: int = 5) -> Seconds:
     """
     engine, choices = handle._live(), [Choice(mode=mode) for mode in handle.modes]
     _check(handle, choices)
-    watch = _Watch(engine, choices, 1.0, None, rounds)
-    with _running(engine, Schedule.constant(), watch.visit):
+    full = Schedule.constant()
+    watch = _Watch(engine, choices, full, 1.0, None, rounds)
+    with _running(engine, full, watch.visit):
         sample(0)
     if watch.seconds is None:
         raise ValueError("sample(0) made no call of the elastic model; nothing to time")
@@ -135,9 +143,19 @@ def noise_table(told: Parametrisation) -> tuple[float, ...]:
     return tuple(s / (alpha + s) for alpha, s in scales)
 
 
+def _usual(modes: Sequence[Mode], reference: Schedule | None, guided: bool) -> tuple[Choice, ...]:
+    """The choices for a reference: of the kinds of guidance that it mixes, and its own."""
+    stretches = () if reference is None else reference.segments
+    weak = any(stretch.weak_guidance for stretch in stretches)
+    usual = list(pairings(modes, "both" if weak else "cfg"))
+    for stretch in stretches:
+        if not any(choice.runs_as(stretch) for choice in usual):
+            usual.append(Choice.of(stretch))
+    return tuple(x for x in usual if guided or x.segment(1, 0).guide_mode == x.mode)
+
+
 def _check(handle: Handle, choices: Sequence[Choice]) -> None:
-    unknown = {mode for choice in choices for mode in choice.segment(1, 0).modes}
-    unknown -= set(handle.modes)
+    unknown = set().union(*(choice.segment(1, 0).modes for choice in choices)) - set(handle.modes)
     legal = ", ".join(mode.name for mode in handle.modes)
     names = sorted(mode.name for mode in unknown)
     if unknown or not choices:
@@ -187,14 +205,16 @@ def _final(pipe: Any) -> Iterator[list[Tensor]]:
 
 @dataclass
 class _Watch:
-    """Looks at the calls of full runs: sums up errors by noise level, and times the first call.
+    """Looks at the calls of the reference's runs: sums up errors by level, times the first call.
 
     Args:
+        reference: in the words of the choices.
         told: how to read predictions; None to time only.
     """
 
     engine: Engine
     choices: Sequence[Choice]
+    reference: Schedule
     scale: float
     told: Parametrisation | None
     rounds: int
@@ -228,7 +248,7 @@ class _Watch:
             return
         latent, level = backbone.stack(call[backbone.sample]), engine.calls[-1].level
         assert level is not None
-        found = self._predict(model, call, output, latent)
+        found = self._predict(model, call, output, latent, level)
         if branches is not None:
             c = {mode: x[branches.conditional] for mode, x in found.items()}
             n = {mode: x[branches.guidance] for mode, x in found.items()}
@@ -253,13 +273,17 @@ class _Watch:
         before = self.waiting.get(False)
         return before is not None and before[0] == level and torch.equal(before[1], latent)
 
+    def _own(self, level: float) -> int:
+        """Index of the choice that runs."""
+        return self.choices.index(Choice.of(self.reference.at(level)))
+
     def _predict(
-        self, model: nn.Module, call: Call, output: Any, latent: Tensor
+        self, model: nn.Module, call: Call, output: Any, latent: Tensor, level: float
     ) -> dict[Mode, Tensor]:
         """Of all rows, in every mode; a learned variance behind the prediction is cut off."""
         backbone, found = self.engine.router.backbone, {}
         for mode in self.modes:
-            if mode == FULL and self.choices[0] == Choice():
+            if mode == FULL and self.choices[self._own(level)] == Choice():
                 prediction = output.sample if call.get("return_dict", True) else output[0]
             else:
                 prediction = self.engine._forward(model, {**call, "return_dict": False}, mode)[0]
@@ -276,10 +300,10 @@ class _Watch:
             for k, segment in enumerate(self.segments):
                 guide = (c if segment.weak_guidance else n)[segment.guide_mode]
                 made[k] = made[k] + segment.gain * (self.scale - 1) * (made[k] - guide)
+        own = self._own(level)
         modes = dict.fromkeys(segment.mode for segment in self.segments)
-        branch = [c[mode] for mode in modes]
-        errors = [self._error(level, x - made[0]) for x in made]
-        errors += [self._error(level, x - branch[0]) for x in branch]
+        errors = [self._error(level, x - made[own]) for x in made]
+        errors += [self._error(level, c[mode] - c[self.choices[own].mode]) for mode in modes]
         self.sums[level] = self.sums.get(level, 0) + torch.stack(errors)
         self.rows[level] = self.rows.get(level, 0) + len(made[0])
 
@@ -311,7 +335,7 @@ class _Watch:
         )
 
     def check(self, guided: bool) -> None:
-        """Refuse runs that were not what the guidance scale says."""
+        """Refuse runs that are not what the guidance scale says, or that miss a stretch."""
         if not self.sums or self.guided != guided:
             made = "guidance calls" if self.guided else "no guidance calls"
             made = made if self.seconds is not None else "no calls of the elastic model"
@@ -319,6 +343,7 @@ class _Watch:
                 f"guidance_scale = {self.scale}, and the runs made {made}; legal: the scale that "
                 "the pipeline is called with, 1 for no guidance"
             )
+        check_stretches(self.reference, sorted(self.sums, reverse=True))
 
     def points(self) -> tuple[Point, ...]:
         """Mean errors by falling noise level."""
@@ -342,15 +367,27 @@ def _measure_bands(
     levels = [point.level for point in calibration.points]
     u = calibration.u(levels)
     width = -np.diff(u, append=0.0)
-    parts = np.array_split(np.arange(len(levels)), count)
-    inner = [(levels[p[-1]] + levels[p[-1] + 1]) / 2 for p in parts[:-1]]
-    edges, first = [1.0, *inner, 0.0], calibration.choices[0]
+    reference = calibration.reference
+    # The reference changes before these steps; each of its stretches has at least one.
+    changes = {
+        next(step for step, level in enumerate(levels) if level < stretch.stop): stretch.stop
+        for stretch in reference.segments[:-1]
+    }
+    even = {int(part[0]) for part in np.array_split(np.arange(len(levels)), count)} - {0}
+    cuts = sorted({*even, *changes})
+    inner = [changes.get(step, (levels[step - 1] + levels[step]) / 2) for step in cuts]
+    edges = [1.0, *inner, 0.0]
     bands = []
+    parts = np.split(np.arange(len(levels)), cuts)
     for start, stop, part in zip(edges, edges[1:], parts, strict=False):
-        rates = [0.0]
-        for choice in calibration.choices[1:]:
-            stretches = [(first, 1.0, start), (choice, start, stop), (first, stop, 0.0)]
-            schedule = Schedule(c.segment(a, b) for c, a, b in stretches if a > b)
+        rates = []
+        for choice in calibration.choices:
+            own = choice.segment(start, stop)
+            if reference.between(start, stop) == (own,):
+                rates.append(0.0)
+                continue
+            above, below = reference.between(1.0, start), reference.between(stop, 0.0)
+            schedule = Schedule([*above, own, *below])
             with (
                 _running(handle._live(), schedule, lambda *_: None),
                 _final(handle._pipe) as final,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elastic_dit.mode import FULL, Mode
@@ -153,6 +153,39 @@ class Schedule:
                 )
             )
         return cls(segments)
+
+    @classmethod
+    def weak_guidance_below(
+        cls, level: float, weak: Mode | int = 2, *, gain: float = WEAK_GUIDANCE_GAIN
+    ) -> Schedule:
+        """Full mode throughout: ordinary CFG at high noise levels, weak-model guidance below.
+
+        What plans are compared with where weak guidance is the better target: it fails where the
+        class is decided, at the highest levels (`elastic_dit.calibration`).
+
+        Args:
+            level: where weak guidance begins; in [0, 1].
+            weak: mode of the guidance branch below it, or its patch scale.
+            gain: guidance gain below it.
+
+        Raises:
+            ValueError: a level outside [0, 1].
+        """
+        if not 0 <= level <= 1:
+            raise ValueError(f"level = {level}; legal: [0, 1]")
+        weak = Mode(weak) if isinstance(weak, int) else weak
+        segments = [Segment(start=1, stop=level)] if level < 1 else []
+        if level > 0:
+            segments.append(Segment(start=level, stop=0, guide=weak, guidance="weak", gain=gain))
+        return cls(segments)
+
+    def between(self, start: float, stop: float) -> tuple[Segment, ...]:
+        """The segments of a stretch of noise levels, cut off at its ends."""
+        return tuple(
+            replace(segment, start=min(segment.start, start), stop=max(segment.stop, stop))
+            for segment in self.segments
+            if segment.stop < start and segment.start > stop
+        )
 
     def at(self, level: float) -> Segment:
         """The segment of a noise level; levels beyond [0, 1] belong to the nearest end."""

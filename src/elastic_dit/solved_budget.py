@@ -63,6 +63,10 @@ class SolvedBudget(Controller):
     def begin(self, facts: Facts) -> Schedule:
         """The best schedule for the levels of a run.
 
+        All of the budget buys the calibration's first choice throughout: the base's own run, unless
+        the calibration is one of weak guidance. Where its reference is another and cheaper, less
+        than all buys no more than the reference.
+
         Raises:
             ValueError: a budget below the cheapest plan.
         """
