@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, default=None, help="the shipped one by default")
     parser.add_argument("--images", type=int, default=800)
     parser.add_argument("--tune-images", type=int, default=200)
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--restart", action="store_true")
     arguments = parser.parse_args()
     path = RESULTS / f"routed-{arguments.name}.json"
@@ -49,7 +50,8 @@ def main() -> None:
     if path.exists() and not arguments.restart:
         rows = json.loads(path.read_text())["rows"]
     facts = {"images": arguments.images, "tune_images": arguments.tune_images, "steps": STEPS}
-    bench = Frontier(arguments.name, arguments.images, arguments.tune_images, "float32")
+    facts["dtype"] = arguments.dtype
+    bench = Frontier(arguments.name, arguments.images, arguments.tune_images, arguments.dtype)
 
     def keep(key: str, make: Callable[[], Row]) -> Row:
         found = next((row for row in rows if row["key"] == key), None)

@@ -425,6 +425,23 @@ def test_a_pickled_model_is_the_same(recipe):
     assert torch.equal(run(handle_of(again), call_of("dit"), HALF), expected)
 
 
+def test_routers_decide_in_float32_under_autocast():
+    handle = routed("dit")
+    call, seen = call_of("dit"), []
+    tokens = handle.sizes.routers["width50"].tokens
+
+    def watched(block, x):
+        seen.append(tokens(block, x))
+        return seen[-1]
+
+    handle.sizes.routers["width50"].tokens = watched
+    with torch.autocast("cpu", torch.bfloat16):
+        run(handle, call, HALF)
+        gated(handle, call, HALF)
+    assert {logits.dtype for logits in seen} == {torch.float32}
+    assert all((logits.bfloat16().float() != logits).any() for logits in seen)
+
+
 def test_changed_weights_are_sliced_anew():
     handle = routed("dit")
     before = run(handle, call_of("dit"), HALF)
