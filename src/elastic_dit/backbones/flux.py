@@ -10,15 +10,15 @@ from torch import nn
 
 from elastic_dit.backbones.base import Backbone, Model
 from elastic_dit.backbones.call import Call
+from elastic_dit.backbones.known_grid import KnownGrid
 from elastic_dit.backbones.layers import attention, embedders, feed_forward
 from elastic_dit.backbones.macs import linear_macs, with_other_pictures
-from elastic_dit.backbones.routed import JOINT, Routed
+from elastic_dit.backbones.routed import JOINT, SINGLE, Routed
 from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
-from elastic_dit.ops.ids import centre_ids, first_grid
+from elastic_dit.ops.ids import centre_ids
 from elastic_dit.ops.patching import Triple
-from elastic_dit.pickling import Weak
 from elastic_dit.routing import Router
 
 TEXT = r"\.(attn\.(add_|to_add_out)|ff_context)"
@@ -52,17 +52,7 @@ class FluxBackbone(Backbone):
     own_sigmas = True
     routed = (
         Routed(blocks="transformer_blocks", **JOINT, residual="norm2"),
-        Routed(
-            blocks="single_transformer_blocks",
-            attention="attn",
-            kind="joint",
-            outputs=(),
-            widen="proj_mlp",
-            narrow="proj_out",
-            shared=True,
-            residual="norm",
-            feed_forward=None,
-        ),
+        Routed(blocks="single_transformer_blocks", **SINGLE, residual="norm"),
     )
     time_layers = embedders("time_text_embed")
     time_factor = 1000.0
@@ -70,7 +60,6 @@ class FluxBackbone(Backbone):
         ("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),
         ("single_transformer_blocks", (*attention("attn")[:3], "proj_mlp", "proj_out")),
     )
-
     streamed = Streamed(
         blocks=("transformer_blocks", "single_transformer_blocks"),
         norms=("norm1", "norm"),
@@ -84,15 +73,10 @@ class FluxBackbone(Backbone):
         return 1, 2, 2
 
     def __init__(self) -> None:
-        self._read: tuple[Weak, Any, Triple] | None = None
+        self.known = KnownGrid()
 
     def grid(self, model: Model, call: Call) -> Triple:
-        ids = call["img_ids"]
-        seen = ids._version if not ids.is_inference() else None, self.references_before(call)
-        if self._read is None or self._read[0]() is not ids or self._read[1] != seen:
-            # Reading ids waits for the device; pipelines pass the same tensor at every step.
-            self._read = Weak(ids), seen, first_grid(ids, seen[1])
-        return self._read[2]
+        return self.known.of(call["img_ids"], self.references_before(call))
 
     def references_before(self, call: Call) -> int:
         """Tokens of reference pictures that stand before the picture; others stand behind it."""

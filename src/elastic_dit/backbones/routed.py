@@ -88,6 +88,17 @@ JOINT: dict[str, Any] = {
 }
 """Attention over text and picture with layers of its own for each, as SD3 and FLUX have it."""
 
+SINGLE: dict[str, Any] = {
+    "attention": "attn",
+    "kind": "joint",
+    "outputs": (),
+    "widen": "proj_mlp",
+    "narrow": "proj_out",
+    "shared": True,
+    "feed_forward": None,
+}
+"""FLUX's single blocks: one layer takes what attention returns and the channels."""
+
 
 def has_fused(attention: Any) -> bool:
     """Whether its processor takes queries, keys and values from one layer at present.
