@@ -673,11 +673,20 @@ def test_no_reference_is_the_first_choice_throughout():
     assert made_up(choices=weak, points=points).reference == Schedule([weak[0].segment(1, 0)])
 
 
-def test_calibrations_of_before_load_and_save_as_they_were():
+def test_the_usual_reference_goes_without_saying():
+    """Calibrations of before there was a choice load and save as they were."""
+    text = made_up().to_json()
+    assert "reference" not in json.loads(text)
+    again = Calibration.from_json(text)
+    assert again.reference == Schedule.constant()
+    assert again.to_json() == text
+
+
+def test_the_shipped_calibration_saves_as_it_was_loaded():
     file = reference_adapter("lora") / FILE
     shipped = Calibration.load(file)
-    assert shipped.reference == Schedule.constant()
     assert shipped.to_json() + "\n" == file.read_text()
+    assert [segment.guidance for segment in shipped.reference.segments] == ["cfg", "weak"]
 
 
 def test_a_reference_round_trips():
