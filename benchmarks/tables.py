@@ -52,6 +52,10 @@ def main() -> None:
             speed = load(f"{name}.json")
             head = f"## Is routed width as fast as it is narrow? ({title})\n\n"
             parts.append(head + routed_speed_tables(speed) + source(speed))
+    if (RESULTS / "sparsedit-speed-cpu.json").exists():
+        speed = load("sparsedit-speed-cpu.json")
+        head = "## Are sparse grids as fast as they are sparse? (SparseDiT)\n\n"
+        parts.append(head + sparse_speed_table(speed) + source(speed))
     if (RESULTS / "routed-rows-cpu.json").exists():
         few = load("routed-rows-cpu.json")
         head = "## Does gathering tokens pay for few rows?\n\n"
@@ -203,6 +207,21 @@ def routed_speed_tables(speed: dict[str, Any]) -> str:
         for row in table["rows"]:
             ratios = f"{row['macs_ratio']:.3f} | {row['time_ratio']:.3f}"
             lines.append(f"| {table['batch']} | {row['run']} | {ratios} |")
+    return "\n".join(lines) + "\n"
+
+
+def sparse_speed_table(speed: dict[str, Any]) -> str:
+    setting = speed["setting"]
+    lines = [
+        f"{setting['depth']} blocks of width {setting['width']}, {setting['side']} x "
+        f"{setting['side']} tokens, batch {setting['batch']}.",
+        "",
+        "| mode | MACs ratio | in the paper's counting | time ratio |",
+        "| --- | --- | --- | --- |",
+    ]
+    for row in speed["rows"]:
+        ratios = (row["macs_ratio"], row["macs_ratio_published"], row["time_ratio"])
+        lines.append(f"| {row['mode']} | {' | '.join(f'{ratio:.3f}' for ratio in ratios)} |")
     return "\n".join(lines) + "\n"
 
 
