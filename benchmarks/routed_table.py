@@ -64,26 +64,7 @@ def main() -> None:
         print(key, {k: round(found[k], 3) for k in names if k in found}, flush=True)
         return found
 
-    base = keep("base", lambda: bench.row(STEPS, START, ratio=1.0, time_ratio=1.0))
-    bench.full = bench.draw(base["scale"], STEPS, REPORT_SEED, bench.images)
-    if arguments.static.is_dir():
-        bench.handle = elastify(bench.pipe, arguments.static)
-    for steps in (STEPS, *FEWER):
-        share = steps / STEPS
-        if bench.handle is not None:
-            keep(
-                f"static/{steps}",
-                lambda steps=steps, share=share: bench.row(
-                    steps, START, ratio=share, time_ratio=share
-                ),
-            )
-    bench.use(None)
-    for steps in FEWER:
-        share = steps / STEPS
-        keep(
-            f"fewer-steps/{steps}",
-            lambda steps=steps, share=share: bench.row(steps, START, ratio=share, time_ratio=share),
-        )
+    controls(bench, arguments.static, keep)
     handle = bench.handle = elastify(
         bench.pipe, arguments.adapter or reference_adapter("dydit", arguments.name)
     )
@@ -98,6 +79,29 @@ def main() -> None:
     draw_tokens(bench, images / "dydit-tokens.png")
 
 
+def controls(bench: Frontier, static: Path, keep: Callable[..., Row]) -> None:
+    """The base, at fewer steps, and the same weights trained as long, at all and fewer steps.
+
+    Args:
+        static: adapter folder of the control; left out if there is none.
+        keep: ``keep(key, make)`` keeps a row.
+    """
+    base = keep("base", lambda: bench.row(STEPS, START, ratio=1.0, time_ratio=1.0))
+    bench.full = bench.draw(base["scale"], STEPS, REPORT_SEED, bench.images)
+
+    def at(steps: int) -> Callable[[], Row]:
+        share = steps / STEPS
+        return lambda: bench.row(steps, START, ratio=share, time_ratio=share)
+
+    if static.is_dir():
+        bench.handle = elastify(bench.pipe, static)
+        for steps in (STEPS, *FEWER):
+            keep(f"static/{steps}", at(steps))
+    bench.use(None)
+    for steps in FEWER:
+        keep(f"fewer-steps/{steps}", at(steps))
+
+
 def compare(rows: list[Row]) -> None:
     """Paired differences to the base, and to the control at steps that take no less time."""
     base = rows[0]
@@ -105,7 +109,7 @@ def compare(rows: list[Row]) -> None:
     for row in rows[1:]:
         loss = _frechet(row).minus(_frechet(base))
         row["loss"], row["loss_noise"] = loss.value, loss.noise
-        if not row["key"].startswith("dydit/width") or not static:
+        if not row["key"].startswith(("dydit/width", "sparsedit/")) or not static:
             continue
         for name, share in (("time", row["time_ratio"]), ("cost", row["ratio"])):
             steps = min(STEPS, math.ceil(STEPS * share - 0.05))

@@ -3,8 +3,8 @@
     python recipes/assemble_reference.py mnist --runs runs --data <folder or hub id>
 
 Takes <runs>/<name>-base, -classifier, -flexidit-lora (and -lora-start), -flexidit-shared, -ddit,
--ppflow and -dydit, writes src/elastic_dit/reference/<name>/ in half precision, and measures the
-held-out set once.
+-ppflow, -dydit and -sparsedit, writes src/elastic_dit/reference/<name>/ in half precision, and
+measures the held-out set once.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
     start = runs / f"{name}-flexidit-lora-start" / "export"
     if start.is_dir():  # trained in two parts
         facts["flexidit-lora-start"] = _facts(load_adapter(start).notes["training"])
-    for method in ("flexidit-lora", "flexidit-shared", "ddit", "ppflow", "dydit"):
+    for method in ("flexidit-lora", "flexidit-shared", "ddit", "ppflow", "dydit", "sparsedit"):
         export = runs / f"{name}-{method}" / "export"
         if export.is_dir():
             adapter = load_adapter(export)
