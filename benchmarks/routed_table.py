@@ -1,6 +1,6 @@
 """Routed widths on the reference model, against what the same training and the same time buy.
 
-    python benchmarks/routed_table.py [--static runs/mnist-dydit-static/export] [--images 800]
+    python benchmarks/routed_table.py [--static runs/mnist-dydit-static/export] [--images 400]
 
 Rows: the base; the base at fewer steps; the control, the same weights trained as long with nothing
 left out, at all and at fewer steps; DyDiT at the widths it was trained for, at a width between them
@@ -14,8 +14,6 @@ figures: what is open over noise levels, and which tokens enter the feed-forward
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -23,48 +21,22 @@ from typing import Any
 
 import torch
 from frontier import START, STEPS, Frontier
-from reference_table import REPORT_SEED, SETS, Row, _frechet
+from reference_table import REPORT_SEED, Row, _frechet
+from rows import RESULTS, Rows, parser_of
 
 from elastic_dit import Mode, Schedule, elastify
-from elastic_dit.evaluation.record import write_results
 from elastic_dit.reference import reference_adapter
 from elastic_dit.sampling import cyclic_labels
 
-RESULTS = Path(__file__).parent / "results"
 MODES = ("width70", "width60", "width50", "width50_keep50")
 FEWER = (10, 9, 8, 7, 6)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--name", default="mnist")
-    parser.add_argument("--static", type=Path, default=Path("runs/mnist-dydit-static/export"))
-    parser.add_argument("--adapter", type=Path, default=None, help="the shipped one by default")
-    parser.add_argument("--images", type=int, default=800)
-    parser.add_argument("--tune-images", type=int, default=200)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--restart", action="store_true")
-    arguments = parser.parse_args()
-    path = RESULTS / f"routed-{arguments.name}.json"
-    rows: list[Row] = []
-    if path.exists() and not arguments.restart:
-        rows = json.loads(path.read_text())["rows"]
-    facts = {"images": arguments.images, "tune_images": arguments.tune_images, "steps": STEPS}
-    facts["dtype"] = arguments.dtype
+    arguments = parser_of(__doc__).parse_args()
+    rows = Rows(RESULTS / f"routed-{arguments.name}.json", arguments, STEPS, compare)
     bench = Frontier(arguments.name, arguments.images, arguments.tune_images, arguments.dtype)
-
-    def keep(key: str, make: Callable[[], Row]) -> Row:
-        found = next((row for row in rows if row["key"] == key), None)
-        if found is None:
-            found = {**make(), "key": key}
-            rows.append(found)
-            compare(rows)
-            write_results(path, {**facts, "sets": SETS, "rows": rows})
-        names = ("ratio", "time_ratio", "scale", "frechet", "accuracy", "loss", "against_static")
-        print(key, {k: round(found[k], 3) for k in names if k in found}, flush=True)
-        return found
-
-    controls(bench, arguments.static, keep)
+    controls(bench, arguments.static, rows)
     handle = bench.handle = elastify(
         bench.pipe, arguments.adapter or reference_adapter("dydit", arguments.name)
     )
@@ -73,20 +45,19 @@ def main() -> None:
         def choose(name: str = name) -> None:
             handle.schedule = Schedule.constant(Mode.parse(name))
 
-        keep(f"dydit/{name}", lambda choose=choose: bench.measured(choose))
+        rows.keep(f"dydit/{name}", lambda choose=choose: bench.measured(choose))
     images = Path(__file__).parent.parent / "docs" / "images"
     draw_widths(handle, images / "dydit-widths.png")
     draw_tokens(bench, images / "dydit-tokens.png")
 
 
-def controls(bench: Frontier, static: Path, keep: Callable[..., Row]) -> None:
+def controls(bench: Frontier, static: Path, rows: Rows) -> None:
     """The base, at fewer steps, and the same weights trained as long, at all and fewer steps.
 
     Args:
         static: adapter folder of the control; left out if there is none.
-        keep: ``keep(key, make)`` keeps a row.
     """
-    base = keep("base", lambda: bench.row(STEPS, START, ratio=1.0, time_ratio=1.0))
+    base = rows.keep("base", lambda: bench.row(STEPS, START, ratio=1.0, time_ratio=1.0))
     bench.full = bench.draw(base["scale"], STEPS, REPORT_SEED, bench.images)
 
     def at(steps: int) -> Callable[[], Row]:
@@ -96,10 +67,10 @@ def controls(bench: Frontier, static: Path, keep: Callable[..., Row]) -> None:
     if static.is_dir():
         bench.handle = elastify(bench.pipe, static)
         for steps in (STEPS, *FEWER):
-            keep(f"static/{steps}", at(steps))
+            rows.keep(f"static/{steps}", at(steps))
     bench.use(None)
     for steps in FEWER:
-        keep(f"fewer-steps/{steps}", at(steps))
+        rows.keep(f"fewer-steps/{steps}", at(steps))
 
 
 def compare(rows: list[Row]) -> None:

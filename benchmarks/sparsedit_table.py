@@ -12,57 +12,19 @@ Rows that exist in the results file are kept. Writes benchmarks/results/sparsedi
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable
-from pathlib import Path
-
 from frontier import STEPS, Frontier
-from reference_table import SETS, Row
 from routed_table import compare, controls
+from rows import RESULTS, Rows, parser_of
 
 from elastic_dit import Schedule, elastify
-from elastic_dit.evaluation.record import write_results
 from elastic_dit.reference import reference_adapter
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--name", default="mnist")
-    parser.add_argument("--static", type=Path, default=Path("runs/mnist-dydit-static/export"))
-    parser.add_argument("--adapter", type=Path, default=None, help="the shipped one by default")
-    parser.add_argument("--images", type=int, default=400)
-    parser.add_argument("--tune-images", type=int, default=100)
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--restart", action="store_true")
-    arguments = parser.parse_args()
-    path = RESULTS / f"sparsedit-{arguments.name}.json"
-    rows: list[Row] = []
-    if path.exists() and not arguments.restart:
-        rows = json.loads(path.read_text())["rows"]
-    facts = {
-        "images": arguments.images,
-        "tune_images": arguments.tune_images,
-        "steps": STEPS,
-        "dtype": arguments.dtype,
-        "sets": SETS,
-    }
+    arguments = parser_of(__doc__).parse_args()
+    rows = Rows(RESULTS / f"sparsedit-{arguments.name}.json", arguments, STEPS, compare)
     bench = Frontier(arguments.name, arguments.images, arguments.tune_images, arguments.dtype)
-
-    def keep(key: str, make: Callable[[], Row]) -> Row:
-        found = next((row for row in rows if row["key"] == key), None)
-        if found is None:
-            found = {**make(), "key": key}
-            rows.append(found)
-            compare(rows)
-            write_results(path, {**facts, "rows": rows})
-        names = ("ratio", "time_ratio", "scale", "frechet", "accuracy", "loss")
-        print(key, {k: round(found[k], 3) for k in names if k in found}, flush=True)
-        return found
-
-    controls(bench, arguments.static, keep)
+    controls(bench, arguments.static, rows)
     adapter = arguments.adapter or reference_adapter("sparsedit", arguments.name)
     handle = bench.handle = elastify(bench.pipe, adapter)
     plans = {"schedule": handle.schedule}
@@ -72,7 +34,7 @@ def main() -> None:
         def choose(schedule: Schedule = schedule) -> None:
             handle.schedule = schedule
 
-        keep(f"sparsedit/{name}", lambda choose=choose: bench.measured(choose))
+        rows.keep(f"sparsedit/{name}", lambda choose=choose: bench.measured(choose))
 
 
 if __name__ == "__main__":

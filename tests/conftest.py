@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +14,13 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 from PIL import Image
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from elastic_dit import FlexiDiT, elastify
 from elastic_dit.elastify import Handle
 from elastic_dit.engine import is_new
+from elastic_dit.training.state import list_states
 
 TINY = {
     "num_attention_heads": 2,
@@ -243,19 +247,62 @@ token_bias = 1.0
 
 
 @pytest.fixture
-def width_recipe(adapter_recipe, tmp_path) -> Path:
-    """The same with routed widths."""
-    text = adapter_recipe.read_text().replace('"adapter"', '"width"')
-    before, after = text.split("[adapter]")[0], text[text.index("[optim]") :]
-    path = tmp_path / "width.toml"
-    path.write_text(before + WIDTH_TABLE.format(folder=tmp_path) + after)
-    return path
-
-
-@pytest.fixture
 def adapter_recipe(stripes, make_model, tmp_path) -> Path:
     """The file of a recipe that trains an adapter of a tiny base (saved beside it) for 20 steps."""
     make_model(sample_size=16, num_embeds_ada_norm=2).save_pretrained(tmp_path / "base")
     path = tmp_path / "adapter.toml"
     path.write_text(ADAPTER_RECIPE.format(folder=tmp_path, data=stripes))
     return path
+
+
+@pytest.fixture
+def recipe_with(adapter_recipe, tmp_path) -> Callable[..., Path]:
+    """``recipe_with(task, table)``: that recipe with another table in place of ``[adapter]``."""
+
+    def make(task: str, table: str) -> Path:
+        text = adapter_recipe.read_text().replace('task = "adapter"', f'task = "{task}"')
+        before, after = text.split("[adapter]")[0], text[text.index("[optim]") :]
+        path = tmp_path / f"{task}-recipe.toml"
+        path.write_text(before + table.format(folder=tmp_path) + after)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def width_recipe(recipe_with) -> Path:
+    """The file of a recipe that trains routed widths of the tiny base for 20 steps."""
+    return recipe_with("width", WIDTH_TABLE)
+
+
+@pytest.fixture
+def losses(tmp_path) -> Callable[[], list[float]]:
+    """``losses()``: of every step of the run in ``adapter-run``."""
+
+    def read() -> list[float]:
+        lines = (tmp_path / "adapter-run" / "log.jsonl").read_text().splitlines()
+        return [json.loads(line)["loss"] for line in lines]
+
+    return read
+
+
+@pytest.fixture
+def assert_resumes(tmp_path, losses) -> Callable[..., None]:
+    """``assert_resumes(run, *overrides)``: a run taken up at its first checkpoint repeats itself.
+
+    ``run(*overrides, resume=False)`` returns a task and its adapter folder.
+    """
+
+    def check(run: Callable[..., Any], *overrides: str) -> None:
+        _, export = run(*overrides)
+        expected, kept = losses(), load_file(export / "adapter.safetensors")
+        for state in list_states(tmp_path / "adapter-run" / "checkpoints")[1:]:
+            shutil.rmtree(state)
+        shutil.rmtree(export)
+        run(*overrides, resume=True)
+        assert losses() == expected
+        again = load_file(export / "adapter.safetensors")
+        assert again.keys() == kept.keys()
+        assert all(torch.equal(again[name], kept[name]) for name in kept)
+
+    return check

@@ -22,6 +22,7 @@ app = typer.Typer(
 console = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+AdapterName = Annotated[str, typer.Option(help="lora, shared, ddit, ppflow, dydit, a folder.")]
 ScheduleFile = Annotated[
     Path | None, typer.Option(help="A schedule as JSON, in place of the dial.")
 ]
@@ -112,9 +113,7 @@ def sample(
     output: Annotated[Path, typer.Argument(help="Folder for the pictures and report.json.")],
     labels: Annotated[str, typer.Option(help="Classes, as in 0,1,2 or 0-9.")] = "0-9",
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
-    adapter: Annotated[
-        str, typer.Option(help="lora, shared, ddit, ppflow, dydit, a folder.")
-    ] = "lora",
+    adapter: AdapterName = "lora",
     budget: Annotated[float, typer.Option(help="Share of the full cost, in (0, 1].")] = 1.0,
     tau: Annotated[
         float | None, typer.Option(help="DDiT's threshold; --budget is then its cap.")
@@ -156,9 +155,7 @@ def sample(
 @app.command("eval")
 def evaluate(
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("out/eval.json"),
-    adapter: Annotated[
-        str, typer.Option(help="lora, shared, ddit, ppflow, dydit, a folder.")
-    ] = "lora",
+    adapter: AdapterName = "lora",
     weak_fraction: Annotated[float, typer.Option(help="Share of noise levels run weak.")] = 0.48,
     guidance: Annotated[str, typer.Option(help="cfg or weak.")] = "cfg",
     schedule: ScheduleFile = None,
@@ -198,9 +195,7 @@ def calibrate(
     output: Annotated[
         Path | None, typer.Option(help="File to write; in the adapter's folder by default.")
     ] = None,
-    adapter: Annotated[
-        str, typer.Option(help="lora, shared, ddit, ppflow, dydit, a folder.")
-    ] = "lora",
+    adapter: AdapterName = "lora",
     guidance_scale: Annotated[float, typer.Option(help="1 turns guidance off.")] = 2.0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 25,
     images: Annotated[int, typer.Option(help="Pictures in all.")] = 32,

@@ -305,7 +305,7 @@ class Handle:
         """
         engine = self._live()
         method = engine.method
-        if packed and not (self.backbone.packs and method.packs and not method.narrows):
+        if packed and not (self.backbone.packs and method.packs):
             raise ValueError(
                 f"packed = True; legal for {self.backbone.model_class} with method "
                 f"{method.name!r}: False (its branches run one after the other)"

@@ -236,8 +236,7 @@ class Engine:
     @property
     def packs(self) -> bool:
         """Whether branches of different modes share one packed call."""
-        method = self.method
-        return self.packed and self.router.backbone.packs and method.packs and not method.narrows
+        return self.packed and self.router.backbone.packs and self.method.packs
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied model must not call the compiled forward of the original.
@@ -364,15 +363,12 @@ class Engine:
         if self.controller is None:
             return [Group(self.schedule.at(level))]
         if self.chosen is None:
-            pipe = self.pipe_of(model)
-            scheduler, timesteps = self._scheduler(model)
-            levels = called_levels(pipe, model, scheduler) if timesteps is not None else ()
             guided: bool | None = branches is not None
             if separate:
-                guided = getattr(pipe, "do_classifier_free_guidance", None)
+                guided = getattr(self.pipe_of(model), "do_classifier_free_guidance", None)
             self.chosen = self.controller.begin(
                 Facts(
-                    levels=levels,
+                    levels=self._levels_ahead(model),
                     macs=shape.macs,
                     guided=guided,
                     packing=shape.packing_macs if self.packs else None,
@@ -509,10 +505,14 @@ class Engine:
         """A run starts: what its routers decide is found out for all its noise levels at once."""
         if self.widths is None:
             return
-        _, timesteps = self._scheduler(model)
-        scheduler, pipe = getattr(self.pipe_of(model), "scheduler", None), self.pipe_of(model)
-        levels = called_levels(pipe, model, scheduler) if timesteps is not None else ()
-        self.widths.begin(levels)
+        self.widths.begin(self._levels_ahead(model))
+
+    def _levels_ahead(self, model: nn.Module) -> tuple[float, ...]:
+        """Noise levels of a run's calls; none where no scheduler tells them."""
+        scheduler, timesteps = self._scheduler(model)
+        if timesteps is None:
+            return ()
+        return called_levels(self.pipe_of(model), model, scheduler)
 
     def _stock_forward(self, model: nn.Module, modes: tuple[Mode, ...]) -> Callable[..., Any]:
         if self.compiled is not None:

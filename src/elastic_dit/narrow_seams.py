@@ -7,6 +7,8 @@ are given, so that slicing the layers before and after them is enough.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -159,6 +161,17 @@ class ResidualSeam(nn.Module):
         return super().forward(x, *args, **kwargs)  # pyrefly: ignore[missing-attribute]
 
 
+def _of_entering(stock: Callable[..., Tensor], x_BND: Tensor, kept: Tensor, *args: Any) -> Tensor:
+    """What a layer that looks at each token alone makes of some, and zero for the others.
+
+    Args:
+        kept: places of those that enter, in all rows laid end to end.
+    """
+    y = stock(x_BND.flatten(0, 1)[kept][None], *args)[0]
+    zeros = y.new_zeros(x_BND.shape[0] * x_BND.shape[1], y.shape[-1])
+    return zeros.index_copy_(0, kept, y).unflatten(0, x_BND.shape[:2])
+
+
 class SkipRowsSeam(nn.Module):
     """Mixed into a linear layer that picture tokens may skip, in one sequence with the text.
 
@@ -189,13 +202,7 @@ class SkipRowsSeam(nn.Module):
             pictures = kept // logits.shape[1]
             kept = kept + (pictures + 1) * text  # each picture's tokens come behind its text
             narrow.entering[place.block] = torch.cat([words, kept])
-        entering = narrow.entering[place.block]
-        y = stock(x_BND.flatten(0, 1)[entering][None])[0]
-        return (
-            y.new_zeros(rows * tokens, y.shape[-1])
-            .index_copy_(0, entering, y)
-            .unflatten(0, (rows, tokens))
-        )
+        return _of_entering(stock, x_BND, narrow.entering[place.block])
 
 
 class SkipSeam(nn.Module):
@@ -212,12 +219,8 @@ class SkipSeam(nn.Module):
             gates = narrow.token_gates(logits)
             narrow.token_shares[block] = gates.mean(1)
             return stock(x_BND, *args, **kwargs) * gates[..., None].to(x_BND.dtype)
-        rows, tokens, width = x_BND.shape
         kept = open_tokens(logits, narrow.share)
-        narrow.token_shares[block] = len(kept) / (rows * tokens)
-        if len(kept) == rows * tokens:
+        narrow.token_shares[block] = len(kept) / logits.numel()
+        if len(kept) == logits.numel():
             return stock(x_BND, *args, **kwargs)
-        # Feed-forwards look at each token alone: one row of all that enter.
-        entering = x_BND.reshape(-1, width)[kept][None]
-        y = stock(entering, *args, **kwargs)[0]
-        return x_BND.new_zeros(rows * tokens, width).index_copy_(0, kept, y).view_as(x_BND)
+        return _of_entering(functools.partial(stock, **kwargs), x_BND, kept, *args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 
 import pytest
@@ -36,11 +35,6 @@ def base(tmp_path):
     return lambda: DiTTransformer2DModel.from_pretrained(tmp_path / "base").eval()
 
 
-def losses(tmp_path):
-    lines = (tmp_path / "adapter-run" / "log.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
-
-
 def call_of(count=4):
     x = torch.randn(count, 1, 16, 16, generator=torch.Generator().manual_seed(3))
     return {
@@ -51,10 +45,10 @@ def call_of(count=4):
 
 
 def test_lora_training_leaves_the_base_alone_and_lowers_the_distillation_loss(
-    run, base, output, tmp_path
+    run, base, output, losses
 ):
     task, export = run("loop.images=640")
-    found = losses(tmp_path)
+    found = losses()
     assert sum(found[-5:]) < 0.7 * sum(found[:5])
     stock, state = base().state_dict(), task.module.state_dict()
     assert all(torch.equal(state[name], stock[name]) for name in stock)
@@ -92,9 +86,9 @@ def test_only_new_tensors_are_trained_and_kept(run, tmp_path):
     assert all(is_new(name) for name in load_file(state / "model.safetensors"))
 
 
-def test_shared_export_is_the_trained_live_path(run, base, output, tmp_path):
+def test_shared_export_is_the_trained_live_path(run, base, output, losses):
     task, export = run("adapter.recipe=shared", "loop.images=640")
-    found = losses(tmp_path)
+    found = losses()
     assert sum(found[-8:]) < sum(found[:8])
     call = call_of()
     task.handle.sizes.live = True
@@ -115,18 +109,8 @@ def test_shared_export_is_the_trained_live_path(run, base, output, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["lora", "shared"])
-def test_a_resumed_run_repeats_the_unbroken_one(run, tmp_path, recipe):
-    overrides = [f"adapter.recipe={recipe}"]
-    _, export = run(*overrides)
-    expected, kept = losses(tmp_path), load_file(export / "adapter.safetensors")
-    for state in list_states(tmp_path / "adapter-run" / "checkpoints")[1:]:
-        shutil.rmtree(state)
-    shutil.rmtree(export)
-    run(*overrides, resume=True)
-    assert losses(tmp_path) == expected
-    again = load_file(export / "adapter.safetensors")
-    assert again.keys() == kept.keys()
-    assert all(torch.equal(again[name], kept[name]) for name in kept)
+def test_a_resumed_run_repeats_the_unbroken_one(run, assert_resumes, recipe):
+    assert_resumes(run, f"adapter.recipe={recipe}")
 
 
 def test_shared_training_starts_at_the_base(adapter_recipe, base, output):
@@ -194,13 +178,13 @@ def test_going_on_from_an_adapter_trains_the_named_size_only(run, tmp_path):
     assert changed == {name for name in start if "patch2" in name.split(".")}
 
 
-def test_the_teacher_in_bfloat16_gives_nearly_the_same_loss(run, tmp_path):
+def test_the_teacher_in_bfloat16_gives_nearly_the_same_loss(run, tmp_path, losses):
     run("loop.images=32")
-    exact = losses(tmp_path)[0]
+    exact = losses()[0]
     shutil.rmtree(tmp_path / "adapter-run")
     run("loop.images=32", "adapter.teacher_dtype=bfloat16")
-    assert losses(tmp_path)[0] == pytest.approx(exact, rel=0.02)
-    assert losses(tmp_path)[0] != exact
+    assert losses()[0] == pytest.approx(exact, rel=0.02)
+    assert losses()[0] != exact
 
 
 @pytest.mark.parametrize(
@@ -226,9 +210,9 @@ def test_an_adapter_of_another_kind_is_no_start(run, adapter_recipe, tmp_path):
         AdapterTask(load_recipe(adapter_recipe, overrides))
 
 
-def test_ddit_learns_from_the_frozen_base(run, base, output, tmp_path):
+def test_ddit_learns_from_the_frozen_base(run, base, output, losses):
     task, export = run("adapter.method=ddit", "loop.images=640")
-    found = losses(tmp_path)
+    found = losses()
     assert sum(found[-5:]) < 0.8 * sum(found[:5])
     stock, state = base().state_dict(), task.module.state_dict()
     assert all(torch.equal(state[name], stock[name]) for name in stock)
@@ -238,9 +222,9 @@ def test_ddit_learns_from_the_frozen_base(run, base, output, tmp_path):
     assert torch.equal(output_of(handle, FULL, call_of(), output), output(base(), call_of()))
 
 
-def test_ppflow_trains_every_weight_on_its_own_stage(run, base, output, tmp_path):
+def test_ppflow_trains_every_weight_on_its_own_stage(run, base, output, losses):
     task, export = run("adapter.method=ppflow", "adapter.gains=[0, 1]", "loop.images=640")
-    found = losses(tmp_path)
+    found = losses()
     assert sum(found[-8:]) < sum(found[:8])
     stock, state = base().state_dict(), task.module.state_dict()
     moved = {name for name in stock if not torch.equal(state[name], stock[name])}

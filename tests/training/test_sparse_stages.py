@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -18,17 +17,7 @@ from elastic_dit.training.data import ImageData
 from elastic_dit.training.loop import train
 from elastic_dit.training.sparse_stages import draw_stage
 
-RECIPE = """
-task = "adapter"
-output = "{folder}/adapter-run"
-
-[data]
-path = "{data}"
-image_size = 16
-channels = 1
-mean = 0.4
-std = 0.35
-
+TABLE = """
 [adapter]
 base = "{folder}/base"
 method = "sparsedit"
@@ -37,16 +26,6 @@ stage_ends = [0.5, 0.0]
 stage_modes = ["grid2", "grid3"]
 rank = 4
 
-[optim]
-lr = 3e-3
-warmup_steps = 2
-ema_decay = 0.5
-
-[loop]
-images = 640
-batch_size = 16
-log_every = 1
-checkpoint_every = 40
 """
 CALL = {
     "hidden_states": torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(3)),
@@ -56,12 +35,11 @@ CALL = {
 
 
 @pytest.fixture
-def recipe(stripes, make_model, tmp_path):
+def recipe(recipe_with, make_model, tmp_path):
+    path = recipe_with("adapter", TABLE)
     model = make_model(sample_size=16, num_embeds_ada_norm=2, num_layers=5)
     model.save_pretrained(tmp_path / "base")
-    path = tmp_path / "adapter.toml"
-    path.write_text(RECIPE.format(folder=tmp_path, data=stripes))
-    return lambda *overrides: load_recipe(path, overrides)
+    return lambda *overrides: load_recipe(path, ["loop.images=640", *overrides])
 
 
 @pytest.fixture
@@ -74,16 +52,11 @@ def predict(handle, mode, output):
         return output(handle.model, CALL)
 
 
-def losses(tmp_path):
-    lines = (tmp_path / "adapter-run" / "log.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
-
-
-def test_full_recipe_trains_all_weights_and_exports_them(recipe, base, output, tmp_path):
+def test_full_recipe_trains_all_weights_and_exports_them(recipe, base, output, losses):
     loaded = recipe()
     task = AdapterTask(loaded)
     export = train(loaded, task, ImageData(loaded.data))
-    found = losses(tmp_path)
+    found = losses()
     assert sum(found[-10:]) < sum(found[:10])
     adapter = load_adapter(export)
     assert adapter.schedule.to_json() == task.handle.method.default_schedule.to_json()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,7 +12,8 @@ from elastic_dit import FULL, Mode, elastify
 from elastic_dit.training.config import load_recipe
 from elastic_dit.training.data import ImageData
 from elastic_dit.training.loop import train
-from elastic_dit.training.state import list_states
+from elastic_dit.training.objectives import noisy_batch
+from elastic_dit.training.teacher import distilled
 from elastic_dit.training.width import WidthTask
 
 HALF = Mode(width=0.5)
@@ -31,11 +29,6 @@ def run(width_recipe):
         return task, train(recipe, task, ImageData(recipe.data), resume=resume)
 
     return make
-
-
-def losses(tmp_path):
-    lines = (tmp_path / "adapter-run" / "log.jsonl").read_text().splitlines()
-    return [json.loads(line)["loss"] for line in lines]
 
 
 def data(count=16, seed=0):
@@ -56,18 +49,8 @@ def test_an_adapter_of_two_widths_comes_out(run, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["full", "td-lora"])
-def test_a_resumed_run_repeats_the_unbroken_one(run, tmp_path, recipe):
-    overrides = [f"width.recipe={recipe}"]
-    _, export = run(*overrides)
-    expected, kept = losses(tmp_path), load_file(export / "adapter.safetensors")
-    for state in list_states(tmp_path / "adapter-run" / "checkpoints")[1:]:
-        shutil.rmtree(state)
-    shutil.rmtree(export)
-    run(*overrides, resume=True)
-    assert losses(tmp_path) == expected
-    again = load_file(export / "adapter.safetensors")
-    assert again.keys() == kept.keys()
-    assert all(torch.equal(again[name], kept[name]) for name in kept)
+def test_a_resumed_run_repeats_the_unbroken_one(run, assert_resumes, recipe):
+    assert_resumes(run, f"width.recipe={recipe}")
 
 
 def test_experts_leave_the_base_alone(run, tmp_path):
@@ -111,7 +94,7 @@ def test_the_target_comes_down_and_the_full_pass_goes(width_recipe):
     assert aims == [1.0, 0.75, 0.5, 0.5]
     passes = []
     stock = task._error
-    task._error = lambda model, batch, mode: passes.append(mode) or stock(model, batch, mode)
+    task._error = lambda *given: passes.append(given[2]) or stock(*given)
     for share in (0.1, 0.3):
         task.progress(share)
         task.loss(task.module, *data(), torch.Generator().manual_seed(0))
@@ -132,6 +115,45 @@ def test_gates_settle_in_the_end(width_recipe):
     assert torch.equal(shares(0.8), torch.ones(16))  # logits of +1 run as open
 
 
+def test_distillation_compares_with_the_base_that_was(width_recipe, tmp_path):
+    """At first with nothing left out the student is its teacher; later the base stays what it was.
+
+    A share of one half weighs the data's error and the base's alike.
+    """
+    task = WidthTask(load_recipe(width_recipe, ["width.distil=1", "width.complete=0.0"]))
+    base = DiTTransformer2DModel.from_pretrained(tmp_path / "base").eval()
+    images, labels = data()
+    batch = noisy_batch(
+        images, labels, torch.Generator().manual_seed(0), task.settings, null_label=2
+    )
+    with torch.no_grad():
+        expected = base(batch.x, timestep=batch.times, class_labels=batch.labels).sample
+        assert task._error(task.module, batch, FULL, task.teacher.predict(batch)) == 0
+        for parameter in task.module.parameters():
+            parameter.add_(0.1)
+        taught = task.teacher.predict(batch)
+        error = task._error(task.module, batch, HALF, taught)
+    torch.testing.assert_close(taught, expected)
+    data_error = ((batch.target - expected) ** 2).mean()
+    assert error > 0
+    assert distilled(expected, batch.target, taught, 0.5).mean() == pytest.approx(
+        0.5 * data_error.item(), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_the_loss_of_a_distilled_width_has_gradients(width_recipe, share):
+    task = WidthTask(load_recipe(width_recipe, [f"width.distil={share}"]))
+    losses = []
+    for seed in (0, 0, 1):
+        generator = torch.Generator().manual_seed(seed)
+        losses.append(task.loss(task.module, *data(), generator))
+    assert losses[0].item() == losses[1].item() != losses[2].item()
+    losses[0].backward()
+    assert task.module.proj_out_2.weight.grad.abs().max() > 0
+    assert (task.teacher is None) == (share == 0)
+
+
 def test_the_static_control_trains_nothing_but_the_full_pass(run):
     task, export = run("width.static=true")
     held = load_file(export / "adapter.safetensors")
@@ -149,12 +171,20 @@ def test_the_static_control_trains_nothing_but_the_full_pass(run):
         ("width.budget_weight=-1", r"width.budget_weight = -1"),
         ("width.widths=[1.0]", r"widths = .*legal"),
         ("width.groups=7", r"groups = 7"),
+        ("width.distil=1.2", r"width.distil = 1.2 is out of range; legal: \[0, 1\]"),
+        ("width.teacher_dtype=int8", r"width.teacher_dtype = 'int8'.*float32, bfloat16"),
         ("width.recipe=lora", r"recipe = 'lora'; legal: full, td-lora"),
     ],
 )
 def test_illegal_settings_are_named(width_recipe, override, words):
     with pytest.raises(ValueError, match=words):
         WidthTask(load_recipe(width_recipe, [override]))
+
+
+def test_a_control_has_no_teacher(width_recipe):
+    overrides = ["width.static=true", "width.distil=0.5"]
+    with pytest.raises(ValueError, match=r"width.distil = 0.5.*0 with width.static"):
+        WidthTask(load_recipe(width_recipe, overrides))
 
 
 def test_a_base_that_is_not_there(width_recipe):

@@ -71,7 +71,6 @@ class Method(ABC):
             their names match.
         conditions: whether coarse modes change the conditioning vector.
         skips: whether coarse modes have a path from the base patch vectors to the output's.
-        narrows: whether its modes leave out heads, channels or tokens.
         packs: whether branches of different modes may share one packed call, where the class can.
     """
 
@@ -81,7 +80,6 @@ class Method(ABC):
     adapts: str = ""
     conditions: bool = False
     skips: bool = False
-    narrows: bool = False
     packs: bool = True
 
     @property

@@ -79,7 +79,7 @@ class DyDiT(Method):
     name = "dydit"
     paper = "DyDiT, arXiv 2410.03456"
     recipes = ("full", "td-lora")
-    narrows = True
+    packs = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))

@@ -12,14 +12,12 @@ stage per step (`elastic_dit.training.sparse_stages`).
 
 from __future__ import annotations
 
-import contextlib
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from elastic_dit.checkpoint import Adapter, load_adapter
@@ -32,9 +30,8 @@ from elastic_dit.mode import FULL, Mode
 from elastic_dit.schedule import Schedule
 from elastic_dit.training.config import Recipe, from_table
 from elastic_dit.training.objectives import NoisyBatch, noisy_batch
-from elastic_dit.training.sparse_stages import SparseSettings, Teacher, draw_stage, sparse_loss
-
-TEACHER_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+from elastic_dit.training.sparse_stages import SparseSettings, draw_stage, sparse_loss
+from elastic_dit.training.teacher import DTYPES, Teacher, open_base, teaching
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +100,8 @@ class AdapterSettings(SparseSettings):
         paired = len(self.stage_ends) == len(self.stage_modes)
         legal = f"{len(self.stage_modes)} numbers, one for each of adapter.stage_modes"
         require(paired, "adapter.stage_ends", self.stage_ends, legal)
-        known = self.teacher_dtype in TEACHER_DTYPES
-        require(known, "adapter.teacher_dtype", self.teacher_dtype, ", ".join(TEACHER_DTYPES))
+        known = self.teacher_dtype in DTYPES
+        require(known, "adapter.teacher_dtype", self.teacher_dtype, ", ".join(DTYPES))
         require(0 <= self.weak_fraction <= 1, "adapter.weak_fraction", self.weak_fraction, "[0, 1]")
 
     @property
@@ -138,14 +135,10 @@ class AdapterTask:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.settings = settings = from_table(AdapterSettings, recipe.settings, "adapter")
-        if not (Path(settings.base) / "config.json").is_file():
-            raise FileNotFoundError(f"adapter.base = {settings.base!r} holds no model")
-        torch.manual_seed(recipe.seed)
+        self.module: Any = open_base(settings.base, recipe.seed, "adapter.base")
         method = settings.build()
-        self.module: Any = DiTTransformer2DModel.from_pretrained(settings.base)
-        self.module.eval()
         teaches = settings.method == "sparsedit" and settings.distil > 0 and not settings.distils
-        self.teacher = Teacher.of(self.module) if teaches else None
+        self.teacher = Teacher.of(self.module, settings.teacher_dtype) if teaches else None
         self.handle = elastify(self.module, self._start(method))
         self.shared = settings.recipe == "shared"
         for name, parameter in self.module.named_parameters():
@@ -209,30 +202,15 @@ class AdapterTask:
         generator: torch.Generator,
         within: tuple[float, float] = (0.0, 1.0),
     ) -> NoisyBatch:
-        settings = self.settings
-        return noisy_batch(
-            images,
-            labels,
-            generator,
-            level_mean=settings.level_mean,
-            level_std=settings.level_std,
-            label_dropout=settings.label_dropout,
-            null_label=self.module.config.num_embeds_ada_norm,
-            within=within,
-        )
+        null = self.module.config.num_embeds_ada_norm
+        return noisy_batch(images, labels, generator, self.settings, null_label=null, within=within)
 
     def _teach(self, model: nn.Module, batch: NoisyBatch) -> Tensor:
         """The teacher's prediction: that of full mode, or of the base that was."""
-        dtype = TEACHER_DTYPES[self.settings.teacher_dtype]
-        reduced = contextlib.nullcontext()  # the loop's own precision
-        if dtype != torch.float32:
-            reduced = torch.autocast(batch.x.device.type, dtype)
-        with torch.no_grad(), reduced:
-            if self.teacher is None:
-                return self._predict(model, batch, FULL)
-            return self.teacher.model(
-                batch.x, timestep=batch.times, class_labels=batch.labels
-            ).sample.float()
+        if self.teacher is not None:
+            return self.teacher.predict(batch)
+        with teaching(self.settings.teacher_dtype, batch.x.device):
+            return self._predict(model, batch, FULL)
 
     def _denoise_one_stage(
         self,
@@ -253,8 +231,8 @@ class AdapterTask:
         batch = self._noisy(images, labels, generator, stage.within)
         if settings.distils:
             settings = replace(settings, distil=1.0)
-        student = self._predict(model, batch, stage.mode)
-        return sparse_loss(student, batch, settings, lambda: self._teach(model, batch))
+        taught = self._teach(model, batch) if settings.distil else None
+        return sparse_loss(self._predict(model, batch, stage.mode), batch, taught, settings)
 
     def _distil(self, model: nn.Module, batch: NoisyBatch) -> Tensor:
         teacher = self._teach(model, batch)

@@ -99,15 +99,8 @@ class BaseTask:
     ) -> Tensor:
         """Mean squared error against the unit-variance flow target."""
         settings = self.settings
-        batch = noisy_batch(
-            images,
-            labels,
-            generator,
-            level_mean=settings.level_mean,
-            level_std=settings.level_std,
-            label_dropout=settings.label_dropout,
-            null_label=settings.num_classes,
-        )
+        null = settings.num_classes
+        batch = noisy_batch(images, labels, generator, settings, null_label=null)
         prediction = model(batch.x, timestep=batch.times, class_labels=batch.labels).sample
         return (prediction.float() - batch.target).square().mean()
 

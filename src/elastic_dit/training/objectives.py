@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -39,22 +40,39 @@ class NoisyBatch:
         return self.level >= min(lowest, self.level.max().item())
 
 
+class Noising(Protocol):
+    """The settings of a task that say how pictures are noised and labels dropped."""
+
+    @property
+    def level_mean(self) -> float:
+        """Of ``sigmoid(mean + std * normal)``, as noise levels are drawn."""
+        ...
+
+    @property
+    def level_std(self) -> float:
+        """Likewise."""
+        ...
+
+    @property
+    def label_dropout(self) -> float:
+        """Share of the labels that are replaced by the null label."""
+        ...
+
+
 def noisy_batch(
     images: Tensor,
     labels: Tensor,
     generator: torch.Generator,
+    settings: Noising,
     *,
-    level_mean: float,
-    level_std: float,
-    label_dropout: float,
     null_label: int,
     within: tuple[float, float] = (0.0, 1.0),
 ) -> NoisyBatch:
     """Noise pictures ``(B, C, H, W)`` of unit variance; all randomness comes from ``generator``."""
     count = len(images)
-    level = stratified_levels(count, generator, mean=level_mean, std=level_std, within=within)
-    level = level.to(images)
+    mean, std = settings.level_mean, settings.level_std
+    level = stratified_levels(count, generator, mean=mean, std=std, within=within).to(images)
     noise = torch.randn(images.shape, generator=generator).to(images)
-    dropped = (torch.rand(count, generator=generator) < label_dropout).to(labels.device)
+    dropped = (torch.rand(count, generator=generator) < settings.label_dropout).to(labels.device)
     x, target = network_input_and_target(images, noise, level[:, None, None, None])
     return NoisyBatch(x, target, level, torch.where(dropped, null_label, labels))

@@ -9,18 +9,17 @@ with gamma 5, which is an option here. So is a dense teacher.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elastic_dit.checks import require
 from elastic_dit.methods.sparsedit import SparseDiT
 from elastic_dit.mode import Mode
 from elastic_dit.ops.flow import level_quantile, level_share, min_snr_weight
 from elastic_dit.training.objectives import NoisyBatch
+from elastic_dit.training.teacher import distilled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,31 +103,11 @@ def draw_stage(
     return Draw(mode=own.mode, within=(share[0], share[1]))
 
 
-@dataclass(eq=False)
-class Teacher:
-    """The dense base as it was before training."""
-
-    model: nn.Module
-
-    @classmethod
-    def of(cls, model: nn.Module) -> Teacher:
-        """A frozen copy of a stock model."""
-        return cls(copy.deepcopy(model).eval().requires_grad_(False))
-
-
 def sparse_loss(
-    student: Tensor, batch: NoisyBatch, settings: SparseSettings, teacher: Callable[[], Tensor]
+    student: Tensor, batch: NoisyBatch, taught: Tensor | None, settings: SparseSettings
 ) -> Tensor:
-    """Squared errors against the data and, by ``settings.distil``, against a teacher's prediction.
-
-    Args:
-        teacher: computes that prediction; called if there is a share for it.
-    """
-    error = torch.zeros_like(student)
-    if settings.distil < 1:
-        error = error + (1 - settings.distil) * (student - batch.target).square()
-    if settings.distil > 0:
-        error = error + settings.distil * (student - teacher()).square()
+    """`distilled` errors, of each level weighted as the settings say."""
+    error = distilled(student, batch.target, taught, settings.distil)
     if settings.min_snr_gamma:
         error = error * min_snr_weight(batch.level, settings.min_snr_gamma)[:, None, None, None]
     return error.mean()

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
-from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from elastic_dit.checks import require
@@ -28,6 +27,7 @@ from elastic_dit.narrowing import Narrow
 from elastic_dit.schedule import Schedule
 from elastic_dit.training.config import Recipe, from_table
 from elastic_dit.training.objectives import NoisyBatch, noisy_batch
+from elastic_dit.training.teacher import DTYPES, Teacher, distilled, open_base
 
 MOMENTUM = 0.98
 """Of the running shares of kept tokens, over steps."""
@@ -46,6 +46,10 @@ class WidthSettings:
         complete: share of the steps with the full-width pass beside; the paper's largest model has
             15 %.
         settle: share of the steps, at the end, without noise in the gates.
+        distil: share of the loss that compares with the base's prediction instead of the data, in
+            [0, 1]. A short training on the data alone loses some of the base's quality even with
+            nothing left out.
+        teacher_dtype: of the base's forward pass then; ``float32`` or ``bfloat16``.
         static: train nothing but the full-width pass, as long: the control that every routed model
             has to beat at its cost.
         level_mean, level_std: noise levels are drawn as ``sigmoid(mean + std * normal)``.
@@ -65,17 +69,23 @@ class WidthSettings:
     ramp: float = 0.1
     complete: float = 0.15
     settle: float = 0.2
+    distil: float = 0.0
+    teacher_dtype: str = "float32"
     static: bool = False
     label_dropout: float = 0.1
     level_mean: float = 0.0
     level_std: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("ramp", "complete", "settle"):
+        for name in ("ramp", "complete", "settle", "distil"):
             require(0 <= getattr(self, name) <= 1, f"width.{name}", getattr(self, name), "[0, 1]")
         require(self.budget_weight >= 0, "width.budget_weight", self.budget_weight, ">= 0")
         require(0 <= self.label_dropout < 1, "width.label_dropout", self.label_dropout, "[0, 1)")
         require(self.level_std > 0, "width.level_std", self.level_std, "> 0")
+        known = self.teacher_dtype in DTYPES
+        require(known, "width.teacher_dtype", self.teacher_dtype, ", ".join(DTYPES))
+        legal = "0 with width.static: a base that nothing is taken from learns nothing from itself"
+        require(not (self.static and self.distil), "width.distil", self.distil, legal)
 
     def build(self) -> DyDiT:
         """The method with these settings.
@@ -104,11 +114,8 @@ class WidthTask:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.settings = settings = from_table(WidthSettings, recipe.settings, "width")
-        if not (Path(settings.base) / "config.json").is_file():
-            raise FileNotFoundError(f"width.base = {settings.base!r} holds no model")
-        torch.manual_seed(recipe.seed)
-        self.module: Any = DiTTransformer2DModel.from_pretrained(settings.base)
-        self.module.eval()
+        self.module: Any = open_base(settings.base, recipe.seed, "width.base")
+        self.teacher = Teacher.of(self.module, settings.teacher_dtype) if settings.distil else None
         self.method = settings.build()
         self.handle = elastify(self.module, self.method)
         widths = self.handle.widths
@@ -125,7 +132,9 @@ class WidthTask:
         return sizes
 
     def to(self, device: torch.device) -> None:
-        """Nothing but the module."""
+        """Move the teacher, where there is one."""
+        if self.teacher is not None:
+            self.teacher.model.to(device)
 
     def progress(self, share: float) -> None:
         """The target, the full-width pass and the noise depend on it."""
@@ -136,36 +145,33 @@ class WidthTask:
     ) -> Tensor:
         """The base's objective in one randomly drawn routed mode, and the distance of its work."""
         settings = self.settings
-        batch = noisy_batch(
-            images,
-            labels,
-            generator,
-            level_mean=settings.level_mean,
-            level_std=settings.level_std,
-            label_dropout=settings.label_dropout,
-            null_label=self.module.config.num_embeds_ada_norm,
-        )
+        null = self.module.config.num_embeds_ada_norm
+        batch = noisy_batch(images, labels, generator, settings, null_label=null)
         if settings.static:
             return self._error(model, batch, FULL)
+        taught = None if self.teacher is None else self.teacher.predict(batch)
         modes = self.method.routed
         mode = modes[int(torch.randint(len(modes), (), generator=generator))]
         noisy = self.share < 1 - settings.settle
         self.sizes.gated, self.sizes.drawing = True, generator if noisy else None
         try:
-            total = self._error(model, batch, mode)
+            total = self._error(model, batch, mode, taught)
             narrow = self.handle.widths.last
         finally:
             self.sizes.gated, self.sizes.drawing = False, None
         self._record(mode, narrow, batch.level)
         total = total + settings.budget_weight * (self._work(mode, narrow) - self._aim(mode)) ** 2
         if self.share < settings.complete:
-            total = total + self._error(model, batch, mode.patch)
+            total = total + self._error(model, batch, mode.patch, taught)
         return total
 
-    def _error(self, model: nn.Module, batch: NoisyBatch, mode: Mode) -> Tensor:
+    def _error(
+        self, model: nn.Module, batch: NoisyBatch, mode: Mode, taught: Tensor | None = None
+    ) -> Tensor:
         with self.handle.using(mode):
             output = model(batch.x, timestep=batch.times, class_labels=batch.labels)
-        return (output.sample.float() - batch.target).square().mean()
+        student = output.sample.float()
+        return distilled(student, batch.target, taught, self.settings.distil).mean()
 
     def _work(self, mode: Mode, narrow: Narrow) -> Tensor:
         """Mean share of the work over all pictures of all processes, before it is squared."""

@@ -1,0 +1,69 @@
+"""The rows of a benchmark's results file: what is there is kept, what is new is written at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from reference_table import SETS, Row
+
+from elastic_dit.evaluation.record import write_results
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def parser_of(doc: str) -> argparse.ArgumentParser:
+    """What the tables of trained adapters let one choose."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--name", default="mnist")
+    parser.add_argument("--static", type=Path, default=Path("runs/mnist-dydit-static/export"))
+    parser.add_argument("--adapter", type=Path, default=None, help="the shipped one by default")
+    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--tune-images", type=int, default=100)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--restart", action="store_true")
+    return parser
+
+
+class Rows:
+    """Rows by key, in a results file.
+
+    Args:
+        path: of the file.
+        arguments: as parsed by `parser_of`.
+        compare: adds to all rows what depends on the others.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        arguments: argparse.Namespace,
+        steps: int,
+        compare: Callable[[list[Row]], None],
+    ) -> None:
+        self.path, self.compare = path, compare
+        self.facts: dict[str, Any] = {
+            "images": arguments.images,
+            "tune_images": arguments.tune_images,
+            "steps": steps,
+            "dtype": arguments.dtype,
+            "sets": SETS,
+        }
+        self.rows: list[Row] = []
+        if path.exists() and not arguments.restart:
+            self.rows = json.loads(path.read_text())["rows"]
+
+    def keep(self, key: str, make: Callable[[], Row]) -> Row:
+        """The row of a key, made if it is not there."""
+        found = next((row for row in self.rows if row["key"] == key), None)
+        if found is None:
+            found = {**make(), "key": key}
+            self.rows.append(found)
+            self.compare(self.rows)
+            write_results(self.path, {**self.facts, "rows": self.rows})
+        names = ("ratio", "time_ratio", "scale", "frechet", "accuracy", "loss")
+        print(key, {k: round(found[k], 3) for k in names if k in found}, flush=True)
+        return found
