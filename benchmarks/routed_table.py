@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from frontier import START, STEPS, Frontier
 from reference_table import REPORT_SEED, Row, _frechet
-from rows import RESULTS, Rows, parser_of
+from rows import CONTROLS, RESULTS, Rows, parser_of
 
 from elastic_dit import Mode, Schedule, elastify
 from elastic_dit.reference import reference_adapter
@@ -74,21 +74,34 @@ def controls(bench: Frontier, static: Path, rows: Rows) -> None:
 
 
 def compare(rows: list[Row]) -> None:
-    """Paired differences to the base, and to the control at steps that take no less time."""
+    """Paired differences to the base, and to both controls at steps that take no less time.
+
+    The controls are the base, and the model that was trained as long.
+    """
     base = rows[0]
-    static = {int(row["key"].split("/")[1]): row for row in rows if row["key"][:6] == "static"}
+    controls: dict[str, dict[int, Row]] = {"static": {}, "fewer-steps": {STEPS: base}}
+    for row in rows[1:]:
+        kind, _, steps = row["key"].partition("/")
+        if kind in controls:
+            controls[kind][int(steps)] = row
     for row in rows[1:]:
         loss = _frechet(row).minus(_frechet(base))
         row["loss"], row["loss_noise"] = loss.value, loss.noise
-        if not row["key"].startswith(("dydit/width", "sparsedit/")) or not static:
+        if row["key"].startswith(CONTROLS) or row["key"] == "dydit/full":
             continue
-        for name, share in (("time", row["time_ratio"]), ("cost", row["ratio"])):
-            steps = min(STEPS, math.ceil(STEPS * share - 0.05))
-            steps = min((each for each in static if each >= steps), default=STEPS)
-            apart = _frechet(row).minus(_frechet(static[steps]))
-            row[f"rival_steps_by_{name}"] = steps
-            row[f"against_static_by_{name}"] = apart.value
-            row[f"against_static_by_{name}_noise"] = apart.noise
+        for kind, rivals in controls.items():
+            if rivals:
+                _against(row, kind, rivals)
+
+
+def _against(row: Row, kind: str, rivals: dict[int, Row]) -> None:
+    for name, share in (("time", row["time_ratio"]), ("cost", row["ratio"])):
+        steps = min(STEPS, math.ceil(STEPS * share - 0.05))
+        steps = min((each for each in rivals if each >= steps), default=STEPS)
+        apart = _frechet(row).minus(_frechet(rivals[steps]))
+        row[f"rival_steps_by_{name}"] = steps
+        row[f"against_{kind}_by_{name}"] = apart.value
+        row[f"against_{kind}_by_{name}_noise"] = apart.noise
 
 
 def draw_widths(handle: Any, path: Path) -> None:

@@ -13,6 +13,7 @@ from reference_table import SETS, Row
 from elastic_dit.evaluation.record import write_results
 
 RESULTS = Path(__file__).parent / "results"
+CONTROLS = ("base", "static/", "fewer-steps/")
 
 
 def parser_of(doc: str) -> argparse.ArgumentParser:
@@ -35,6 +36,8 @@ class Rows:
         path: of the file.
         arguments: as parsed by `parser_of`.
         compare: adds to all rows what depends on the others.
+        controls: results file of another table with the same controls, pictures and seeds, whose
+            rows need not be measured again.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class Rows:
         arguments: argparse.Namespace,
         steps: int,
         compare: Callable[[list[Row]], None],
+        controls: Path | None = None,
     ) -> None:
         self.path, self.compare = path, compare
         self.facts: dict[str, Any] = {
@@ -55,6 +59,10 @@ class Rows:
         self.rows: list[Row] = []
         if path.exists() and not arguments.restart:
             self.rows = json.loads(path.read_text())["rows"]
+        elif controls is not None and controls.exists():
+            table = json.loads(controls.read_text())
+            if all(table[name] == value for name, value in self.facts.items()):
+                self.rows = [row for row in table["rows"] if row["key"].startswith(CONTROLS)]
 
     def keep(self, key: str, make: Callable[[], Row]) -> Row:
         """The row of a key, made if it is not there."""

@@ -22,7 +22,9 @@ app = typer.Typer(
 console = Console()
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-AdapterName = Annotated[str, typer.Option(help="lora, shared, ddit, ppflow, dydit, a folder.")]
+AdapterName = Annotated[
+    str, typer.Option(help="lora, shared, ddit, ppflow, dydit, sparsedit, a folder.")
+]
 ScheduleFile = Annotated[
     Path | None, typer.Option(help="A schedule as JSON, in place of the dial.")
 ]
