@@ -45,7 +45,11 @@ def main() -> None:
         def choose(name: str = name) -> None:
             handle.schedule = Schedule.constant(Mode.parse(name))
 
-        rows.keep(f"dydit/{name}", lambda choose=choose: bench.measured(choose))
+        rows.keep(
+            f"dydit/{name}",
+            lambda choose=choose: bench.measured(choose),
+            lambda choose=choose: bench.seconds(choose),
+        )
     images = Path(__file__).parent.parent / "docs" / "images"
     draw_widths(handle, images / "dydit-widths.png")
     draw_tokens(bench, images / "dydit-tokens.png")

@@ -22,6 +22,7 @@ from routed_table import compare, controls
 from rows import RESULTS, Rows, parser_of
 
 from elastic_dit import Schedule, elastify
+from elastic_dit.elastify import Handle
 from elastic_dit.reference import reference_adapter
 
 
@@ -43,10 +44,22 @@ def main() -> None:
         def choose(schedule: Schedule = schedule) -> None:
             handle.schedule = schedule
 
-        rows.keep(f"sparsedit/{name}", lambda choose=choose: bench.measured(choose))
+        rows.keep(
+            f"sparsedit/{name}",
+            lambda choose=choose: bench.measured(choose),
+            lambda choose=choose: bench.seconds(choose),
+        )
     for run in arguments.also:
         handle = bench.handle = elastify(bench.pipe, run / "export")
-        rows.keep(f"{run.name}/schedule", lambda: bench.measured(lambda: None))
+
+        def schedule(handle: Handle = handle) -> None:
+            handle.schedule = handle.method.default_schedule
+
+        rows.keep(
+            f"{run.name}/schedule",
+            lambda: bench.measured(schedule),
+            lambda: bench.seconds(schedule),
+        )
 
 
 if __name__ == "__main__":

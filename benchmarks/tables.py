@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,13 @@ def main() -> None:
     figure = "![Frontier of plans](../docs/images/frontier.png)\n\n"
     parts.append("## How to spend a budget\n\n" + figure + frontier_table(spent) + source(spent))
     parts.append("## Who takes how much\n\n" + spread_table(spent) + source(spent))
-    if (RESULTS / "routed-mnist.json").exists():
-        routed = load("routed-mnist.json")
-        parts.append("## Routed widths (DyDiT)\n\n" + routed_table(routed) + source(routed))
+    for name, title in (
+        ("routed", "Routed widths (DyDiT)"),
+        ("sparsedit", "Sparse grids (SparseDiT)"),
+    ):
+        if (RESULTS / f"{name}-mnist.json").exists():
+            trained = load(f"{name}-mnist.json")
+            parts.append(f"## {title}\n\n" + trained_table(trained) + source(trained))
     for name, title in (("routed-speed-cpu", "eager"), ("routed-speed-cpu-compiled", "compiled")):
         if (RESULTS / f"{name}.json").exists():
             speed = load(f"{name}.json")
@@ -173,22 +178,23 @@ def spread_table(table: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def routed_table(table: dict[str, Any]) -> str:
+def trained_table(table: dict[str, Any]) -> str:
     lines = [
         f"{table['images']} pictures a row in {table['sets']} seed sets at {table['steps']} steps; "
         f"scales tuned on {table['tune_images']} pictures of other seeds. *static*: the same "
-        "weights trained as long with nothing left out. *Loss*: Frechet distance minus the base's; "
-        "*against static*: minus the control's at the fewest steps that take no less time, and no "
-        "fewer MACs. Paired by seed set; less than zero is better.",
+        "weights trained as long on the data with nothing left out. *Loss*: Frechet distance minus "
+        "the base's; *against static*, *against fewer steps*: minus the control's, and the base's, "
+        "at the fewest steps that take no less time, and no fewer MACs. Paired by seed set; "
+        "less than zero is better.",
         "",
         "| run | MACs | time | scale | Frechet distance | loss | against static, same time | "
-        "against static, same MACs | accuracy |",
-        "| --- " * 9 + "|",
+        "same MACs | against fewer steps, same time | same MACs | accuracy |",
+        "| --- " * 11 + "|",
     ]
     for row in table["rows"]:
         cells = [plus_minus(row, "loss") if "loss" in row else "-"]
-        for name in ("time", "cost"):
-            key = f"against_static_by_{name}"
+        for kind, name in product(("static", "fewer-steps"), ("time", "cost")):
+            key = f"against_{kind}_by_{name}"
             steps = row.get(f"rival_steps_by_{name}")
             cells.append(f"{plus_minus(row, key)} ({steps} steps)" if key in row else "-")
         lines.append(

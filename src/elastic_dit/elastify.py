@@ -50,7 +50,8 @@ def elastify(
             ``transformer_2``; each has a handle of its own. The only one by default.
         schedule: replaces the adapter's default; a method starts with full mode throughout.
         merge: keep one more copy of the adapted weights per mode, so that coarse modes pay nothing
-            for low-rank updates.
+            for low-rank updates, and turn `Handle.plan_ahead` on. Both take memory for time, and
+            are equal but for rounding.
 
     Returns:
         The handle that owns every change. An elastic model that is made elastic again is first
@@ -87,6 +88,7 @@ def elastify(
             previous.install(model)
         raise
     engine.schedule, engine.router.merged = schedule, merge
+    engine.plan_ahead = merge
     engine.calibration = loaded.calibration if isinstance(loaded, Adapter) else None
     engine.install(model)
     if pipe is not None:
@@ -333,6 +335,20 @@ class Handle:
                 "change from step to step)"
             )
         self._live().keep_text = keep
+
+    @property
+    def plan_ahead(self) -> bool:
+        """Compute in coarse modes what noise level and label alone decide for many steps at once.
+
+        It is on with ``merge=True``, and does something where such layers are known (DiT, SD3). The
+        results are equal but for rounding. A run in a pipeline takes up to 64 MiB for it. Compiled
+        models compute them at every step.
+        """
+        return self._engine.plan_ahead
+
+    @plan_ahead.setter
+    def plan_ahead(self, ahead: bool) -> None:
+        self._live().plan_ahead = ahead
 
     @property
     def shape(self) -> TransformerShape:

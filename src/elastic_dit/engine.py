@@ -45,6 +45,7 @@ from elastic_dit.routing import (
     PLACE,
     ROLE,
     ROUTER,
+    SOURCE,
     Router,
     TextKey,
     rebind_hooks,
@@ -65,6 +66,7 @@ from elastic_dit.seams import (
     RotarySeam,
     TextSeam,
 )
+from elastic_dit.steps_ahead import Ahead, EmbeddedSeam, EmbedderSeam, StepsAhead
 from elastic_dit.storage import (
     NewParameters,
     check_in_place,
@@ -106,6 +108,8 @@ class Engine:
         chosen: what it is at work on; the schedule of a run whose choices were made before it.
         groups: how the pictures of the present step run.
         calibration: what each choice of modes loses at each noise level, if that was measured.
+        plan_ahead: compute what noise level and labels alone decide for many steps at once.
+        ahead: the tables of that, where such layers are known.
         widths: what routed modes leave in at each noise level.
         kept: what they left in, when each of them last ran.
         compiled: the stock forward by mode, if ``model.compile`` was called.
@@ -147,6 +151,8 @@ class Engine:
     silent: list[nn.Module] = field(default_factory=list)
     owners: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
     quantised: dict[str, Tensor] = field(default_factory=dict)
+    ahead: Ahead | None = None
+    plan_ahead: bool = False
     widths: Widths | None = None
     kept: dict[Mode, tuple[Kept, ...]] = field(default_factory=dict)
     compiled: Graphs | None = None
@@ -185,6 +191,8 @@ class Engine:
         engine = cls(router, method, type(model), pairs, dict(base), adapted)
         if isinstance(sizes, RoutedSizes):
             engine.widths = Widths(sizes, backbone, model)
+        if backbone.labels:
+            engine.ahead = Ahead(backbone, model, by_mode=method.conditions)
         for name in base:
             owner, _, leaf = name.rpartition(".")
             engine.owners[name] = (model.get_submodule(owner), leaf)
@@ -268,7 +276,7 @@ class Engine:
                 self.prompts.clear()
                 self.remembered = self.previous = self.chosen = None
                 self.router.run += 1
-                self._begin_widths(model)
+                self._begin_tables(model)
             if self._is_guidance(model, sample, level):
                 output = self._guidance(model, call, shape, level)
                 self.remembered = None
@@ -482,6 +490,7 @@ class Engine:
             level = self._as_planned(model, router.backbone.levels(call)[1])
             router.narrow = self.widths.of(model, call, mode, level)
         router.text = self._prompt(call) if self._keeps_text() else None
+        router.ahead = self._ahead(model, call, mode)
         router.streams = router.sizes.begin(model, router, mode)
         router.running = True
         try:
@@ -498,14 +507,32 @@ class Engine:
                 self.kept[mode] = router.narrow.kept()
             return output
         finally:
-            router.running, router.text = False, None
+            router.running, router.text, router.ahead = False, None, None
             router.narrow = router.streams = None
 
-    def _begin_widths(self, model: nn.Module) -> None:
-        """A run starts: what its routers decide is found out for all its noise levels at once."""
-        if self.widths is None:
-            return
-        self.widths.begin(self._levels_ahead(model))
+    def _begin_tables(self, model: nn.Module) -> None:
+        """A run starts: what depends on its noise levels alone is found out for all at once."""
+        for tables in (self.widths, self.ahead):
+            if tables is not None:
+                tables.begin(self._levels_ahead(model))
+
+    def _ahead(self, model: nn.Module, call: Call, mode: Mode) -> StepsAhead | None:
+        """Tables of what the call's noise level and labels decide; never for the stock network."""
+        if self.ahead is None or not self.plan_ahead or mode.is_full or self.forced is not None:
+            return None
+        if self.compiling or self.router.layout is not None or torch.is_grad_enabled():
+            return None
+        low, level = self.router.backbone.levels(call)
+        chooses = self.controller is not None and not isinstance(self.chosen, Schedule)
+        if low != level or chooses:
+            return None
+        level, run = self._as_planned(model, level), self.router.run
+        work = self.schedule.at(level).work
+
+        def is_alike(other: float) -> bool:
+            return self.schedule.at(other).work == work
+
+        return self.ahead.of(model, call, mode, level, run, is_alike)
 
     def _levels_ahead(self, model: nn.Module) -> tuple[float, ...]:
         """Noise levels of a run's calls; none where no scheduler tells them."""
@@ -733,6 +760,11 @@ class Engine:
             self._swap(module, TextSeam)
         for module in backbone.conditioning_layers(model) if self.method.conditions else ():
             self._swap(module, ConditioningSeam)
+        for embedder, layers in backbone.embedded(model):
+            self._swap(embedder, EmbedderSeam)
+            for layer in layers:
+                layer.__dict__[SOURCE] = embedder
+                self._swap(layer, EmbeddedSeam)
         for module, mixin, place in self.widths.seams(model) if self.widths else ():
             module.__dict__[PLACE] = place
             self._swap(module, mixin)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from elastic_dit.backbones.base import Backbone
     from elastic_dit.methods.base import Sizes
     from elastic_dit.narrowing import Narrow
+    from elastic_dit.steps_ahead import StepsAhead
     from elastic_dit.streams import Streams
 
 ROUTER = "_elastic_router"
@@ -36,6 +37,7 @@ PLACE = "_elastic_place"
 SLICES = "_elastic_slices"
 ROLE = "_elastic_role"
 MERGE = "_elastic_merge"
+SOURCE = "_elastic_source"
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Router:
             row.
         text: what the text layers' outputs depend on, if they are to be kept for a whole run.
         narrow: what the present forward pass leaves out; None for nothing.
+        ahead: outputs that depend on the noise level and labels alone, if they are in tables.
         merged: use weights with the low-rank update added in (one more copy per mode) instead of
             unmerged updates.
     """
@@ -133,6 +136,7 @@ class Router:
     tables: dict[Any, Tensor] = field(default_factory=dict)
     device: Any = None
     narrow: Narrow | None = None
+    ahead: StepsAhead | None = None
 
     def tokens(self, mode: Mode) -> int:
         """Tokens of one picture of the present grid."""
@@ -234,7 +238,7 @@ def restore_class(module: nn.Module) -> None:
     """Undo `swap_class` exactly."""
     was = type(module)
     module.__class__ = was.__bases__[1]
-    for key in (ROUTER, MERGED, PARTS, TEXT, PLACE, SLICES):
+    for key in (ROUTER, MERGED, PARTS, TEXT, PLACE, SLICES, SOURCE):
         module.__dict__.pop(key, None)
     rebind_hooks(module, was)
 

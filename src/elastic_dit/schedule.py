@@ -67,6 +67,11 @@ class Segment:
         """The modes this segment needs."""
         return {self.mode, self.guide_mode}
 
+    @property
+    def work(self) -> tuple[object, ...]:
+        """What the branches run; segments of the same work differ in levels and strength alone."""
+        return self.mode, self.guide_mode, self.weak_guidance, self.gain == 0
+
 
 @dataclass(frozen=True)
 class Schedule:

@@ -294,20 +294,21 @@ class LowRankSeam(nn.Module):
         Returns:
             Whether the layer has no update that it keeps apart.
         """
-        if mode.name not in self.coarse_A:
+        A, B = (pair._parameters.get(mode.name) for pair in (self.coarse_A, self.coarse_B))
+        if A is None or B is None:
             self.__dict__.pop(MERGED, None)
+            return True
+        # A change of any of the three makes the copy stale. PEFT fuses a LoRA without a trace in
+        # the version, so that a copy is good for one run only.
+        version = run, versions(self.weight, A, B)
+        cache = self.__dict__.setdefault(MERGED, {})
+        if cache.get(mode.name, (None,))[0] == version:  # the usual answer, hence the first
             return True
         linear = type(self).__bases__[1] is nn.Linear
         if not linear or not is_summable(self.weight) or self.weight.device != device:
             self.__dict__.pop(MERGED, None)
             return False
-        A, B = self.coarse_A[mode.name], self.coarse_B[mode.name]
-        # A change of any of the three makes the copy stale. PEFT fuses a LoRA without a trace in
-        # the version, so that a copy is good for one run only.
-        version = run, versions(self.weight, A, B)
-        cache = self.__dict__.setdefault(MERGED, {})
-        if cache.get(mode.name, (None,))[0] != version:
-            cache[mode.name] = (version, torch.addmm(self.weight, B, A).detach())
+        cache[mode.name] = (version, torch.addmm(self.weight, B, A).detach())
         return True
 
 

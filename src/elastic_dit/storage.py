@@ -89,7 +89,7 @@ def check_latent(latent: Tensor, sizes: nn.Module, mode: Mode) -> None:
     same_device, same_dtype = latent.device == weight.device, latent.dtype == weight.dtype
     if same_device and (same_dtype or torch.is_autocast_enabled(latent.device.type)):
         return
-    if any(True for module in sizes.modules() for _ in _hooks(module)):
+    if any(is_hooked(module) for module in sizes.modules()):
         return
     raise ValueError(
         f"the latent is {latent.dtype} on {latent.device}, and the weights of mode {mode.name!r} "
@@ -148,6 +148,11 @@ def _sixteen_bits(fn: Any) -> Any:
         return moved
 
     return apply
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook may move or cast a module's weights, so that they are others at each call."""
+    return any(True for _ in _hooks(module))
 
 
 def _hooks(module: nn.Module) -> Iterator[Any]:

@@ -62,6 +62,7 @@ class Backbone(Times, ABC):
         sample: argument of the call that holds the latent.
         lists: arguments that are lists with an entry for each row.
         condition: arguments that carry the prompt or class; None for one that has none.
+        labels: which of these the time is embedded with (see `embedded`).
         facts: entries of the config that an adapter must share with its base.
         embed_layout, output_layout: order of channels and pixels inside a base patch vector.
         axes: latent axes that coarse patches may cover: ``hw``, or ``thw`` for video.
@@ -89,6 +90,7 @@ class Backbone(Times, ABC):
     sample: str = "hidden_states"
     lists: tuple[str, ...] = ()
     condition: tuple[str, ...] = ("encoder_hidden_states",)
+    labels: str = ""
     facts: tuple[str, ...] = ()
     direction: float = 1.0
     embed_layout: str = "Cthw"
@@ -252,6 +254,13 @@ class Backbone(Times, ABC):
 
     def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
         """Modules whose output is the conditioning vector ``(B, D)``, which drives modulation."""
+        return iter(())
+
+    def embedded(self, model: Model) -> Iterator[tuple[nn.Module, list[nn.Linear]]]:
+        """Modules that embed the time, given first, and `labels` alone, ``(B, D)``.
+
+        Each comes with the linear layers that are given SiLU of its output and nothing else.
+        """
         return iter(())
 
     def text_layers(self, model: Model) -> Iterator[nn.Module]:

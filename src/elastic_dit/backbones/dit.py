@@ -28,6 +28,7 @@ class DiTBackbone(PatchEmbedBackbone):
     model_class = "DiTTransformer2DModel"
     output = "proj_out_2"
     condition = ("class_labels",)
+    labels = "class_labels"
     facts = (
         "num_layers",
         "num_attention_heads",
@@ -55,6 +56,11 @@ class DiTBackbone(PatchEmbedBackbone):
     def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
         for block in model.transformer_blocks:
             yield block.norm1.emb
+
+    def embedded(self, model: Model) -> Iterator[tuple[nn.Module, list[nn.Linear]]]:
+        for index, block in enumerate(model.transformer_blocks):
+            last = [model.proj_out_1] if index == 0 else []
+            yield block.norm1.emb, [block.norm1.linear, *last]
 
     def branches(self, model: Model, call: Call, pipe: Any) -> Branches | None:
         labels = call.get("class_labels")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,11 @@ def feed_forward(name: str) -> tuple[str, ...]:
 def embedders(owner: str) -> tuple[str, str]:
     """Layers of a combined embedding of time and something else that see the time alone."""
     return f"{owner}.time_proj", f"{owner}.timestep_embedder"
+
+
+def named_like(blocks: nn.Module, names: str) -> list[Any]:
+    """Layers whose names a regular expression is found in, which must end there."""
+    return [x for name, x in blocks.named_modules() if re.search(f"{names}$", f".{name}")]
 
 
 def named(model: Any, layers: Layers) -> Iterator[tuple[str, nn.Linear]]:

@@ -1,0 +1,204 @@
+"""What noise level and label alone decide, computed for many steps of a run in one go.
+
+A DiT embeds time and label, and maps the result to shifts, scales and gates, in every block. These
+products do not shrink with the tokens: in the coarsest modes of a small model they are a quarter of
+a step. But a run's noise levels are known when it starts, and many rows cost little more than few.
+
+Shape legend: T noise levels, B rows of a call, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from elastic_dit.backbones.base import Backbone
+from elastic_dit.backbones.call import Call
+from elastic_dit.mode import Mode
+from elastic_dit.routing import ROUTER, SOURCE, Router, TextKey, versions
+from elastic_dit.storage import is_hooked
+
+Given = tuple[tuple[Any, ...], dict[str, Any]]
+
+MANY = 1000
+
+BYTES = 2**26
+"""Of all tables of one batch; a run that needs more makes them for some of its steps at a time."""
+
+BATCHES = 6
+"""Different batches of rows in a run; one with more gives its rows a new tensor at each step."""
+
+
+@dataclass(frozen=True, eq=False)
+class Table:
+    """Outputs of a layer for all levels, ``(T, B, X)``.
+
+    Attributes:
+        inputs: the table it was given, if it stands behind an embedder.
+    """
+
+    weights: tuple[Tensor, ...]
+    version: object
+    inputs: Tensor | None
+    rows: Tensor
+
+    def is_new(self) -> bool:
+        """Whether the weights have stayed what they were."""
+        return self.version == versions(*self.weights)
+
+
+@dataclass(eq=False)
+class StepsAhead:
+    """Outputs of a run's embedders, and of the linear layers behind them, for one batch of rows.
+
+    Attributes:
+        key: the batch's labels.
+        kind: mode whose tables these are; None for those of all.
+        levels: noise levels from the present call on.
+        times: the same, as the model is given them.
+        factor: what the model multiplies times by before it embeds them.
+        place: of the present call among them.
+        served: embedders that the present call has asked. DiT asks its first one twice in a call,
+            and what a call costs should not depend on the tables.
+    """
+
+    key: TextKey
+    kind: Mode | None
+    levels: tuple[float, ...]
+    times: tuple[float, ...]
+    factor: float = 1.0
+    place: int = 0
+    served: set[nn.Module] = field(default_factory=set)
+    tables: dict[nn.Module, Table] = field(default_factory=dict)
+
+    def embedded(self, module: nn.Module, stock: Callable[..., Tensor], given: Given) -> Tensor:
+        """Rows ``(B, D)`` of an embedder of times and labels."""
+        args, kwargs = given
+        if module in self.served:
+            return stock(*args, **kwargs)
+        self.served.add(module)
+        table = self._table(module, None, lambda: stock(*self._repeated(args), **kwargs))
+        return table[self.place]
+
+    def mapped(self, module: nn.Module, stock: Callable[..., Tensor], source: nn.Module) -> Tensor:
+        """Rows ``(B, X)`` of a linear layer that is given SiLU of an embedder's output."""
+        inputs = self.tables[source].rows
+        table = self._table(module, inputs, lambda: stock(F.silu(inputs.flatten(0, 1))))
+        return table[self.place]
+
+    def _table(
+        self, module: nn.Module, inputs: Tensor | None, make: Callable[[], Tensor]
+    ) -> Tensor:
+        known = self.tables.get(module)
+        if known is not None and known.inputs is inputs and known.is_new():
+            return known.rows
+        weights = tuple(module.parameters())
+        rows = make().unflatten(0, (len(self.times), -1))
+        self.tables[module] = Table(weights, versions(*weights), inputs, rows)
+        return rows
+
+    def _repeated(self, args: tuple[Any, ...]) -> list[Any]:
+        """Arguments of an embedder for all levels: ``(B, ...)`` become ``(T * B, ...)``."""
+        now, count = args[0], len(self.times)
+        times = torch.tensor(self.times)
+        times = (times if now.is_floating_point() else times.round()).to(now) * self.factor
+        others = [
+            x.repeat(count, *[1] * (x.ndim - 1)) if torch.is_tensor(x) else x for x in args[1:]
+        ]
+        return [times.to(now).repeat_interleave(len(now)), *others]
+
+
+class Ahead:
+    """The tables of a run, by batch of rows.
+
+    Args:
+        by_mode: whether the method changes the embedder's output by mode.
+
+    Attributes:
+        levels: noise levels of the run's calls.
+    """
+
+    def __init__(self, backbone: Backbone, model: nn.Module, *, by_mode: bool) -> None:
+        self.backbone, self.by_mode = backbone, by_mode
+        layers = [layer for _, behind in backbone.embedded(model) for layer in behind]
+        self.row_bytes = sum(x.out_features * x.weight.element_size() for x in layers)
+        self.begin(())
+
+    def begin(self, levels: tuple[float, ...]) -> None:
+        """Forget everything; ``levels`` are those of the next run.
+
+        A scheduler that was told no number of steps has all levels of the training, and so many
+        are taken for no run.
+        """
+        self.levels, self.tables = levels if len(levels) < MANY else (), []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"levels": (), "tables": []}
+
+    def of(
+        self,
+        model: nn.Module,
+        call: Call,
+        mode: Mode,
+        level: float,
+        run: int,
+        is_alike: Callable[[float], bool],
+    ) -> StepsAhead | None:
+        """The tables for a call's rows; None if its level is not one of the run's.
+
+        Args:
+            level: of the call, as planned.
+            is_alike: whether the same rows will run in the same mode at another noise level.
+        """
+        labels = call.get(self.backbone.labels)
+        if level not in self.levels or not torch.is_tensor(labels):
+            return None
+        key, kind = TextKey(labels, run), mode if self.by_mode else None
+        alike = [x for x in self.tables if x.kind == kind and x.key.same(key)]
+        found = next((x for x in alike if level in x.levels), None)
+        if found is None:
+            now = self.levels.index(level)
+            coming = tuple(dict.fromkeys(x for x in self.levels[now:] if is_alike(x)))
+            self.tables = [x for x in self.tables if self.levels.index(x.levels[-1]) > now]
+            if len(self.tables) >= BATCHES or self._hooked(model):
+                return None
+            coming = coming[: max(1, BYTES // (len(labels) * self.row_bytes))]
+            times = tuple(self.backbone.time_of(x) for x in coming)
+            found = StepsAhead(key, kind, coming, times, self.backbone.time_factor)
+            self.tables.append(found)
+        found.place = found.levels.index(level)
+        found.served.clear()
+        return found
+
+    def _hooked(self, model: nn.Module) -> bool:
+        pairs = self.backbone.embedded(model)
+        return any(is_hooked(x) for one, layers in pairs for x in (*one.modules(), *layers))
+
+
+class EmbedderSeam(nn.Module):
+    """Mixed into a module that embeds times and labels."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Stock output, from a table where the router has one."""
+        router: Router = self.__dict__[ROUTER]
+        stock = super().forward  # pyrefly: ignore[missing-attribute]
+        if router.ahead is None:
+            return stock(*args, **kwargs)
+        return router.ahead.embedded(self, stock, (args, kwargs))
+
+
+class EmbeddedSeam(nn.Module):
+    """Mixed into a linear layer that is given SiLU of an embedder's output and nothing else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Stock output, from a table where the router has one."""
+        router: Router = self.__dict__[ROUTER]
+        stock = super().forward  # pyrefly: ignore[missing-attribute]
+        if router.ahead is None:
+            return stock(x)
+        return router.ahead.mapped(self, stock, self.__dict__[SOURCE])

@@ -1,0 +1,279 @@
+"""What level and label decide, computed for a run's steps at once: same numbers, never stale."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from tests.backbones.pipes import PIPES, STEPS
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from elastic_dit import (
+    FULL,
+    DDiT,
+    DDiTController,
+    DyDiT,
+    Mode,
+    Schedule,
+    Segment,
+    SparseDiT,
+    elastify,
+    steps_ahead,
+)
+from elastic_dit.reference import load_reference, reference_adapter
+from elastic_dit.sampling import sample
+
+LABELS = [3, 1, 4]
+SEEDS = [0, 1, 2]
+SCHEDULES = {
+    "coarse": Schedule.constant(Mode(2)),
+    "two sizes": Schedule(
+        [Segment(start=1, stop=0.5, mode=Mode(4)), Segment(start=0.5, stop=0, mode=Mode(2))]
+    ),
+    "weak first": Schedule.weak_first(0.5),
+    "weak guidance": Schedule.weak_first(0.0, guidance="weak"),
+    "weak guide": Schedule.weak_first(0.4, guide_fraction=0.8),
+}
+PIPELINES = ("dit", "sd3")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """``calls``: rows that each embedder and each layer behind one was given, call by call."""
+    seen: dict[nn.Module, list[int]] = {}
+    stock = steps_ahead.StepsAhead._table
+
+    def counted(self, module, inputs, make):
+        def making():
+            made = make()
+            seen.setdefault(module, []).append(len(made))
+            return made
+
+        return stock(self, module, inputs, making)
+
+    monkeypatch.setattr(steps_ahead.StepsAhead, "_table", counted)
+    return seen
+
+
+@pytest.fixture
+def pipe():
+    return load_reference()
+
+
+@pytest.fixture
+def handle(pipe):
+    return ahead(pipe, reference_adapter("lora"))
+
+
+def ahead(pipe, adapter):
+    handle = elastify(pipe, adapter)
+    assert not handle.plan_ahead
+    handle.plan_ahead = True
+    return handle
+
+
+def draw(handle, steps=6, scale=2.0, labels=LABELS):
+    pipe = handle._engine.pipe()
+    return sample(pipe, labels, SEEDS[: len(labels)], guidance_scale=scale, steps=steps).images
+
+
+def apart(handle, **given):
+    """The same run with every step by itself."""
+    handle.plan_ahead = False
+    images = draw(handle, **given)
+    handle.plan_ahead = True
+    return images
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+def test_a_run_is_the_same(handle, calls, schedule, scale):
+    handle.schedule = schedule
+    expected = apart(handle, scale=scale)
+    assert not calls
+    found = draw(handle, scale=scale)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    coarse = [record for record in handle.report().calls if FULL not in {record.mode, record.guide}]
+    assert bool(calls) == bool(coarse) or schedule.segments[0].weak_guidance
+    plan = handle.plan(6, guidance=scale != 1)
+    assert handle.report().macs == pytest.approx(len(LABELS) * plan.macs, rel=1e-9)
+
+
+def test_each_layer_runs_once_for_all_steps(handle, calls):
+    handle.schedule = Schedule.constant(Mode(2))
+    draw(handle)
+    layers = [x for one, behind in handle.backbone.embedded(handle.model) for x in (one, *behind)]
+    assert len(layers) == 2 * 6 + 1
+    assert calls == {layer: [6 * 2 * len(LABELS)] for layer in layers}
+
+
+def test_only_coarse_steps_are_looked_ahead_to(handle, calls):
+    handle.schedule = Schedule.weak_first(0.5)
+    draw(handle)
+    coarse = sum(not record.mode.is_full for record in handle.report().calls)
+    assert 0 < coarse < 6
+    assert all(rows == [coarse * 2 * len(LABELS)] for rows in calls.values())
+
+
+@pytest.mark.parametrize("name", list(SCHEDULES))
+def test_products_of_a_run_are_those_of_its_steps(handle, name):
+    """By torch's own count."""
+    handle.schedule = SCHEDULES[name]
+    counts = []
+    for run in (apart, draw):
+        with FlopCounterMode(display=False) as counter:
+            run(handle)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+def test_labels_and_weights_of_another_run(handle):
+    handle.schedule = Schedule.constant(Mode(4))
+    draw(handle)
+    others = [7, 8, 9]
+    expected = apart(handle, labels=others)
+    torch.testing.assert_close(draw(handle, labels=others), expected, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        handle.model.transformer_blocks[1].norm1.linear.weight.mul_(1.05)
+    changed = apart(handle, labels=others)
+    assert not torch.allclose(changed, expected, atol=1e-3)
+    torch.testing.assert_close(draw(handle, labels=others), changed, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layer", ["emb.timestep_embedder.linear_1", "linear"])
+def test_weights_that_change_in_a_run(pipe, handle, layer):
+    """They count from the next step on, through all that depends on them."""
+    weight = handle.model.transformer_blocks[2].norm1.get_submodule(layer).weight
+    stock = weight.detach().clone()
+    handle.schedule = Schedule.constant(Mode(2))
+    step, steps = pipe.scheduler.step, []
+
+    def stepping(*args, **kwargs):
+        steps.append(args)
+        if len(steps) == 2:
+            with torch.no_grad():
+                weight.mul_(1.5)
+        return step(*args, **kwargs)
+
+    pipe.scheduler.step = stepping
+    expected = apart(handle)
+    with torch.no_grad():
+        weight.copy_(stock)
+    steps.clear()
+    torch.testing.assert_close(draw(handle), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_long_runs_are_looked_ahead_to_in_parts(handle, calls, monkeypatch):
+    monkeypatch.setattr(steps_ahead, "BYTES", 4 * 2 * len(LABELS) * handle._engine.ahead.row_bytes)
+    handle.schedule = Schedule.constant(Mode(2))
+    expected = apart(handle, steps=10)
+    found = draw(handle, steps=10)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    rows = 2 * len(LABELS)
+    assert all(found == [4 * rows, 4 * rows, 2 * rows] for found in calls.values())
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("schedule", ["coarse", "weak first", "weak guidance"])
+def test_stock_pipelines(name, schedule, calls):
+    case = PIPES[name]
+    pipe = case.pipe()
+    handle = case.elastic(pipe)
+    handle.schedule = SCHEDULES[schedule]
+    handle.plan_ahead = False
+    expected = case.draw(pipe)
+    assert not calls
+    handle.plan_ahead = True
+    torch.testing.assert_close(case.draw(pipe), expected, rtol=1e-4, atol=1e-4)
+    assert calls
+    plan = handle.plan(STEPS, guidance=True, grid=case.grid, text_tokens=case.text)
+    assert handle.report().ratio == pytest.approx(plan.ratio, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        DDiT(scales=(2,), rank=2),
+        DyDiT(widths=(0.5,), groups=4, head_bias=0.1, token_bias=0.1),
+        SparseDiT.for_depth(6, stages=((0.0, 3),)),
+    ],
+    ids=["ddit", "dydit", "sparsedit"],
+)
+def test_other_methods(pipe, method, perturb, calls):
+    handle = ahead(pipe, method)
+    perturb(handle.sizes)
+    handle.schedule = Schedule(
+        [Segment(start=1, stop=0.4, mode=handle.modes[-1]), Segment(start=0.4, stop=0)]
+    )
+    expected = apart(handle)
+    torch.testing.assert_close(draw(handle), expected, rtol=1e-4, atol=1e-5)
+    assert calls
+
+
+def test_a_lora_on_a_layer_behind_an_embedder(handle, calls):
+    config = LoraConfig(r=2, target_modules=["norm1.linear"], init_lora_weights=False)
+    inject_adapter_in_model(config, handle.model)
+    handle.schedule = Schedule.constant(Mode(2))
+    expected = apart(handle)
+    torch.testing.assert_close(draw(handle), expected, rtol=1e-4, atol=1e-5)
+    assert calls
+
+
+@pytest.mark.parametrize("way", ["training", "forced", "bare", "moved"])
+def test_where_nothing_is_known_ahead(handle, calls, way, make_call, output):
+    handle.schedule = Schedule.constant(Mode(2))
+    if way == "moved":
+        handle.model.enable_layerwise_casting(torch.bfloat16, torch.float32)
+        draw(handle)
+    elif way == "forced":
+        with handle.using(Mode(2)):
+            draw(handle)
+    elif way == "bare":
+        output(handle.model, make_call())
+    else:
+        handle.model(**make_call()).sample.sum().backward()
+    assert not calls
+
+
+def test_steps_that_are_chosen_one_by_one_are_not_known_ahead(pipe, calls):
+    handle = ahead(pipe, reference_adapter("ddit"))
+    handle.controller = DDiTController(tau=1e3, coarse=handle.modes[1:])
+    draw(handle, steps=12)
+    assert handle.report().ratio < 1
+    assert not calls
+
+
+def test_a_solved_plan_is(pipe, calls):
+    handle = ahead(pipe, reference_adapter("lora"))
+    handle.budget = 0.6
+    expected = apart(handle, steps=12)
+    torch.testing.assert_close(draw(handle, steps=12), expected, rtol=1e-4, atol=1e-5)
+    assert calls
+
+
+def test_merging_turns_it_on(pipe, calls):
+    handle = elastify(pipe, reference_adapter("lora"), merge=True)
+    assert handle.plan_ahead
+    handle.schedule = Schedule.constant(Mode(2))
+    draw(handle)
+    assert calls
+
+
+def test_copies_and_removal(handle):
+    handle.schedule = Schedule.constant(Mode(2))
+    expected = draw(handle)
+    other = copy.deepcopy(handle.model)
+    assert not other.__dict__["_elastic_engine"].ahead.tables
+    torch.testing.assert_close(draw(handle), expected)
+    model = handle.model
+    handle.remove()
+    stock = load_reference().transformer
+    assert {n: type(m) for n, m in model.named_modules()} == {
+        n: type(m) for n, m in stock.named_modules()
+    }
+    assert all(
+        vars(m).keys() == vars(stock.get_submodule(n)).keys() for n, m in model.named_modules()
+    )
