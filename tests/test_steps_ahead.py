@@ -37,7 +37,7 @@ SCHEDULES = {
     "weak guidance": Schedule.weak_first(0.0, guidance="weak"),
     "weak guide": Schedule.weak_first(0.4, guide_fraction=0.8),
 }
-PIPELINES = ("dit", "sd3")
+PIPELINES = ("dit", "sd3", "flux")
 
 
 @pytest.fixture

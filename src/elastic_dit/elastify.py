@@ -340,9 +340,9 @@ class Handle:
     def plan_ahead(self) -> bool:
         """Compute in coarse modes what noise level and label alone decide for many steps at once.
 
-        It is on with ``merge=True``, and does something where such layers are known (DiT, SD3). The
-        results are equal but for rounding. A run in a pipeline takes up to 64 MiB for it. Compiled
-        models compute them at every step.
+        It is on with ``merge=True``, and does something where such layers are known (DiT, SD3,
+        FLUX). The results are equal but for rounding. A run in a pipeline takes up to 64 MiB for
+        it. Compiled models compute them at every step.
         """
         return self._engine.plan_ahead
 

@@ -18,7 +18,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from elastic_dit.backbones.call import Branches, Call, cut
-from elastic_dit.backbones.layers import Layers, named
+from elastic_dit.backbones.layers import NORMS, Layers, named, named_like
 from elastic_dit.backbones.routed import Routed, RoutedBlock
 from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.backbones.times import Times
@@ -62,7 +62,8 @@ class Backbone(Times, ABC):
         sample: argument of the call that holds the latent.
         lists: arguments that are lists with an entry for each row.
         condition: arguments that carry the prompt or class; None for one that has none.
-        labels: which of these the time is embedded with (see `embedded`).
+        labels: which of these the time is embedded with, if by nothing else (see `embedded`).
+        embedder: the module that does so, where there is one for all blocks.
         facts: entries of the config that an adapter must share with its base.
         embed_layout, output_layout: order of channels and pixels inside a base patch vector.
         axes: latent axes that coarse patches may cover: ``hw``, or ``thw`` for video.
@@ -91,6 +92,7 @@ class Backbone(Times, ABC):
     lists: tuple[str, ...] = ()
     condition: tuple[str, ...] = ("encoder_hidden_states",)
     labels: str = ""
+    embedder: str = ""
     facts: tuple[str, ...] = ()
     direction: float = 1.0
     embed_layout: str = "Cthw"
@@ -261,7 +263,8 @@ class Backbone(Times, ABC):
 
         Each comes with the linear layers that are given SiLU of its output and nothing else.
         """
-        return iter(())
+        if self.embedder:
+            yield model.get_submodule(self.embedder), named_like(model, NORMS)
 
     def text_layers(self, model: Model) -> Iterator[nn.Module]:
         """Layers in the blocks whose input depends on the prompt alone, not on the step."""

@@ -25,6 +25,7 @@ class ChromaBackbone(FluxBackbone):
     """
 
     model_class = "ChromaTransformer2DModel"
+    labels = embedder = ""
     reads_blocks = True  # modulation by the number of a block
     condition = ("encoder_hidden_states", "attention_mask", "txt_ids", "joint_attention_kwargs")
     facts = (

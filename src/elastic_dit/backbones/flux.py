@@ -36,6 +36,8 @@ class FluxBackbone(Backbone):
     output = "proj_out"
     # An IP-adapter's picture comes in the last one.
     condition = ("encoder_hidden_states", "pooled_projections", "txt_ids", "joint_attention_kwargs")
+    labels = "pooled_projections"
+    embedder = "time_text_embed"
     facts = (
         "num_layers",
         "num_single_layers",

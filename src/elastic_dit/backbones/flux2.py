@@ -26,6 +26,7 @@ class Flux2Backbone(FluxBackbone):
     """
 
     model_class = "Flux2Transformer2DModel"
+    labels = embedder = ""
     condition = ("encoder_hidden_states", "txt_ids")
     low_rank = (
         ("transformer_blocks", (*attention("attn"), "ff.linear_in", "ff.linear_out")),

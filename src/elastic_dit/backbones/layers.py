@@ -11,6 +11,9 @@ from torch import nn
 Layers = tuple[tuple[str, tuple[str, ...]], ...]
 """Names of layers inside the blocks of a list, for each list."""
 
+NORMS = r"\.norm[^.]*\.linear$"
+"""Layers that modulate, in classes whose embedding of the time goes to all norms alike."""
+
 
 def attention(name: str) -> tuple[str, ...]:
     """Layers of an `Attention` that image tokens go through."""
@@ -27,9 +30,9 @@ def embedders(owner: str) -> tuple[str, str]:
     return f"{owner}.time_proj", f"{owner}.timestep_embedder"
 
 
-def named_like(blocks: nn.Module, names: str) -> list[Any]:
-    """Layers whose names a regular expression is found in, which must end there."""
-    return [x for name, x in blocks.named_modules() if re.search(f"{names}$", f".{name}")]
+def named_like(model: nn.Module, names: str) -> list[Any]:
+    """Layers whose names a regular expression is found in."""
+    return [layer for name, layer in model.named_modules() if re.search(names, f".{name}")]
 
 
 def named(model: Any, layers: Layers) -> Iterator[tuple[str, nn.Linear]]:

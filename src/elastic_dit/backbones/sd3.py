@@ -8,7 +8,7 @@ from torch import nn
 
 from elastic_dit.backbones.base import COMMON_FACTS, Model, pair
 from elastic_dit.backbones.call import Call
-from elastic_dit.backbones.layers import attention, embedders, feed_forward, named_like
+from elastic_dit.backbones.layers import attention, embedders, feed_forward
 from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.backbones.patch_embed import PatchEmbedBackbone
 from elastic_dit.backbones.routed import JOINT, Routed
@@ -28,6 +28,7 @@ class SD3Backbone(PatchEmbedBackbone):
     output = "proj_out"
     condition = ("encoder_hidden_states", "pooled_projections", "joint_attention_kwargs")
     labels = "pooled_projections"
+    embedder = "time_text_embed"
     facts = (*COMMON_FACTS, "joint_attention_dim", "dual_attention_layers")
     low_rank = (("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),)
     residuals = ("block_controlnet_hidden_states",)
@@ -60,10 +61,6 @@ class SD3Backbone(PatchEmbedBackbone):
 
     def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
         yield model.time_text_embed
-
-    def embedded(self, model: Model) -> Iterator[tuple[nn.Module, list[nn.Linear]]]:
-        layers = [*named_like(model.transformer_blocks, MODULATION), model.norm_out.linear]
-        yield model.time_text_embed, layers
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, *pair(model.config.sample_size, model.config.patch_size)), 333
