@@ -520,7 +520,7 @@ class Engine:
         if self.compiler is None:
             return functools.partial(self.stock.forward, model)
         if self.apart is None or self.apart.forward is not self.stock.forward:  # or one put there
-            self.apart = Graphs(self.stock.forward)
+            self.apart = Graphs(self.stock.forward, self.router)
         return self.apart.at(model, modes)
 
     @property
