@@ -36,7 +36,7 @@ from elastic_dit.guidance import Remembered, run_batch, run_guidance
 from elastic_dit.methods import Method
 from elastic_dit.methods.dydit import RoutedSizes
 from elastic_dit.mode import FULL, Mode
-from elastic_dit.pipes import TRANSFORMERS, called_levels
+from elastic_dit.pipes import TRANSFORMERS, called_levels, is_guided
 from elastic_dit.prediction import parametrisation
 from elastic_dit.report import CallRecord, Stopwatch
 from elastic_dit.routing import (
@@ -365,7 +365,7 @@ class Engine:
         if self.chosen is None:
             guided: bool | None = branches is not None
             if separate:
-                guided = getattr(self.pipe_of(model), "do_classifier_free_guidance", None)
+                guided = is_guided(self.pipe_of(model))
             self.chosen = self.controller.begin(
                 Facts(
                     levels=self._levels_ahead(model),
