@@ -354,6 +354,28 @@ def test_another_process_loads_a_whole_model(tmp_path):
     assert "elastic_class" in done.stdout, done.stderr
 
 
+def answer(rank, model, call, out):
+    """What a started process does with the model it is given."""
+    torch.set_num_threads(1)
+    out.copy_(run(model, call))
+    assert {c.mode for c in handle_of(model).report().calls} == {WEAK}
+
+
+@recipes
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_started_process_runs_the_model_it_is_given(name, recipe):
+    """Not a pickle read here, where the generated classes are still known; its memory is shared."""
+    handle, call = elastic(name, recipe=recipe), call_of(name)
+    handle.schedule = Schedule.constant(WEAK)
+    expected = run(handle, call)
+    handle.model.share_memory()
+    out = torch.zeros_like(expected).share_memory_()
+    torch.multiprocessing.spawn(answer, args=(handle.model, call, out), nprocs=1)
+    torch.testing.assert_close(out, expected)
+    assert all(parameter.is_shared() for parameter in handle.model.parameters())
+    assert torch.equal(run(handle, call), expected)
+
+
 @pytest.mark.parametrize("name", ["sd3", "lumina2"])
 def test_a_copied_pipeline_runs_as_the_one_it_comes_from(name):
     case = PIPES[name]
