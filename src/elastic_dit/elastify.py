@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from elastic_dit.backbones import Backbone, backbone_for
-from elastic_dit.budget import Budget, weak_first_for_budget
+from elastic_dit.budget import Budget
 from elastic_dit.calibration import Calibration
 from elastic_dit.checkpoint import Adapter, check_base, identity, load_adapter
 from elastic_dit.controller import Controller, Facts
@@ -29,6 +29,7 @@ from elastic_dit.report import Report
 from elastic_dit.routing import check_forward
 from elastic_dit.schedule import Plan, Schedule
 from elastic_dit.solved_budget import Offer, SolvedBudget
+from elastic_dit.weak_first_budget import WeakFirstBudget
 from elastic_dit.widths import Widths
 
 
@@ -179,8 +180,9 @@ class Handle:
 
         Setting it, to a share of the full run's FLOPs or a `Budget`, has every run planned for its
         own noise levels, at the least damage by the adapter's calibration; 1 is the first choice of
-        the calibration throughout, usually the base's own run. Without a calibration it chooses the
-        weak-first schedule of this cost.
+        the calibration throughout, usually the base's own run. Without a calibration it runs as few
+        of the noisiest steps weak as it has to. Of a pipeline with two transformers, it is a share
+        of the steps of this one.
 
         Raises:
             ValueError: outside (0, 1], below the cheapest plan, or one that asks for what was not
@@ -198,8 +200,10 @@ class Handle:
                     f"budget = {asked} needs a calibration, and this adapter has none; legal: a "
                     "share of the FLOPs (handle.calibrate measures one)"
                 )
-            controller = None
-            schedule = weak_first_for_budget(asked.share, macs, engine.method.modes)
+            controller = WeakFirstBudget(share=asked.share, coarse=engine.method.modes)
+            schedule = controller.begin(Facts(levels=(), macs=macs))
+            if len(schedule.modes) == 1:  # whatever the levels
+                controller = None
         else:
             controller = self._solved(asked)
             schedule = controller.begin(Facts(levels=(), macs=macs))

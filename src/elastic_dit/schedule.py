@@ -179,6 +179,24 @@ class Schedule:
             segments.append(Segment(start=level, stop=0, guide=weak, guidance="weak", gain=gain))
         return cls(segments)
 
+    @classmethod
+    def of_steps(cls, levels: Sequence[float], choices: Sequence[Segment]) -> Schedule:
+        """What each step of a run chooses, with edges half way between their levels.
+
+        Args:
+            levels: of the steps, falling.
+            choices: one for each; their own ends do not count.
+        """
+        segments, start, last = [], 1.0, len(levels) - 1
+        for step, choice in enumerate(choices):
+            own = replace(choice, start=1, stop=0)
+            if step < last and replace(choices[step + 1], start=1, stop=0) == own:
+                continue
+            stop = 0.0 if step == last else (levels[step] + levels[step + 1]) / 2
+            segments.append(replace(choice, start=start, stop=stop))
+            start = stop
+        return cls(segments)
+
     def between(self, start: float, stop: float) -> tuple[Segment, ...]:
         """The segments of a stretch of noise levels, cut off at its ends."""
         return tuple(
