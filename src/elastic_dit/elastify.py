@@ -184,6 +184,10 @@ class Handle:
         of the noisiest steps weak as it has to. Of a pipeline with two transformers, it is a share
         of the steps of this one.
 
+        It is never exceeded, and may not be spent: a few steps have few costs to choose from, and
+        what costs more does not always err less. ``plan(steps)`` tells the ``ratio`` that a run
+        will take beside the ``budget`` it is allowed, and so does its report.
+
         Raises:
             ValueError: outside (0, 1], below the cheapest plan, or one that asks for what was not
                 measured, or not on this device.
@@ -416,11 +420,13 @@ class Handle:
             packing=packing,
             kept=shape.text_tokens * shape.text_once if keeps else 0.0,
             together=self.backbone.conditional_first is not None,
+            budget=engine.share(),
         )
 
     def report(self) -> Report:
         """What the last run really did."""
-        return Report(tuple(self._live().calls))
+        engine = self._live()
+        return Report(tuple(engine.calls), budget=engine.allowed)
 
     @contextlib.contextmanager
     def using(self, mode: Mode) -> Iterator[None]:

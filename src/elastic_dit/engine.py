@@ -105,6 +105,7 @@ class Engine:
         controller: chooses the modes of each run; None leaves that to the schedule.
         chosen: what it is at work on; the schedule of a run whose choices were made before it.
         groups: how the pictures of the present step run.
+        allowed: share of the full FLOPs that the present run was planned for, if it has a budget.
         calibration: what each choice of modes loses at each noise level, if that was measured.
         widths: what routed modes leave in at each noise level.
         kept: what they left in, when each of them last ran.
@@ -127,6 +128,7 @@ class Engine:
     packed: bool = False
     keep_text: bool = False
     budget: float | Budget | None = None
+    allowed: float | None = None
     calibration: Calibration | None = None
     forced: Mode | None = None
     pipe: Any = None
@@ -267,6 +269,7 @@ class Engine:
                 self.calls.clear()
                 self.prompts.clear()
                 self.remembered = self.previous = self.chosen = None
+                self.allowed = self.share()
                 self.router.run += 1
                 self._begin_widths(model)
             if self._is_guidance(model, sample, level):
@@ -513,6 +516,13 @@ class Engine:
         if timesteps is None:
             return ()
         return called_levels(self.pipe_of(model), model, scheduler)
+
+    def share(self) -> float | None:
+        """The budget of the next runs as a share of the full FLOPs; None for another or none."""
+        if self.budget is None:
+            return None
+        budget = self.budget if isinstance(self.budget, Budget) else Budget(self.budget)
+        return budget.share if budget.currency == "flops" else None
 
     def _stock_forward(self, model: nn.Module, modes: tuple[Mode, ...]) -> Callable[..., Any]:
         if self.compiled is not None:

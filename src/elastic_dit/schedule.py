@@ -302,11 +302,13 @@ class Plan:
 
     Args:
         full_macs: multiply-adds of the same run, with the same guidance, all in full mode.
+        budget: the share of them that the run is allowed, if it was planned for one.
     """
 
     steps: tuple[PlanStep, ...]
     full_macs: float
     schedule: Schedule = field(repr=False)
+    budget: float | None = None
 
     @classmethod
     def bind(
@@ -319,6 +321,7 @@ class Plan:
         packing: Callable[[Mode, Mode], float] | None = None,
         kept: float = 0.0,
         together: bool = False,
+        budget: float | None = None,
     ) -> Plan:
         """Bind a schedule to the noise levels of a run's model calls.
 
@@ -328,6 +331,7 @@ class Plan:
             packing: what two branches of different modes cost more in one packed call.
             kept: what a branch saves whose prompt was seen before, where text layers are kept.
             together: whether branches of the same mode share one call.
+            budget: the share of the full cost that the run is allowed.
 
         Raises:
             ValueError: no timesteps.
@@ -350,7 +354,7 @@ class Plan:
                 PlanStep(index=index, level=level, mode=segment.mode, guide=guide, macs=cost)
             )
         full = sum(macs(FULL, level) for level in levels) * (2 if guidance else 1)
-        return cls(steps=tuple(steps), full_macs=full, schedule=schedule)
+        return cls(steps=tuple(steps), full_macs=full, schedule=schedule, budget=budget)
 
     @property
     def macs(self) -> float:
