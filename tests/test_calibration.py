@@ -21,15 +21,16 @@ from diffusers import (
 from tests.backbones.pipes import PIPES
 
 from elastic_dit import FULL, FlexiDiT, Mode, PixelDiTPipeline, Schedule, elastify, load_adapter
-from elastic_dit.budget import Budget, Choice, pairings
+from elastic_dit.budget import Budget, Choice, Frontier, pairings
 from elastic_dit.calibration import FILE, Band, Calibration, Point
 from elastic_dit.cli import main
 from elastic_dit.controller import Facts
 from elastic_dit.device import Seconds, device_name
 from elastic_dit.measurement import calibrate
 from elastic_dit.pipelines import flow_matched_betas
-from elastic_dit.reference import reference_adapter
+from elastic_dit.reference import load_reference, reference_adapter
 from elastic_dit.solved_budget import SolvedBudget
+from elastic_dit.weak_first_budget import WeakFirstBudget
 
 WEAK = Mode(2)
 DEVICE = device_name(torch.device("cpu"))
@@ -378,11 +379,11 @@ def test_measuring_leaves_no_trace(pixel, make_elastic):
     pipe = pixel("ddim")
     handle = make_elastic(pipe)
     handle.budget = 0.6
-    before = handle.schedule
     sample = sampler(pipe)
     expected = sample(0).images
+    before = handle.schedule, handle.budget, handle.controller
     calibrate(handle, sample, guidance_scale=2.5, bands=1, rounds=1)
-    assert (handle.schedule, handle.budget, handle.controller) == (before, 0.6, None)
+    assert (handle.schedule, handle.budget, handle.controller) == before
     assert "run" not in handle._engine.__dict__
     assert "step" not in pipe.scheduler.__dict__
     assert torch.equal(sample(0).images, expected)
@@ -468,6 +469,36 @@ def test_a_budget_holds_for_any_steps_and_scheduler(calibrated, budget):
             assert least <= plan.ratio <= budget + 1e-9, (name, steps)
 
 
+@pytest.mark.parametrize("guidance", [True, False])
+def test_the_shipped_calibration_costs_the_same_for_any_steps_and_scheduler(guidance):
+    """To 1 %, or to the smallest part of a run that can be made cheaper, where that is more."""
+    pipe = load_reference()
+    handle = elastify(pipe, reference_adapter())
+    finest = handle.shape.macs(Mode(2)) / handle.shape.macs(FULL)
+    for budget in (0.2, 0.33, 0.46, 0.6, 0.73):
+        handle.budget = budget
+        usual = handle.plan(50, guidance=guidance).ratio
+        for name, steps in itertools.product(SCHEDULERS, (10, 25, 50, 100)):
+            plan = handle.plan(steps, guidance=guidance, scheduler=SCHEDULERS[name]())
+            assert (plan.budget, plan.ratio <= budget + 1e-9) == (budget, True)
+            part = (1 - finest) / steps / (1 + guidance)
+            assert abs(plan.ratio - usual) <= max(0.01, part), (budget, name, steps)
+
+
+@pytest.mark.parametrize("steps", [10, 25])
+@pytest.mark.parametrize("guidance", [True, False])
+def test_the_dearest_plan_below_full_mode_lacks_one_branch_of_one_step(steps, guidance):
+    """No solver reaches a budget above it."""
+    choices, ratios = pairings([FULL, WEAK, Mode(4)]), {FULL: 1.0, WEAK: 0.4, Mode(4): 0.1}
+    if not guidance:
+        choices = [choice for choice in choices if choice.guide is None]
+    cost = [(ratios[c.mode] + ratios[c.segment(1, 0).guide_mode]) / 2 / steps for c in choices]
+    damage = np.random.default_rng(0).random((steps, 1)) * (1 - np.array(cost) * steps)
+    found = Frontier.of(damage, cost)
+    assert found.costs[-1] == pytest.approx(1)
+    assert 1 - found.costs[-2] == pytest.approx((1 - 0.4) / steps / (1 + guidance))
+
+
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("scale", [2.5, 1.0], ids=["guided", "unguided"])
 def test_the_plan_is_what_runs(pixel, make_elastic, calibrated, name, scale):
@@ -482,6 +513,7 @@ def test_the_plan_is_what_runs(pixel, make_elastic, calibrated, name, scale):
         assert [(c.mode, c.guide) for c in report.calls] == [(s.mode, s.guide) for s in plan.steps]
         assert report.ratio == pytest.approx(plan.ratio)
         assert report.ratio <= 0.5 + 1e-9
+        assert (report.budget, plan.budget) == (0.5, 0.5)
         assert handle.schedule == plan.schedule
 
 
@@ -632,7 +664,7 @@ def test_repeated_levels_and_no_levels():
 def test_without_a_calibration(make_elastic, make_model):
     handle = make_elastic(make_model())
     handle.budget = 0.6
-    assert handle.controller is None
+    assert isinstance(handle.controller, WeakFirstBudget)
     for ask in (Budget(0.6, "seconds"), Budget(0.6, criterion="picture")):
         with pytest.raises(ValueError, match="needs a calibration, and this adapter has none"):
             handle.budget = ask

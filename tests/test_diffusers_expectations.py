@@ -354,6 +354,28 @@ def test_another_process_loads_a_whole_model(tmp_path):
     assert "elastic_class" in done.stdout, done.stderr
 
 
+def answer(rank, model, call, out):
+    """What a started process does with the model it is given."""
+    torch.set_num_threads(1)
+    out.copy_(run(model, call))
+    assert {c.mode for c in handle_of(model).report().calls} == {WEAK}
+
+
+@recipes
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_a_started_process_runs_the_model_it_is_given(name, recipe):
+    """Not a pickle read here, where the generated classes are still known; its memory is shared."""
+    handle, call = elastic(name, recipe=recipe), call_of(name)
+    handle.schedule = Schedule.constant(WEAK)
+    expected = run(handle, call)
+    handle.model.share_memory()
+    out = torch.zeros_like(expected).share_memory_()
+    torch.multiprocessing.spawn(answer, args=(handle.model, call, out), nprocs=1)
+    torch.testing.assert_close(out, expected)
+    assert all(parameter.is_shared() for parameter in handle.model.parameters())
+    assert torch.equal(run(handle, call), expected)
+
+
 @pytest.mark.parametrize("name", ["sd3", "lumina2"])
 def test_a_copied_pipeline_runs_as_the_one_it_comes_from(name):
     case = PIPES[name]
@@ -407,14 +429,25 @@ def cogvideox():
     return given(diffusers.CogVideoXPipeline, "cogvideox-2b", scheduler, **parts)()
 
 
-SILENT = {name: PIPES[name] for name in ("pixart-alpha", "pixart-sigma", "auraflow")}
+SILENT = {
+    name: PIPES[name] for name in ("dit", "latte", "pixart-alpha", "pixart-sigma", "auraflow")
+}
 VIDEO = {"height": 128, "width": 128, "num_frames": 9, "max_sequence_length": 5}
 SILENT["cogvideox"] = PipeCase(cogvideox, VIDEO, (3, 8, 8), 5)
 
 
+grad_modes = pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+
+
+@grad_modes
 @pytest.mark.parametrize("case", SILENT.values(), ids=SILENT)
-def test_two_prompts_from_equal_noise_are_no_branches(case):
+def test_two_prompts_from_equal_noise_are_no_branches(case, context):
     """These pipelines have no attribute that tells whether guidance is on."""
+    with context():
+        assert_no_branches(case)
+
+
+def assert_no_branches(case):
     pipe, seeds = case.pipe(), (SEEDS[0], SEEDS[0])
     handle = case.elastic(pipe, scales=(2,))
     handle.schedule = Schedule.weak_first(0.0, guidance="weak")
@@ -427,6 +460,24 @@ def test_two_prompts_from_equal_noise_are_no_branches(case):
     case.draw(pipe, PROMPTS, seeds)
     calls = handle.report().calls
     assert [(c.mode, c.guide, c.rows) for c in calls] == [(FULL, WEAK, 4)] * STEPS
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux", "wan", "chroma"])
+def test_inference_mode_changes_nothing(name):
+    """Its tensors have no version: none of what is found out about calls may need one."""
+    case, found = PIPES[name], []
+    for context in (torch.no_grad, torch.inference_mode):
+        pipe = case.pipe()
+        handle = case.elastic(pipe, scales=(2,))
+        handle.keep_text = name == "wan"
+        handle.schedule = Schedule.weak_first(0.5, guidance="weak")
+        with context():
+            pictures = [case.draw(pipe) for _ in range(2)]
+        calls = [(c.mode, c.guide, c.branch, c.macs) for c in handle.report().calls]
+        found.append((pictures, calls))
+    (expected, calls), (pictures, again) = found
+    assert again == calls
+    assert all(map(torch.equal, pictures, expected))
 
 
 # What others put on a model

@@ -52,6 +52,13 @@ def test_json_and_table_say_the_same():
     assert second.split()[:5] == ["1", "-", "full", "-", "2"]
 
 
+def test_what_was_allowed_stands_beside_what_was_spent():
+    report = Report((record(WEAK, 25.0),), budget=0.3)
+    assert json.loads(report.to_json())["budget"] == 0.3
+    assert "25.0% of the full cost (of 30.0% allowed)" in str(report)
+    assert "allowed" not in str(Report((record(WEAK, 25.0),)))
+
+
 def test_calls_of_one_branch_say_which_and_may_have_run_nothing():
     report = Report((record(WEAK, 25.0, branch="cond"), record(None, 0.0, branch="uncond")))
     rows = json.loads(report.to_json())["calls"]

@@ -18,14 +18,12 @@ from torch._dynamo.decorators import skip_code
 from elastic_dit.graphs import Graphs
 from elastic_dit.pickling import MADE_OF, pickled_as
 from elastic_dit.placement import dispatch, offloads, without_places
+from elastic_dit.routing import ENGINE
 
 if TYPE_CHECKING:
     from elastic_dit.backbones.base import Rewired
     from elastic_dit.engine import Engine
     from elastic_dit.methods import Method
-
-ENGINE = "_elastic_engine"
-"""Attribute of an elastic model that holds its engine."""
 
 SIZES = "elastic"
 """Submodule with the new tensors."""
@@ -72,7 +70,9 @@ def elastic_class(
             stock.compile(self, *args, **kwargs)
         else:
             engine.compiled = Graphs(
-                stock.forward, lambda function: torch.compile(function, *args, **kwargs)
+                stock.forward,
+                engine.router,
+                lambda function: torch.compile(function, *args, **kwargs),
             )
 
     @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from elastic_dit.backbones import Backbone, backbone_for
-from elastic_dit.budget import Budget, weak_first_for_budget
+from elastic_dit.budget import Budget
 from elastic_dit.calibration import Calibration
 from elastic_dit.checkpoint import Adapter, check_base, identity, load_adapter
 from elastic_dit.controller import Controller, Facts
@@ -29,6 +29,7 @@ from elastic_dit.report import Report
 from elastic_dit.routing import check_forward
 from elastic_dit.schedule import Plan, Schedule
 from elastic_dit.solved_budget import Offer, SolvedBudget
+from elastic_dit.weak_first_budget import WeakFirstBudget
 from elastic_dit.widths import Widths
 
 
@@ -181,8 +182,13 @@ class Handle:
 
         Setting it, to a share of the full run's FLOPs or a `Budget`, has every run planned for its
         own noise levels, at the least damage by the adapter's calibration; 1 is the first choice of
-        the calibration throughout, usually the base's own run. Without a calibration it chooses the
-        weak-first schedule of this cost.
+        the calibration throughout, usually the base's own run. Without a calibration it runs as few
+        of the noisiest steps weak as it has to. Of a pipeline with two transformers, it is a share
+        of the steps of this one.
+
+        It is never exceeded, and may not be spent: a few steps have few costs to choose from, and
+        what costs more does not always err less. ``plan(steps)`` tells the ``ratio`` that a run
+        will take beside the ``budget`` it is allowed, and so does its report.
 
         Raises:
             ValueError: outside (0, 1], below the cheapest plan, or one that asks for what was not
@@ -200,8 +206,10 @@ class Handle:
                     f"budget = {asked} needs a calibration, and this adapter has none; legal: a "
                     "share of the FLOPs (handle.calibrate measures one)"
                 )
-            controller = None
-            schedule = weak_first_for_budget(asked.share, macs, engine.method.modes)
+            controller = WeakFirstBudget(share=asked.share, coarse=engine.method.modes)
+            schedule = controller.begin(Facts(levels=(), macs=macs))
+            if len(schedule.modes) == 1:  # whatever the levels
+                controller = None
         else:
             controller = self._solved(asked)
             schedule = controller.begin(Facts(levels=(), macs=macs))
@@ -428,11 +436,13 @@ class Handle:
             packing=packing,
             kept=shape.text_tokens * shape.text_once if keeps else 0.0,
             together=self.backbone.conditional_first is not None,
+            budget=engine.share(),
         )
 
     def report(self) -> Report:
         """What the last run really did."""
-        return Report(tuple(self._live().calls))
+        engine = self._live()
+        return Report(tuple(engine.calls), budget=engine.allowed)
 
     @contextlib.contextmanager
     def using(self, mode: Mode) -> Iterator[None]:

@@ -36,7 +36,7 @@ from elastic_dit.guidance import Remembered, run_batch, run_guidance
 from elastic_dit.methods import Method
 from elastic_dit.methods.dydit import RoutedSizes
 from elastic_dit.mode import FULL, Mode
-from elastic_dit.pipes import TRANSFORMERS, called_levels
+from elastic_dit.pipes import TRANSFORMERS, called_levels, is_guided
 from elastic_dit.prediction import parametrisation
 from elastic_dit.report import CallRecord, Stopwatch
 from elastic_dit.routing import (
@@ -107,6 +107,7 @@ class Engine:
         controller: chooses the modes of each run; None leaves that to the schedule.
         chosen: what it is at work on; the schedule of a run whose choices were made before it.
         groups: how the pictures of the present step run.
+        allowed: share of the full FLOPs that the present run was planned for, if it has a budget.
         calibration: what each choice of modes loses at each noise level, if that was measured.
         plan_ahead: compute what noise level and labels alone decide for many steps at once.
         ahead: the tables of that, where such layers are known.
@@ -131,6 +132,7 @@ class Engine:
     packed: bool = False
     keep_text: bool = False
     budget: float | Budget | None = None
+    allowed: float | None = None
     calibration: Calibration | None = None
     forced: Mode | None = None
     pipe: Any = None
@@ -275,6 +277,7 @@ class Engine:
                 self.calls.clear()
                 self.prompts.clear()
                 self.remembered = self.previous = self.chosen = None
+                self.allowed = self.share()
                 self.router.run += 1
                 self._begin_tables(model)
             if self._is_guidance(model, sample, level):
@@ -373,7 +376,7 @@ class Engine:
         if self.chosen is None:
             guided: bool | None = branches is not None
             if separate:
-                guided = getattr(self.pipe_of(model), "do_classifier_free_guidance", None)
+                guided = is_guided(self.pipe_of(model))
             self.chosen = self.controller.begin(
                 Facts(
                     levels=self._levels_ahead(model),
@@ -541,13 +544,20 @@ class Engine:
             return ()
         return called_levels(self.pipe_of(model), model, scheduler)
 
+    def share(self) -> float | None:
+        """The budget of the next runs as a share of the full FLOPs; None for another or none."""
+        if self.budget is None:
+            return None
+        budget = self.budget if isinstance(self.budget, Budget) else Budget(self.budget)
+        return budget.share if budget.currency == "flops" else None
+
     def _stock_forward(self, model: nn.Module, modes: tuple[Mode, ...]) -> Callable[..., Any]:
         if self.compiled is not None:
             return self.compiled.at(model, modes)
         if self.compiler is None:
             return functools.partial(self.stock.forward, model)
         if self.apart is None or self.apart.forward is not self.stock.forward:  # or one put there
-            self.apart = Graphs(self.stock.forward)
+            self.apart = Graphs(self.stock.forward, self.router)
         return self.apart.at(model, modes)
 
     @property

@@ -73,9 +73,9 @@ class PixelDiTPipeline(DiffusionPipeline):
         # Solvers run in float32 whatever the network's precision.
         x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
-        guided = guidance_scale != 1
+        do_classifier_free_guidance = guidance_scale != 1
         labels = labels.to(device)
-        if guided:
+        if do_classifier_free_guidance:
             labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         is_flow = is_flow_scheduler(self.scheduler)
@@ -90,12 +90,12 @@ class PixelDiTPipeline(DiffusionPipeline):
             network_input = (
                 x / path_norm(level) if is_flow else self.scheduler.scale_model_input(x, t)
             )
-            batch = torch.cat([network_input] * 2) if guided else network_input
+            batch = torch.cat([network_input] * (1 + do_classifier_free_guidance))
             times = t[None].expand(len(batch))
             prediction = self.transformer(
                 batch.to(dtype), timestep=times, class_labels=labels
             ).sample.float()
-            if guided:
+            if do_classifier_free_guidance:
                 conditional, null = prediction.chunk(2)
                 prediction = null + guidance_scale * (conditional - null)
             if is_flow:

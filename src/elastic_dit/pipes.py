@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -9,6 +10,29 @@ from torch import Tensor, nn
 
 TRANSFORMERS = ("transformer", "transformer_2")
 """Components of a pipeline that may be made elastic."""
+
+
+GUIDED = ("do_classifier_free_guidance", "do_true_cfg")
+"""What pipelines call the fact that guidance is on."""
+
+
+def is_guided(pipe: Any) -> bool | None:
+    """Whether guidance is on in the present call of a pipeline; None where nothing tells.
+
+    Some pipelines have an attribute for it. Others keep it in a local variable of their
+    ``__call__``, which is read there: latents and prompts do not tell two prompts from equal noise
+    from two branches, and in inference mode tensors do not even tell where they come from.
+    """
+    told = getattr(pipe, GUIDED[0], None)
+    frame = sys._getframe(1) if pipe is not None and told is None else None
+    while frame is not None and told is None:
+        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:
+            facts = frame.f_locals
+            told = next((facts[name] for name in GUIDED if name in facts), None)
+            if told is None and "guidance_scale" in facts:  # DiTPipeline
+                told = facts["guidance_scale"] > 1
+        frame = frame.f_back
+    return told
 
 
 def transformers(pipe: Any) -> dict[str, nn.Module]:

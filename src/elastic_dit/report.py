@@ -92,9 +92,14 @@ class Trail:
 
 @dataclass(frozen=True)
 class Report:
-    """The calls of one run."""
+    """The calls of one run.
+
+    Args:
+        budget: the share of the full cost that it was allowed, if it was planned for one.
+    """
 
     calls: tuple[CallRecord, ...]
+    budget: float | None = None
 
     @property
     def macs(self) -> float:
@@ -156,7 +161,8 @@ class Report:
             }
             for index, call in enumerate(self.calls)
         ]
-        return {"macs": self.macs, "ratio": self.ratio, "seconds": self.seconds, "calls": rows}
+        totals = {"macs": self.macs, "ratio": self.ratio, "seconds": self.seconds}
+        return {**totals, "budget": self.budget, "calls": rows}
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""
@@ -174,8 +180,9 @@ class Report:
                 f"{index:>4} {level:>6} {mode:>8} {guide:>8} {call.rows:>5} "
                 f"{call.macs / 1e9:>10.3f} {call.watch.seconds * 1e3:>9.1f}"
             )
+        asked = "" if self.budget is None else f" (of {self.budget:.1%} allowed)"
         lines.append(
-            f"{self.ratio:.1%} of the full cost, {self.macs / 1e9:.3f} GMAC, "
+            f"{self.ratio:.1%} of the full cost{asked}, {self.macs / 1e9:.3f} GMAC, "
             f"{self.seconds:.3f} s in the model"
         )
         return "\n".join(lines)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from elastic_dit.steps_ahead import StepsAhead
     from elastic_dit.streams import Streams
 
+ENGINE = "_elastic_engine"
+"""Attribute of an elastic model that holds its engine."""
+
 ROUTER = "_elastic_router"
 TEXT = "_elastic_text"
 MERGED = "_elastic_merged"
@@ -106,6 +109,7 @@ class Router:
         layout: the parts of a packed batch, else None.
         joined: inside attention, packed tokens are regrouped by picture.
         grid: base grid ``(frames, height, width)`` of the present call.
+        unit: base tokens per axis in which a compiled forward is told the grid.
         run: number of the present run; what was computed in another may be stale.
         streams: of the present forward pass, in a sparse mode.
         running: the engine has started the present forward pass.
@@ -131,6 +135,7 @@ class Router:
     text: TextKey | None = None
     lengths: tuple[list[int], list[int]] | None = None
     grid: Triple = (1, 0, 0)
+    unit: Triple = (1, 1, 1)
     merged: bool = False
     merging: bool = False
     tables: dict[Any, Tensor] = field(default_factory=dict)

@@ -184,6 +184,24 @@ class Schedule:
             segments.append(Segment(start=level, stop=0, guide=weak, guidance="weak", gain=gain))
         return cls(segments)
 
+    @classmethod
+    def of_steps(cls, levels: Sequence[float], choices: Sequence[Segment]) -> Schedule:
+        """What each step of a run chooses, with edges half way between their levels.
+
+        Args:
+            levels: of the steps, falling.
+            choices: one for each; their own ends do not count.
+        """
+        segments, start, last = [], 1.0, len(levels) - 1
+        for step, choice in enumerate(choices):
+            own = replace(choice, start=1, stop=0)
+            if step < last and replace(choices[step + 1], start=1, stop=0) == own:
+                continue
+            stop = 0.0 if step == last else (levels[step] + levels[step + 1]) / 2
+            segments.append(replace(choice, start=start, stop=stop))
+            start = stop
+        return cls(segments)
+
     def between(self, start: float, stop: float) -> tuple[Segment, ...]:
         """The segments of a stretch of noise levels, cut off at its ends."""
         return tuple(
@@ -289,11 +307,13 @@ class Plan:
 
     Args:
         full_macs: multiply-adds of the same run, with the same guidance, all in full mode.
+        budget: the share of them that the run is allowed, if it was planned for one.
     """
 
     steps: tuple[PlanStep, ...]
     full_macs: float
     schedule: Schedule = field(repr=False)
+    budget: float | None = None
 
     @classmethod
     def bind(
@@ -306,6 +326,7 @@ class Plan:
         packing: Callable[[Mode, Mode], float] | None = None,
         kept: float = 0.0,
         together: bool = False,
+        budget: float | None = None,
     ) -> Plan:
         """Bind a schedule to the noise levels of a run's model calls.
 
@@ -315,6 +336,7 @@ class Plan:
             packing: what two branches of different modes cost more in one packed call.
             kept: what a branch saves whose prompt was seen before, where text layers are kept.
             together: whether branches of the same mode share one call.
+            budget: the share of the full cost that the run is allowed.
 
         Raises:
             ValueError: no timesteps.
@@ -337,7 +359,7 @@ class Plan:
                 PlanStep(index=index, level=level, mode=segment.mode, guide=guide, macs=cost)
             )
         full = sum(macs(FULL, level) for level in levels) * (2 if guidance else 1)
-        return cls(steps=tuple(steps), full_macs=full, schedule=schedule)
+        return cls(steps=tuple(steps), full_macs=full, schedule=schedule, budget=budget)
 
     @property
     def macs(self) -> float:

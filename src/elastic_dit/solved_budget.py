@@ -18,7 +18,7 @@ from elastic_dit.calibration import Calibration
 from elastic_dit.controller import Controller, Facts
 from elastic_dit.device import Seconds
 from elastic_dit.mode import Mode
-from elastic_dit.schedule import Schedule, Segment
+from elastic_dit.schedule import Schedule
 
 USUAL_STEPS = 50
 """Evenly spaced steps to solve for where nobody tells the levels of a run."""
@@ -111,7 +111,7 @@ class _Steps:
             self.choices = [Choice(mode=mode) for mode in calibration.conditional]
         self.damage = calibration.damage(self.levels, criterion=criterion, guided=guided)
         self.ordered = self.damage + TIE * calibration.errors(self.levels, guided=guided)
-        segments = [choice.segment(1, 0) for choice in self.choices]
+        self.segments = segments = [choice.segment(1, 0) for choice in self.choices]
         full = Choice().segment(1, 0)
         seconds = controller.seconds
         if controller.budget.currency == "seconds" and seconds is not None:
@@ -129,13 +129,5 @@ class _Steps:
         return float(np.take_along_axis(self.damage, plan[:, None], axis=1).sum())
 
     def schedule(self, plan: NDArray[np.intp]) -> Schedule:
-        """The choices of all steps, with edges half way between levels."""
-        segments: list[Segment] = []
-        start, last = 1.0, len(plan) - 1
-        for step, choice in enumerate(plan):
-            if step < last and plan[step + 1] == choice:
-                continue
-            stop = 0.0 if step == last else (self.levels[step] + self.levels[step + 1]) / 2
-            segments.append(self.choices[choice].segment(start, stop))
-            start = stop
-        return Schedule(segments)
+        """The choices of all steps."""
+        return Schedule.of_steps(self.levels, [self.segments[choice] for choice in plan])

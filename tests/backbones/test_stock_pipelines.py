@@ -23,7 +23,7 @@ from tests.backbones.pipes import (
     wan_of_two,
 )
 
-from elastic_dit import FULL, Mode, Schedule, Segment, elastify, handle_of
+from elastic_dit import FULL, DDiTController, Mode, Schedule, Segment, elastify, handle_of
 
 WEAK = Mode(2)
 cases = pytest.mark.parametrize("case", PIPES.values(), ids=PIPES)
@@ -500,6 +500,36 @@ class TestTwoTransformers:
         assert levels == sorted(levels, reverse=True)
         assert min(step.level for step in first.steps) >= boundary
         assert max(step.level for step in second.steps) < boundary
+
+    @pytest.mark.parametrize("boundary", [0.8, 0.5])
+    @pytest.mark.parametrize("share", [0.5, 0.7, 0.9])
+    def test_a_cap_and_a_budget_hold_for_each(self, case, boundary, share):
+        """Each plans for its own calls alone: eight and two of ten, or five and five."""
+        pipe = copy_of(case, boundary)
+        handles = [case.elastic(pipe, name, scales=(2,)) for name in COMPONENTS]
+        for handle in handles:
+            handle.controller = DDiTController(
+                tau=0.0, order=1, coarse=(WEAK,), cap=share, start=WEAK
+            )
+        case.draw(pipe, num_inference_steps=10)
+        assert sum(len(handle.report().calls) for handle in handles) == 2 * 10
+        levels = [call.level for handle in handles for call in handle.report().calls[::2]]
+        assert levels == sorted(levels, reverse=True)
+        for handle in handles:
+            self.assert_held(handle, share, branches=2)  # a controller's step has one mode
+            handle.budget = share
+        case.draw(pipe, num_inference_steps=10)
+        for handle in handles:
+            self.assert_held(handle, share, branches=1)
+            assert_kept(case, handle, steps=10)
+
+    @staticmethod
+    def assert_held(handle, share, branches):
+        """A run costs what it may, to what the smallest part of it would cost more."""
+        shares = [call.macs / call.full_macs for call in handle.report().calls]
+        left = len(shares) * share - sum(shares)
+        assert min(shares) < 0.5  # the budget asks for some coarse calls
+        assert -1e-9 <= left < branches * (1 - min(shares))
 
     def test_changing_one_leaves_the_other_alone(self, case, assert_stock):
         pipe, expected = case.pipe(), stock(case)

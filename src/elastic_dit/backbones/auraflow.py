@@ -41,7 +41,6 @@ class AuraFlowBackbone(Backbone):
         "joint_attention_dim",
     )
     time_scale = 1.0
-    tells_guidance = False
     low_rank = (("joint_transformer_blocks", ADAPTED), ("single_transformer_blocks", ADAPTED))
 
     def positions(self, module: Model, router: Router, mode: Mode) -> Tensor:

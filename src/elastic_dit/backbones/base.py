@@ -25,6 +25,7 @@ from elastic_dit.backbones.times import Times
 from elastic_dit.cost import TransformerShape
 from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple, coarse_grid, from_base, to_grouped
+from elastic_dit.pipes import is_guided
 from elastic_dit.routing import Router
 from elastic_dit.storage import values
 
@@ -69,7 +70,6 @@ class Backbone(Times, ABC):
         axes: latent axes that coarse patches may cover: ``hw``, or ``thw`` for video.
         conditional_first: which half of a guided batch is the conditional one; None if the pipeline
             calls the model once per branch.
-        tells_guidance: whether the pipeline has an attribute that says that guidance is on.
         contexts: the guidance branch's names in ``cache_context``, if it is called by itself.
         low_rank: layers of self-attention and feed-forward by block list.
         adapts: which of them the method in use adapts: a regular expression that their names match.
@@ -99,7 +99,6 @@ class Backbone(Times, ABC):
     output_layout: str = "thwC"
     axes: str = "hw"
     conditional_first: bool | None = False
-    tells_guidance: bool = True
     contexts: tuple[str, ...] = ("uncond",)
     low_rank: Layers = ()
     adapts: str = ""
@@ -287,12 +286,8 @@ class Backbone(Times, ABC):
         count, half = len(sample), len(sample) // 2
         if self.conditional_first is None or count % 2:
             return None
-        if getattr(pipe, "do_classifier_free_guidance", True) is False:
-            return None
-        if pipe is not None and not self.tells_guidance and call[self.condition[0]]._is_view():
-            # In the first step, two prompts from equal noise are the very numbers of two branches.
-            # But pipelines join the prompts of branches in a new tensor, and hand on a view of
-            # those of one. In inference mode tensors do not tell that they are views.
+        # In the first step, two prompts from equal noise are the very numbers of two branches.
+        if is_guided(pipe) is False:
             return None
         if not torch.equal(sample[:half], sample[half:]):
             return None

@@ -37,7 +37,6 @@ class CogVideoXBackbone(Backbone):
     output = "proj_out"
     facts = (*COMMON_FACTS, "patch_size_t", "text_embed_dim", "use_rotary_positional_embeddings")
     output_layout = "Cthw"
-    tells_guidance = False
     axes = "thw"
     low_rank = (("transformer_blocks", (*attention("attn1"), *feed_forward("ff"))),)
 

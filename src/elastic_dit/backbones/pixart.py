@@ -27,7 +27,6 @@ class PixArtBackbone(PatchEmbedBackbone):
     facts = (*COMMON_FACTS, "caption_channels")
     low_rank = (("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),)
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
-    tells_guidance = False
     streamed = Streamed(text="attn2")
     packs = masks_attention = True
     routed = (Routed(blocks="transformer_blocks", attention="attn1", residual="norm2"),)

@@ -11,7 +11,6 @@ length of one base patch vector, D model width. Pictures have T = pt = kt = 1.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -27,7 +26,7 @@ RESIZES = ("box", "pinv")
 
 def coarse_grid(grid: Triple, scale: Triple) -> Triple:
     """Coarse grid of a base grid; a ragged border becomes a group of its own."""
-    t, h, w = (math.ceil(side / k) for side, k in zip(grid, scale, strict=True))
+    t, h, w = (-(-side // k) for side, k in zip(grid, scale, strict=True))  # sides may be symbols
     return t, h, w
 
 
