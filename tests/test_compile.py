@@ -75,6 +75,18 @@ def test_graphs_of_dynamic_shapes_are_good_for_every_grid(name):
     assert graphs == [1] * len(EVEN) + [2] * len(RAGGED) + [2] * len(EVEN)
 
 
+def test_full_mode_is_not_told_its_grid():
+    """As with the stock model, grids of as many tokens share a graph of fixed shapes."""
+    torch._dynamo.reset()
+    handle, counter = elastic_of("flux"), CompileCounterWithBackend("eager")
+    compiled = torch.compile(handle.model, backend=counter, fullgraph=True)
+    for grid in ((1, 8, 8), (1, 4, 16)):
+        call = CASES["flux"].call(2, grid, 700.0)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**call).sample, run(handle, call))
+    assert counter.frame_count == 1
+
+
 def test_another_run_needs_no_other_graph(elastic):
     """Merged weights are made anew for each run, outside the graph."""
     counter = CompileCounterWithBackend("eager")

@@ -52,11 +52,15 @@ class Graphs:
         return functools.partial(self.functions[modes], model, _counted(self.router, modes))
 
 
-def _counted(router: Router, modes: tuple[Mode, ...]) -> Triple:
+def _counted(router: Router, modes: tuple[Mode, ...]) -> Triple | None:
     """How many groups of all modes the present grid has along each axis; tokens if it is ragged.
+
+    None for modes that run as the stock model does, which is not told its grid.
 
     A graph of whole groups has products for its sides, and no quotient to reason about.
     """
+    if not any(map(router.sizes.routes, modes)):
+        return None
     scales = zip(*(mode.patch_scale for mode in modes), strict=True)
     kt, kh, kw = (math.lcm(*own) for own in scales)
     whole = not any(side % k for side, k in zip(router.grid, (kt, kh, kw), strict=True))
@@ -68,10 +72,11 @@ def _counted(router: Router, modes: tuple[Mode, ...]) -> Triple:
 def _with_own_code(stock: Callable[..., Any], name: str) -> Callable[..., Any]:
     """A function that sets the grid and calls the stock one; graphs belong to code objects."""
 
-    def forward(model: nn.Module, groups: Triple, **call: Any) -> Any:
-        router = model.__dict__[ENGINE].router
-        (t, h, w), (kt, kh, kw) = groups, router.unit
-        router.grid = t * kt, h * kh, w * kw
+    def forward(model: nn.Module, groups: Triple | None, /, **call: Any) -> Any:
+        if groups is not None:
+            router = model.__dict__[ENGINE].router
+            (t, h, w), (kt, kh, kw) = groups, router.unit
+            router.grid = t * kt, h * kh, w * kw
         return stock(model, **call)
 
     code = forward.__code__.replace(co_name=f"{stock.__name__}_{name}")
