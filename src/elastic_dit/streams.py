@@ -122,6 +122,14 @@ def attach(
     return put
 
 
+def own_tokens(norm: nn.Module, both: Tensor) -> Tensor:
+    """The picture tokens of a block, of those that a norm of it is given in a sparse mode."""
+    if ROLE not in norm.__dict__:  # not the norm that attention is given
+        return both
+    streams, role = _present(norm)
+    return both if streams is None or role not in TWO_GRIDS else both[:, : streams.own]
+
+
 def _at_block(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Given | None:
     """In front of a block: between two grids."""
     streams, role = _present(block)
