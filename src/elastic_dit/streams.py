@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from elastic_dit.backbones.routed import has_fused
 from elastic_dit.ops.pooling import Sides, pool_phases, rotate_pairs
 from elastic_dit.routing import MERGE, ROLE, ROUTER, Router
 
@@ -272,7 +273,7 @@ def _present(module: nn.Module) -> tuple[Streams | None, str]:
 
 
 def _check_separate(attention: Any, streamed: Streamed) -> None:
-    if getattr(attention, "fused_projections", False):
+    if has_fused(attention):
         raise RuntimeError(
             "queries and keys of different tokens cannot come from one fused projection; legal in "
             "sparse modes: model.unfuse_qkv_projections()"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import pickle
 from dataclasses import replace
 
@@ -70,9 +69,9 @@ def depth(name):
     return {"num_layers": 3, "num_single_layers": 5} if name == "flux" else {"num_layers": LAYERS}
 
 
-def deep(name):
+def deep(name, **changes):
     case = CASES[name]
-    return replace(case, config={**case.config, **depth(name)}).model()
+    return replace(case, config={**case.config, **depth(name), **changes}).model()
 
 
 def sparsedit(name, **settings):
@@ -219,25 +218,31 @@ def test_merged_updates_are_the_same(name):
     assert set(merged) == {"patch2", "grid3x2", "grid4", "patch2_grid3x2"}  # widths share them
 
 
-@pytest.mark.parametrize("name", ["dit", "pixart", "flux", "wan"])
+DRAWN = {
+    "dit": ("dit", {"num_embeds_ada_norm": 1000}),
+    "pixart": ("pixart-sigma", {"use_additional_conditions": False}),
+    "sd3": ("sd3", {}),
+    "flux": ("flux", {}),
+    "wan": ("wan", {}),
+}
+
+
+@pytest.mark.parametrize("name", DRAWN)
 def test_a_schedule_of_products_in_a_stock_pipeline(name):
-    """Full schedules give the stock picture; mixed ones run and cost as planned."""
-    case = PIPES[name if name != "pixart" else "pixart-sigma"]
-
-    def make():
-        pipe = case.pipe()
-        pipe.register_modules(transformer=transformer(name, **depth(name)))
-        return pipe
-
-    pipe = make()
+    """In full mode the stock picture; mixed schedules run and cost as planned."""
+    case, changes = PIPES[DRAWN[name][0]], DRAWN[name][1]
+    pipe = case.pipe()
+    pipe.register_modules(transformer=transformer(name, **depth(name), **changes))
     expected = case.draw(pipe)
-    handle = elastify(pipe, parts_of(name))
+    patch, _, width = parts_of(name)
+    handle = elastify(pipe, [patch, sparsedit(name, stages=((0, 2),)), width])
     shake(handle)
     assert torch.equal(case.draw(pipe), expected)
+    least = Mode(2, token_grid=2, width=0.5, token_keep=0.4)
     handle.schedule = Schedule(
         [
-            Segment(start=1.0, stop=0.7, mode=ALL_KEPT),
-            Segment(start=0.7, stop=0.4, mode=BOTH, guide=ALL_KEPT),
+            Segment(start=1.0, stop=0.7, mode=least),
+            Segment(start=0.7, stop=0.4, mode=Mode(2, token_grid=2), guide=least),
             Segment(start=0.4, stop=0.0, mode=FULL, guide=PATCH),
         ]
     )
@@ -245,9 +250,10 @@ def test_a_schedule_of_products_in_a_stock_pipeline(name):
     assert torch.isfinite(drawn).all()
     assert not torch.equal(drawn, expected)
     plan, report = handle.plan(STEPS, grid=case.grid, text_tokens=case.text), handle.report()
-    assert {ALL_KEPT, FULL} <= {call.mode for call in report.calls}
+    assert least in {call.mode for call in report.calls}
+    assert len({call.mode for call in report.calls}) > 1
     assert report.ratio == pytest.approx(plan.ratio, rel=1e-9)
-    assert plan.ratio < 0.8
+    assert plan.ratio < 0.9
     handle.remove()
     assert torch.equal(case.draw(pipe), expected)
 
@@ -302,9 +308,9 @@ def test_other_methods_of_patch_size(name, patches):
     shape = handle._engine.shape_of(handle.model, handle.backbone.size(handle.model, call))
     for mode in (PATCH, BOTH, ALL_KEPT):
         sliced = run(handle, call, mode)
-        with torch.no_grad(), handle.using(mode), FlopCounterMode(display=False) as counter:
-            with sdpa_kernel(SDPBackend.MATH):
-                handle.model(**call)
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), handle.using(mode), sdpa_kernel(SDPBackend.MATH), counter:
+            handle.model(**call)
         assert counter.get_total_flops() / 2 == pytest.approx(shape.macs(mode, 0.7), rel=1e-9)
         if mode.is_routed:
             assert (gated(handle, call, mode) - sliced).norm() < 1e-6 * sliced.norm()
@@ -312,11 +318,8 @@ def test_other_methods_of_patch_size(name, patches):
 
 def test_one_adapter_may_hold_base_weights(tmp_path, assert_stock):
     call, stock, folders = call_of("dit"), deep("dit"), {}
-    for part in (
-        sparsedit("dit", recipe="full"),
-        DyDiT(groups=2, recipe="full"),
-        parts_of("dit")[0],
-    ):
+    full = {"recipe": "full"}
+    for part in (sparsedit("dit", **full), DyDiT(groups=2, **full), parts_of("dit")[0]):
         handle = elastify(deep("dit"), part)
         shake(handle)
         if part.trains_base:
@@ -328,7 +331,8 @@ def test_one_adapter_may_hold_base_weights(tmp_path, assert_stock):
     with pytest.raises(ValueError, match="adapters of 'sparsedit' and 'dydit' each hold base wei"):
         elastify(deep("dit"), [folders["sparsedit"], folders["dydit"]])
     handle = elastify(deep("dit"), [folders["flexidit"], folders["sparsedit"], DyDiT(groups=2)])
-    assert handle.schedule == handle.method.parts[1].default_schedule  # it says where they serve
+    own = handle.method.parts[1].default_schedule
+    assert handle.schedule.to_json() == own.to_json()  # it says where its weights serve
     assert torch.equal(run(handle, call, FULL), expected[0])
     assert torch.equal(run(handle, call, GRID), expected[1])
     handle.adapter().save(tmp_path / "all")
@@ -355,9 +359,9 @@ def test_modes_are_those_that_fit():
         handle.schedule = Schedule.constant(bad)
     with pytest.raises(ValueError, match=message):
         elastify(deep("dit"), handle.method, schedule=Schedule.constant(bad))
-    with pytest.raises(ValueError, match=r"mode 'width50'; legal: full, grid3, grid6, patch2, "):
-        with handle.using(HALF):
-            pass
+    message = r"mode 'width50'; legal: full, grid3, grid6, patch2, "
+    with pytest.raises(ValueError, match=message), handle.using(HALF):
+        pass
     with pytest.raises(ValueError, match=r"schedule asks for patch3; legal for this adapter: full"):
         handle.schedule = Schedule.constant(Mode(3))
     pixart = elastify(deep("pixart"), [FlexiDiT(scales=(4,)), sparsedit("pixart")])
@@ -417,9 +421,9 @@ def test_refused_before_anything_has_changed(tmp_path, assert_stock):
     method = Combined(parts=tuple(parts_of("dit")))
     with pytest.raises(ValueError, match=r"configuration of method 'combined' is not understood"):
         method_from_config("combined", {"parts": [{"name": "ddit", "settings": {"size": 2}}] * 2})
+    settings = method.to_config()
+    settings["parts"][0]["settings"]["rank"] = 0
     with pytest.raises(ValueError, match=r"rank = 0; legal"):
-        settings = method.to_config()
-        settings["parts"][0]["settings"]["rank"] = 0
         method_from_config("combined", settings)
     assert_stock(model, deep("dit"))
 
@@ -443,13 +447,16 @@ def test_modes_are_the_product():
     assert not Combined(parts=(SparseDiT(), DyDiT(tokens=False))).has(Mode(width=0.5, token_keep=1))
 
 
+def small(side):
+    """Four blocks."""
+    plan = {"pool": 0, "modules": 1, "group": (1, 1, 1, 0), "top": 1}
+    return SparseDiT(**plan, stages=((0, side),), recipe="lora", rank=2)
+
+
 def test_a_budget_chooses_among_products(make_model, tmp_path):
     pipe = PixelDiTPipeline(make_model(num_layers=4), FlowMatchEulerDiscreteScheduler())
     pipe.set_progress_bar_config(disable=True)
-    sparse = SparseDiT(
-        pool=0, modules=1, group=(1, 1, 1, 0), top=1, stages=((0, 3),), recipe="lora"
-    )
-    parts = [FlexiDiT(scales=(2,), rank=3), sparse, DyDiT(groups=8, tokens=False)]
+    parts = [FlexiDiT(scales=(2,), rank=3), small(3), DyDiT(groups=8, tokens=False)]
     handle = elastify(pipe, parts)
     shake(handle)
 
@@ -475,8 +482,10 @@ def test_a_budget_chooses_among_products(make_model, tmp_path):
 
 def test_one_graph_per_mode():
     torch._dynamo.reset()
-    handle, call = combined("dit"), call_of("dit")
-    modes = (BOTH, Mode(2, width=0.5, token_keep=0.4), ALL_KEPT)
+    model = deep("dit", num_layers=4)
+    handle = elastify(model, [FlexiDiT(scales=(2,), rank=3), small((3, 2)), DyDiT(groups=2)])
+    shake(handle)
+    call, modes = call_of("dit"), (BOTH, Mode(2, width=0.5, token_keep=0.4), ALL_KEPT)
     expected = [run(handle, call, mode) for mode in modes]
     counter = CompileCounterWithBackend("eager")
     handle.model.compile(backend=counter, fullgraph=True, dynamic=False)
@@ -487,16 +496,14 @@ def test_one_graph_per_mode():
     assert graphs == [1, 2, 3, 3, 3, 3]
 
 
-def test_inside_a_larger_graph_sparse_modes_run_and_routed_ones_are_refused():
-    torch._dynamo.reset()
+def test_inside_a_larger_graph_routed_modes_are_refused():
     handle, call = combined("dit"), call_of("dit")
-    expected = run(handle, call, BOTH)
-    larger = torch.compile(lambda **given: handle.model(**given).sample, backend="eager")
-    with torch.no_grad():
-        with handle.using(BOTH):
-            torch.testing.assert_close(larger(**call), expected, atol=2e-5, rtol=1e-4)
-        with handle.using(ALL), pytest.raises(Exception, match="cuts its layers for the noise"):
-            larger(**call)
+    inside = handle._engine.run_inside
+    with torch.no_grad(), handle.using(BOTH):
+        assert torch.equal(inside(handle.model, call).sample, run(handle, call, BOTH))
+    message = r"mode 'width50' cuts its layers .* inside a larger graph"
+    with handle.using(HALF), pytest.raises(RuntimeError, match=message):
+        inside(handle.model, call)
 
 
 @pytest.mark.parametrize("name", ["dit", "flux"])
@@ -553,11 +560,12 @@ def test_half_precision_beside_routers_of_single_precision():
         assert torch.isfinite(found).all()
 
 
-def test_published_sizes_cost_less_together():
-    """In XL's plan: what sparse grids and widths save is no product, and close to one."""
+def test_shares_are_no_product():
+    """What a sparse grid and a width leave is not what each leaves of the other."""
     handle = combined("dit")
-    whole, shape = handle.shape.macs(FULL), handle.shape
-    shares = {mode: shape.macs(mode) / whole for mode in (GRID, HALF, GRID, BOTH, PATCH, ALL)}
-    both = shape.macs(Mode(token_grid=(3, 2), width=0.5)) / whole
-    assert both == pytest.approx(shares[GRID] * shares[HALF], rel=0.35)
-    assert not math.isclose(both, shares[GRID] * shares[HALF], rel_tol=1e-3)
+    whole = handle.shape.macs(FULL)
+    grid, width, both = (
+        handle.shape.macs(m) / whole for m in (GRID, HALF, Mode(token_grid=(3, 2), width=0.5))
+    )
+    assert both < min(grid, width)
+    assert both != pytest.approx(grid * width, rel=0.01)
