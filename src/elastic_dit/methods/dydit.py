@@ -131,8 +131,10 @@ class DyDiT(Method):
         return known and (self.tokens or mode.token_keep is None)
 
     def routing(self, mode: Mode) -> Mode:
-        """A mode's patch and width, as far as routers go by them: those of base tokens also decide
-        where another method makes coarse ones."""
+        """The patch and width that routers go by in a mode.
+
+        Where another method makes coarse patches, those of base tokens decide.
+        """
         patch = mode.patch_scale if mode.patch in self.patches else 1
         return Mode(patch, width=mode.width)
 
