@@ -220,9 +220,10 @@ class Engine:
         tensors = {f"{SIZES}.{k}": v for k, v in sizes.state_dict().items()}
         own = None if whole else {mode.name for mode in method.modes}
         for name, (_, A, B) in self.pairs.items():
-            for mode in (mode for mode in A if own is None or mode in own):
-                tensors[f"{name}.coarse_A.{mode}"] = A[mode]
-                tensors[f"{name}.coarse_B.{mode}"] = B[mode]
+            for mode in A:
+                if own is None or mode in own:
+                    tensors[f"{name}.coarse_A.{mode}"] = A[mode]
+                    tensors[f"{name}.coarse_B.{mode}"] = B[mode]
         return tensors
 
     def adapter(self, model: nn.Module, **notes: Any) -> Adapter:

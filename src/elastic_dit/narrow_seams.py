@@ -78,8 +78,7 @@ def _through_slices(module: Any, x: Tensor, narrow: Narrow, part: Open, *, dim: 
     mode = module.__dict__[ROUTER].mode
     updated = isinstance(module, LowRankSeam) and bool(module.updates(mode))
     merged = module.merged(mode) if updated else None
-    base = module.weight if merged is None else merged
-    y = F.linear(x, *_sliced(module, base, narrow, part, dim=dim))
+    y = F.linear(x, *_sliced(module, merged, narrow, part, dim=dim))
     if not updated or merged is not None:
         return y
     if part.features is None:
@@ -90,13 +89,18 @@ def _through_slices(module: Any, x: Tensor, narrow: Narrow, part: Open, *, dim: 
 
 
 def _sliced(
-    module: Any, weight: Tensor, narrow: Narrow, part: Open, *, dim: int
+    module: Any, merged: tuple[object, Tensor] | None, narrow: Narrow, part: Open, *, dim: int
 ) -> tuple[Tensor, Tensor | None]:
-    """A weight and the bias without the closed features; kept for the next call with the same."""
+    """Weight and bias without the closed features; kept for the next call with the same ones.
+
+    Args:
+        merged: the weight with low-rank updates in it, behind its version, instead of its own.
+    """
+    weight = module.weight if merged is None else merged[1]
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _cut(module, weight, narrow, part, dim=dim)
-    used = (weight, module.bias, *(() if narrow.mix is None else _experts(module)))
-    version = versions(*(x for x in used if x is not None))
+    used = (module.weight, module.bias, *(() if narrow.mix is None else _experts(module)))
+    version = merged and merged[0], versions(*(x for x in used if x is not None))
     slices: list[tuple[Any, ...]] = module.__dict__.setdefault(SLICES, [])
     for known in slices:
         if known[0] is part.features and known[1] is narrow.mix and known[2] == version:

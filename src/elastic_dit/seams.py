@@ -262,7 +262,7 @@ class LowRankSeam(nn.Module):
             return super().forward(x)  # pyrefly: ignore[missing-attribute]
         merged = self.merged(mode)
         if merged is not None:
-            return F.linear(x, merged, self.bias)
+            return F.linear(x, merged[1], self.bias)
         return super().forward(x) + self.update(x, mode)  # pyrefly: ignore[missing-attribute]
 
     def _spread(
@@ -284,11 +284,11 @@ class LowRankSeam(nn.Module):
         """Keys of a mode's pairs."""
         return [part for part in mode.parts if part in self.coarse_A]
 
-    def merged(self, mode: Mode) -> Tensor | None:
-        """The weight with a mode's updates added in, where that is in use."""
+    def merged(self, mode: Mode) -> tuple[object, Tensor] | None:
+        """The weight with a mode's updates added in, where that is in use, behind its version."""
         if not self.__dict__[ROUTER].merging:
             return None
-        return self.__dict__.get(MERGED, {}).get(_key(self.updates(mode)), (None, None))[1]
+        return self.__dict__.get(MERGED, {}).get(_key(self.updates(mode)))
 
     def update(
         self, x: Tensor, mode: Mode, rows: Tensor | None = None, columns: Tensor | None = None

@@ -219,6 +219,19 @@ def test_merged_updates_are_the_same(name):
     assert set(merged) == {"patch2", "grid3x2", "grid4", "patch2_grid3x2"}  # widths share them
 
 
+def test_changed_updates_are_merged_and_cut_anew():
+    handle, call = combined("dit", merge=True), call_of("dit")
+    handle.widths.slices, before = 4, None
+    for _ in range(4):
+        with torch.no_grad():
+            for _, _, B in handle._engine.pairs.values():
+                B["patch2"].mul_(1.5)
+        found = run(handle, call, ALL)
+        assert (gated(handle, call, ALL) - found).norm() < 1e-6 * found.norm()
+        assert before is None or not torch.equal(found, before)
+        before = found
+
+
 DRAWN = {
     "dit": ("dit", {"num_embeds_ada_norm": 1000}),
     "pixart": ("pixart-sigma", {"use_additional_conditions": False}),
