@@ -592,7 +592,7 @@ class Engine:
             apart = 0
             for layer in self._adapted_layers():
                 assert isinstance(layer, LowRankSeam)
-                apart += not layer.merge(mode, router.run, router.device)
+                apart += not layer.coarse_merge(mode, router.run, router.device)
             if apart and not self.warned_apart:
                 warnings.warn(
                     f"merge = True, but {apart} of {len(self.pairs)} layers keep their low-rank "

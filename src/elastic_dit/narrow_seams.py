@@ -76,16 +76,16 @@ class ColumnsSeam(nn.Module):
 def _through_slices(module: Any, x: Tensor, narrow: Narrow, part: Open, *, dim: int) -> Tensor:
     """A layer without the closed features, with the low-rank updates of the present mode."""
     mode = module.__dict__[ROUTER].mode
-    updated = isinstance(module, LowRankSeam) and bool(module.updates(mode))
-    merged = module.merged(mode) if updated else None
+    updated = isinstance(module, LowRankSeam) and bool(module.coarse_parts(mode))
+    merged = module.coarse_merged(mode) if updated else None
     y = F.linear(x, *_sliced(module, merged, narrow, part, dim=dim))
     if not updated or merged is not None:
         return y
     if part.features is None:
-        return y + module.update(x, mode)
+        return y + module.coarse_update(x, mode)
     if dim == 1:
-        return y + module.update(x, mode, columns=part.features)
-    return y + module.update(x, mode, rows=_rows(module, part.features))
+        return y + module.coarse_update(x, mode, columns=part.features)
+    return y + module.coarse_update(x, mode, rows=_rows(module, part.features))
 
 
 def _sliced(

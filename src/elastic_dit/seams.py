@@ -239,6 +239,7 @@ class LowRankSeam(nn.Module):
 
     The pairs are ``coarse_A[part]`` of shape ``(rank, in)`` and ``coarse_B[part]`` of shape ``(out,
     rank)``, by what modes are made of: ``patch2_grid4`` has those of ``patch2`` and of ``grid4``.
+    The layer may be one of PEFT, which has a ``merge`` and a ``merged`` of its own.
     """
 
     weight: Tensor
@@ -258,39 +259,39 @@ class LowRankSeam(nn.Module):
         return self._spread(router, x, modes, [part.length for part in layout], dim=0)
 
     def _at(self, router: Router, x: Tensor, mode: Mode) -> Tensor:
-        if mode is FULL or not self.updates(mode):  # the first is quicker to see
+        if mode is FULL or not self.coarse_parts(mode):  # the first is quicker to see
             return super().forward(x)  # pyrefly: ignore[missing-attribute]
-        merged = self.merged(mode)
+        merged = self.coarse_merged(mode)
         if merged is not None:
             return F.linear(x, merged[1], self.bias)
-        return super().forward(x) + self.update(x, mode)  # pyrefly: ignore[missing-attribute]
+        return super().forward(x) + self.coarse_update(x, mode)  # pyrefly: ignore[missing-attribute]
 
     def _spread(
         self, router: Router, x: Tensor, modes: list[Mode], sizes: list[int], dim: int
     ) -> Tensor:
         pieces = x.split(sizes, dim=dim)
-        if any(self.merged(mode) is not None for mode in modes):
+        if any(self.coarse_merged(mode) is not None for mode in modes):
             return torch.cat(
                 [self._at(router, p, m) for p, m in zip(pieces, modes, strict=True)], dim=dim
             )
         base = super().forward(x)  # pyrefly: ignore[missing-attribute]
         updated = [
-            y + self.update(p, m) if self.updates(m) else y
+            y + self.coarse_update(p, m) if self.coarse_parts(m) else y
             for p, m, y in zip(pieces, modes, base.split(sizes, dim=dim), strict=True)
         ]
         return torch.cat(updated, dim=dim)
 
-    def updates(self, mode: Mode) -> list[str]:
+    def coarse_parts(self, mode: Mode) -> list[str]:
         """Keys of a mode's pairs."""
         return [part for part in mode.parts if part in self.coarse_A]
 
-    def merged(self, mode: Mode) -> tuple[object, Tensor] | None:
+    def coarse_merged(self, mode: Mode) -> tuple[object, Tensor] | None:
         """The weight with a mode's updates added in, where that is in use, behind its version."""
         if not self.__dict__[ROUTER].merging:
             return None
-        return self.__dict__.get(MERGED, {}).get(_key(self.updates(mode)))
+        return self.__dict__.get(MERGED, {}).get(_key(self.coarse_parts(mode)))
 
-    def update(
+    def coarse_update(
         self, x: Tensor, mode: Mode, rows: Tensor | None = None, columns: Tensor | None = None
     ) -> Tensor:
         """What a mode's updates add, ``(..., in) -> (..., out)``.
@@ -298,14 +299,14 @@ class LowRankSeam(nn.Module):
         Args:
             rows, columns: of the weight, where others are left out.
         """
-        pairs = [(self.coarse_A[part], self.coarse_B[part]) for part in self.updates(mode)]
+        pairs = [(self.coarse_A[part], self.coarse_B[part]) for part in self.coarse_parts(mode)]
         if columns is not None:
             pairs = [(A[:, columns], B) for A, B in pairs]
         if rows is not None:
             pairs = [(A, B[rows]) for A, B in pairs]
         return functools.reduce(torch.add, [F.linear(F.linear(x, A), B) for A, B in pairs])
 
-    def merge(self, mode: Mode, run: int, device: torch.device) -> bool:
+    def coarse_merge(self, mode: Mode, run: int, device: torch.device) -> bool:
         """Make or renew the weight with a mode's updates added in, where that is allowed.
 
         It is called outside any compiled region. Another class than `torch.nn.Linear` computes more
@@ -315,7 +316,7 @@ class LowRankSeam(nn.Module):
         Returns:
             Whether the layer has no update that it keeps apart.
         """
-        parts = self.updates(mode)
+        parts = self.coarse_parts(mode)
         if not parts:
             return True
         linear = getattr(type(self), MADE_OF)[0] is nn.Linear
@@ -347,7 +348,7 @@ class FusedSeam(LowRankSeam):
         """Of one of the layers it was made of: they have the same modes."""
         return next(part.coarse_A for part in self._parts() if isinstance(part, LowRankSeam))
 
-    def update(
+    def coarse_update(
         self, x: Tensor, mode: Mode, rows: Tensor | None = None, columns: Tensor | None = None
     ) -> Tensor:
         """What the updates of all its layers add, side by side."""
@@ -355,7 +356,7 @@ class FusedSeam(LowRankSeam):
         assert columns is None, "fused projections are refused in routed modes"
         return torch.cat(
             [
-                part.update(x, mode)
+                part.coarse_update(x, mode)
                 if isinstance(part, LowRankSeam)
                 else x.new_zeros(*x.shape[:-1], part.out_features)
                 for part in self._parts()
