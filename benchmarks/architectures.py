@@ -132,7 +132,8 @@ def bench(
     runs = {"stock": run(stock)} | {mode.name: run(elastic, mode) for mode in modes}
     timings = interleave(runs, rounds=rounds, warmup=3)
     size = handle.backbone.size(elastic, call)
-    shape = handle.backbone.shape(elastic, *size).with_low_rank(handle.method.low_rank)
+    backbone = handle.backbone.adapting(handle.method.adapts)
+    shape = backbone.shape(elastic, *size).with_low_rank(handle.method.low_rank)
     rows = []
     for name, timing in timings.items():
         mode = FULL if name == "stock" else Mode.parse(name)

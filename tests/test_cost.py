@@ -18,10 +18,12 @@ from elastic_dit.cost import (
     Attention,
     Kept,
     Routable,
+    RoutedLinears,
     dit_shape,
     named_shape,
     weak_first_cost,
 )
+from elastic_dit.sparse_cost import Seen
 
 XL = SHAPES["dit-xl-2-256"]
 STEPS = 250
@@ -130,7 +132,7 @@ def test_merged_low_rank_costs_nothing(make_model, make_elastic, make_call):
     with torch.no_grad(), handle.using(Mode(2)):
         handle.model(**call)  # merges once
         assert handle.shape.macs(Mode(2)) == counted(handle.model, call)
-    assert handle.shape.low_rank == 0
+    assert handle.shape.updates == ()
     unmerged = elastify(make_model(), FlexiDiT(rank=4)).shape
     assert unmerged.macs(Mode(2)) > handle.shape.macs(Mode(2))
     assert unmerged.macs(FULL) == handle.shape.macs(FULL)
@@ -210,12 +212,18 @@ ROUTED_TABLES = {  # realised share of the base's cost -> G of DyDiT's table 8
 }
 
 
+def routable(d):
+    """One block of DiT."""
+    linear = RoutedLinears(query=2 * d * d, key=2 * d * d, channel=8 * d * d)
+    return Routable(attention=Attention(1, d), linear=linear)
+
+
 @pytest.mark.parametrize("model", ROUTED_TABLES)
 def test_published_macs_of_routed_widths(model):
     """They count blocks only and no routers, so that a share of the cost is one of the blocks."""
     shape = named_shape(model)
     depth, d = shape.attention[0].blocks, shape.width
-    block = Routable(attention=Attention(1, d), head_macs=4 * d * d, channel_macs=8 * d * d)
+    block = routable(d)
     for share, published in ROUTED_TABLES[model].items():
         root = share**0.5
         for kept in (Kept(share, share), Kept(share, 1.0, share), Kept(share, root, root)):
@@ -229,9 +237,10 @@ def test_what_tokens_alone_can_save():
     for model, floor in (("dit-xl-2-256", 0.357), ("dit-xl-2-512", 0.419)):
         shape = named_shape(model)
         d = shape.width
-        block = Routable(attention=Attention(1, d), head_macs=4 * d * d, channel_macs=8 * d * d)
-        whole = block.macs(shape.grid, 0, Kept())
-        assert block.macs(shape.grid, 0, Kept(1, 1, 0)) / whole == pytest.approx(floor, abs=5e-4)
+        block = routable(d)
+        seen = Seen.on(shape.grid)
+        whole = block.macs(seen, 0, Kept())
+        assert block.macs(seen, 0, Kept(1, 1, 0)) / whole == pytest.approx(floor, abs=5e-4)
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux", "wan", "latte"])

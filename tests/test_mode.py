@@ -105,6 +105,15 @@ def test_names_of_grids():
     assert Mode(token_grid=8).has_base_patch
 
 
+def test_a_mode_is_made_of_parts():
+    mode = Mode(2, token_grid=(4, 3), width=0.5, token_keep=0.8)
+    assert mode.parts == ("patch2", "grid4x3", "width50_keep80")
+    assert [each.name for each in (mode.patch, mode.grid, mode.routing)] == list(mode.parts)
+    assert FULL.parts == ()
+    assert FULL.patch == FULL.grid == FULL.routing == FULL
+    assert "_".join(mode.parts) == mode.name
+
+
 @pytest.mark.parametrize("grid", [0, -2, (3,), (3, 0), (1, 2, 3), 2.5, "grid8", True])
 def test_illegal_grids_are_named(grid):
     with pytest.raises(ValueError, match=r"token_grid = .*; legal: None, a whole number >= 1"):

@@ -13,9 +13,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elastic_dit import (
     FULL,
+    Combined,
     DDiT,
     DDiTController,
     DyDiT,
+    FlexiDiT,
     Mode,
     Schedule,
     Segment,
@@ -199,8 +201,15 @@ def test_stock_pipelines(name, schedule, calls):
         DDiT(scales=(2,), rank=2),
         DyDiT(widths=(0.5,), groups=4, head_bias=0.1, token_bias=0.1),
         SparseDiT.for_depth(6, stages=((0.0, 3),)),
+        Combined(
+            parts=(
+                FlexiDiT(scales=(2,), rank=2),
+                SparseDiT.for_depth(6, stages=((0.0, 3),)),
+                DyDiT(widths=(0.5,), groups=4, head_bias=0.1, token_bias=0.1),
+            )
+        ),
     ],
-    ids=["ddit", "dydit", "sparsedit"],
+    ids=["ddit", "dydit", "sparsedit", "combined"],
 )
 def test_other_methods(pipe, method, perturb, calls):
     handle = ahead(pipe, method)

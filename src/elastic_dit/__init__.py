@@ -14,7 +14,7 @@ from elastic_dit.calibration import Calibration
 from elastic_dit.checkpoint import Adapter, load_adapter
 from elastic_dit.ddit_controller import Account, DDiTController
 from elastic_dit.elastify import Handle, elastify, handle_of
-from elastic_dit.methods import METHODS, DDiT, DyDiT, FlexiDiT, PPFlow, SparseDiT
+from elastic_dit.methods import METHODS, Combined, DDiT, DyDiT, FlexiDiT, PPFlow, SparseDiT
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.pipelines import PixelDiTPipeline
 from elastic_dit.report import Report
@@ -30,6 +30,7 @@ __all__ = [
     "Adapter",
     "Budget",
     "Calibration",
+    "Combined",
     "DDiT",
     "DDiTController",
     "DyDiT",

@@ -139,7 +139,8 @@ def sample(
     if given is not None:
         handle.schedule = given
     elif tau is not None:
-        handle.controller = DDiTController(tau=tau, coarse=handle.modes[1:], cap=budget)
+        coarse = tuple(mode for mode in handle.modes[1:] if mode == mode.patch)
+        handle.controller = DDiTController(tau=tau, coarse=coarse, cap=budget)
     else:
         handle.budget = budget
     seeds = list(range(seed, seed + len(classes)))

@@ -17,7 +17,7 @@ from elastic_dit.mode import FULL, Mode
 from elastic_dit.ops.gates import kept_tokens
 from elastic_dit.ops.patching import coarse_grid
 from elastic_dit.schedule import Plan, Schedule
-from elastic_dit.sparse_cost import SparseCost
+from elastic_dit.sparse_cost import Linears, Seen, SparseCost
 
 
 @dataclass(frozen=True)
@@ -36,62 +36,11 @@ class Attention:
 
     def macs(self, frames: int, per_frame: int, text: int) -> float:
         """Multiply-adds for ``frames`` x ``per_frame`` tokens and ``text`` text tokens."""
-        n = frames * per_frame
-        pairs = {
-            "self": n * n,
-            "joint": (n + text) ** 2,
-            "cross": n * text,
-            "spatial": n * per_frame,
-            "temporal": n * frames,
-        }
-        return 2 * self.blocks * self.width * pairs[self.kind]
+        return self.seen(Seen.on((frames, 1, per_frame)), text)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Routable:
-    """What routers can leave out of one block.
-
-    Args:
-        attention: of the block; heads left out shorten its products and its linear layers.
-        head_macs, head_text_macs: multiply-adds of one image token and one text token in the linear
-            layers that narrow with the heads.
-        channel_macs, channel_text_macs: in those that narrow with the channels.
-        exit_macs: those of ``head_macs`` that an image token skips together with its channels,
-            where one layer takes both.
-        skips_tokens: whether image tokens may skip the channels.
-        width: of the tokens that the token router reads.
-    """
-
-    attention: Attention
-    head_macs: float
-    channel_macs: float
-    head_text_macs: float = 0.0
-    channel_text_macs: float = 0.0
-    exit_macs: float = 0.0
-    skips_tokens: bool = True
-    width: int = 0
-
-    def macs(self, grid: tuple[int, int, int], text: int, kept: Kept) -> float:
-        """Multiply-adds of the block's routed part; `ALL` for the base's."""
-        frames, height, width = grid
-        tokens = math.prod(grid)
-        heads = self.attention.macs(frames, height * width, text)
-        heads += tokens * self.head_macs + text * self.head_text_macs
-        entering = tokens * (kept.tokens if self.skips_tokens else 1.0)
-        heads -= (tokens - entering) * self.exit_macs
-        channels = entering * self.channel_macs + text * self.channel_text_macs
-        return kept.heads * heads + kept.channels * channels
-
-    def fixed_share(self, grid: tuple[int, int, int], share: float) -> float:
-        """Share of the tokens that a fixed number of them is, in each row that blocks see."""
-        frames, height, width = grid
-        rows = {"spatial": height * width, "temporal": frames}
-        tokens = rows.get(self.attention.kind, math.prod(grid))
-        return kept_tokens(tokens, share) / tokens
-
-    def router_macs(self, tokens: int) -> float:
-        """Multiply-adds of the token router; those that read the timestep run once per run."""
-        return tokens * token_router_macs(self.width) if self.skips_tokens else 0.0
+    def seen(self, seen: Seen, text: int) -> float:
+        """Multiply-adds where some tokens ask and some are asked."""
+        return 2 * self.blocks * self.width * seen.pairs(self.kind, text)
 
 
 @dataclass(frozen=True)
@@ -104,6 +53,99 @@ class Kept:
 
 
 ALL = Kept()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedLinears:
+    """Linear layers of a block that narrow, in what one token takes there.
+
+    That is multiply-adds, or inputs plus outputs of those layers that carry low-rank updates.
+
+    Args:
+        query, key: narrow with the heads: in layers of queries and of what attention returns, and
+            in layers of keys and values.
+        exit: narrows with the heads, but a token skips it together with its channels.
+        channel: narrows with the channels.
+        entry: a token skips it with its channels, and it does not narrow.
+        head_text, channel_text: of a text token, what narrows with the heads and the channels.
+    """
+
+    query: float = 0.0
+    key: float = 0.0
+    exit: float = 0.0
+    channel: float = 0.0
+    entry: float = 0.0
+    head_text: float = 0.0
+    channel_text: float = 0.0
+
+    def of(self, seen: Seen, entering: float, text: int, kept: Kept) -> float:
+        """What all tokens take; ``entering`` of them have channels."""
+        heads = seen.queries * self.query + seen.keys * self.key
+        heads += entering * self.exit + text * self.head_text
+        channels = entering * self.channel + text * self.channel_text
+        return kept.heads * heads + kept.channels * channels + entering * self.entry
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routable:
+    """What routers can leave out of one block.
+
+    Args:
+        attention: of the block; heads left out shorten its products and its linear layers.
+        linear: multiply-adds in these.
+        skips_tokens: whether image tokens may skip the channels.
+        width: of the tokens that the token router reads.
+    """
+
+    attention: Attention
+    linear: RoutedLinears
+    skips_tokens: bool = True
+    width: int = 0
+
+    def macs(self, seen: Seen, text: int, kept: Kept) -> float:
+        """Multiply-adds of the block's routed part; `ALL` for the base's."""
+        attention = kept.heads * self.attention.seen(seen, text)
+        return attention + self.linear.of(seen, self.entering(seen, kept), text, kept)
+
+    def entering(self, seen: Seen, kept: Kept) -> float:
+        """Image tokens that have channels."""
+        return seen.stream * (kept.tokens if self.skips_tokens else 1.0)
+
+    def fixed_share(self, seen: Seen, share: float) -> float:
+        """Share of the tokens that a fixed number of them is, in each row that blocks see."""
+        rows = {"spatial": seen.stream // seen.frames, "temporal": seen.frames}
+        tokens = rows.get(self.attention.kind, seen.stream)
+        return kept_tokens(tokens, share) / tokens
+
+    def router_macs(self, tokens: int) -> float:
+        """Multiply-adds of the token router; those that read the timestep run once per run."""
+        return tokens * token_router_macs(self.width) if self.skips_tokens else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Updates:
+    """Low-rank updates that are added apart from the weights.
+
+    Args:
+        rank: of each.
+        units: inputs plus outputs of all layers that carry one, as far as picture tokens go
+            through them.
+        text_units: as far as text tokens do.
+        modes: names of the parts of modes that have them; None for all coarse modes.
+        blocks: of each block, by its tokens, where sparse modes have them.
+        routed: of each block, what narrows, where routed modes do.
+    """
+
+    rank: int
+    units: int
+    text_units: int = 0
+    modes: frozenset[str] | None = None
+    blocks: tuple[Linears, ...] = ()
+    routed: tuple[RoutedLinears, ...] = ()
+
+    def in_mode(self, mode: Mode) -> bool:
+        """Whether a mode has them."""
+        return not mode.is_full and (self.modes is None or not self.modes.isdisjoint(mode.parts))
 
 
 def token_router_macs(width: int) -> int:
@@ -125,9 +167,9 @@ class TransformerShape:
         text_macs: multiply-adds of one text token in the linear layers of all blocks.
         text_once: those of them that depend on the prompt alone, not on the step.
         picture_macs: what one picture costs once: modulation, conditioning, text projections.
-        adapted, adapted_text: inputs plus outputs of all layers that carry low-rank updates, as far
-            as picture tokens and text tokens go through them.
-        low_rank: rank of those updates in coarse modes; 0 if merged or absent.
+        adapted, adapted_text: inputs plus outputs of all layers that may carry low-rank updates, as
+            far as picture tokens and text tokens go through them.
+        updates: those that are there; none if merged or absent.
         skips: coarse modes also multiply each base patch vector on its way past the model.
         routable: what routed modes can leave out, block by block.
         sparse: what blocks multiply on two token grids, where sparse modes have them.
@@ -147,7 +189,7 @@ class TransformerShape:
     picture_macs: float = 0.0
     adapted: int = 0
     adapted_text: int = 0
-    low_rank: int = 0
+    updates: tuple[Updates, ...] = ()
     skips: bool = False
     routable: tuple[Routable, ...] = ()
     sparse: SparseCost | None = None
@@ -165,7 +207,7 @@ class TransformerShape:
         """What blocks leave out that see fewer tokens than others."""
         if mode.token_grid is None:
             return 0.0
-        if self.sparse is None or mode.is_routed:
+        if self.sparse is None:
             raise ValueError(
                 f"mode {mode.name!r} has a sparse grid, and the plan of its blocks is not known; "
                 "legal: modes of method 'sparsedit'"
@@ -184,19 +226,33 @@ class TransformerShape:
         """
         if not mode.is_routed:
             return 0.0
+        text, routed = self.text_tokens, self._routed(mode, level, kept)
+        routers = sum(block.router_macs(seen.stream) for block, seen, _ in routed)
+        return -routers + sum(
+            block.macs(seen, text, ALL) - block.macs(seen, text, share)
+            for block, seen, share in routed
+        )
+
+    def _routed(
+        self, mode: Mode, level: float | None, kept: Sequence[Kept] | None
+    ) -> list[tuple[Routable, Seen, Kept]]:
+        """Each block, its tokens and what is kept of it."""
+        seen = self._seen(mode, len(self.routable))
         if kept is None:
             assert self.kept is not None, "a routed mode needs to know what its routers keep"
             kept = self.kept(mode, level)
             if mode.token_keep is not None:
-                grid = coarse_grid(self.grid, mode.patch_scale)
-                fixed = [block.fixed_share(grid, mode.token_keep) for block in self.routable]
+                pairs = zip(self.routable, seen, strict=True)
+                fixed = [block.fixed_share(tokens, mode.token_keep) for block, tokens in pairs]
                 kept = [replace(x, tokens=y) for x, y in zip(kept, fixed, strict=True)]
-        grid, text = coarse_grid(self.grid, mode.patch_scale), self.text_tokens
-        routers = sum(block.router_macs(math.prod(grid)) for block in self.routable)
-        return -routers + sum(
-            block.macs(grid, text, ALL) - block.macs(grid, text, share)
-            for block, share in zip(self.routable, kept, strict=True)
-        )
+        return list(zip(self.routable, seen, kept, strict=True))
+
+    def _seen(self, mode: Mode, blocks: int) -> list[Seen]:
+        """Tokens of each block."""
+        grid = coarse_grid(self.grid, mode.patch_scale)
+        if mode.token_grid is None or self.sparse is None:
+            return [Seen.on(grid)] * blocks
+        return self.sparse.seen(grid, mode.token_grid)
 
     def dense_macs(self, mode: Mode) -> float:
         """`block_macs` with nothing left out by routers."""
@@ -207,23 +263,47 @@ class TransformerShape:
         linear = self.tokens(mode) * self.token_macs + self.text_tokens * self.text_macs
         return linear + attention
 
-    def macs(self, mode: Mode, level: float | None = None) -> float:
+    def macs(
+        self, mode: Mode, level: float | None = None, kept: Sequence[Kept] | None = None
+    ) -> float:
         """Everything a forward pass of one picture multiplies.
 
         Args:
             level: noise level in [0, 1], on which routed modes depend; None for the mean over all.
+            kept: what a routed mode left in of each block, as counted.
         """
         grouped = self.tokens(mode) * math.prod(mode.patch_scale)
         projections = grouped * (self.patch_in + self.patch_out) * self.width
-        adapted = self.tokens(mode) * self.adapted + self.text_tokens * self.adapted_text
-        if mode.token_grid is not None and self.low_rank and self.sparse is not None:
-            grid = coarse_grid(self.grid, mode.patch_scale)
-            adapted -= self.sparse.adapted_left_out(grid, mode.token_grid)
-        beside = self.low_rank * adapted
+        blocks = self.dense_macs(mode) - self.left_out(mode, level, kept) - self.thinned(mode)
+        whole = blocks + projections + self.picture_macs
+        for updates in self.updates:
+            if updates.in_mode(mode):
+                whole += updates.rank * self._updated(updates, mode, level, kept)
         if self.skips and not mode.has_base_patch:
-            beside += math.prod(self.grid) * self.patch_in * self.patch_out
-        whole = self.block_macs(mode, level) + projections + self.picture_macs
-        return whole if mode.is_full else whole + beside
+            whole += math.prod(self.grid) * self.patch_in * self.patch_out
+        return whole
+
+    def _updated(
+        self, updates: Updates, mode: Mode, level: float | None, kept: Sequence[Kept] | None
+    ) -> float:
+        """Inputs plus outputs of layers with low-rank updates, each times its tokens."""
+        units: float = self.tokens(mode) * updates.units + self.text_tokens * updates.text_units
+        if mode.is_sparse:
+            dense = Seen.on(coarse_grid(self.grid, mode.patch_scale))
+            seen = self._seen(mode, len(updates.blocks))
+            units -= sum(
+                block.of(dense) - block.of(tokens)
+                for block, tokens in zip(updates.blocks, seen, strict=True)
+            )
+        if not mode.is_routed:
+            return units
+        text = self.text_tokens
+        for linear, (block, tokens, share) in zip(
+            updates.routed, self._routed(mode, level, kept), strict=True
+        ):
+            units -= linear.of(tokens, tokens.stream, text, ALL)
+            units += linear.of(tokens, block.entering(tokens, share), text, share)
+        return units
 
     def packing_macs(self, a: Mode, b: Mode) -> float:
         """What self-attention multiplies in vain where two modes share one masked sequence."""
@@ -231,8 +311,9 @@ class TransformerShape:
         return wasted * self.tokens(a) * self.tokens(b)
 
     def with_low_rank(self, rank: int) -> TransformerShape:
-        """The same network with unmerged low-rank updates of this rank in coarse modes."""
-        return replace(self, low_rank=rank)
+        """The same network with unmerged low-rank updates of this rank in all coarse modes."""
+        updates = Updates(rank=rank, units=self.adapted, text_units=self.adapted_text)
+        return replace(self, updates=(updates,) if rank else ())
 
 
 def dit_shape(

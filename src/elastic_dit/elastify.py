@@ -15,6 +15,7 @@ from elastic_dit.backbones import Backbone, backbone_for
 from elastic_dit.budget import Budget
 from elastic_dit.calibration import Calibration
 from elastic_dit.checkpoint import Adapter, check_base, identity, load_adapter
+from elastic_dit.composition import Composition
 from elastic_dit.controller import Controller, Facts
 from elastic_dit.cost import TransformerShape
 from elastic_dit.device import device_name
@@ -32,10 +33,13 @@ from elastic_dit.solved_budget import Offer, SolvedBudget
 from elastic_dit.weak_first_budget import WeakFirstBudget
 from elastic_dit.widths import Widths
 
+Source = str | Path | Adapter | Method
+"""A trained adapter (folder, hub id or object), or a method to start one."""
+
 
 def elastify(
     target: Any,
-    adapter: str | Path | Adapter | Method,
+    adapter: Source | Sequence[Source],
     *,
     component: str | None = None,
     schedule: Schedule | None = None,
@@ -46,10 +50,12 @@ def elastify(
     Args:
         target: a pipeline with a ``transformer``, or the transformer itself.
         adapter: a trained adapter (folder, hub id or object), or a method to start one from the
-            base's weights.
+            base's weights; several of either that change different things are combined (see
+            `elastic_dit.methods.combined`).
         component: which transformer of a pipeline with two (Wan 2.2), ``transformer`` or
             ``transformer_2``; each has a handle of its own. The only one by default.
-        schedule: replaces the adapter's default; a method starts with full mode throughout.
+        schedule: replaces the adapter's default; a method starts with full mode throughout, and
+            so does a combination, unless a part of it has retrained the base's weights.
         merge: keep one more copy of the adapted weights per mode, so that coarse modes pay nothing
             for low-rank updates, and turn `Handle.plan_ahead` on. Both take memory for time, and
             are equal but for rounding.
@@ -60,37 +66,37 @@ def elastify(
 
     Raises:
         ValueError: unsupported class, adapter of another base, damaged adapter, mode that does not
-            fit, a component that is missing or not named. Nothing has been changed then.
+            fit, a component that is missing or not named, parts that cannot be combined. Nothing
+            has been changed then.
         FileNotFoundError: no such adapter.
     """
     model, pipe = _resolve(target, component)
     backbone = backbone_for(model)
-    loaded = adapter if isinstance(adapter, Adapter | Method) else load_adapter(adapter)
-    method = loaded if isinstance(loaded, Method) else loaded.method
-    backbone.adapts = method.adapts
-    backbone.check(model, set(method.modes))
-    _check_method(model, backbone, method)
-    if isinstance(loaded, Adapter):
+    sources = [adapter] if isinstance(adapter, Source) else adapter
+    parts = [x if isinstance(x, Adapter | Method) else load_adapter(x) for x in sources]
+    composition = Composition.of(parts)
+    method, adapters = composition.method, composition.adapters
+    for single in method.singles:
+        backbone.check(model, set(single.modes))
+        _check_method(model, backbone, single)
+    for loaded in adapters:
         check_base(loaded, backbone.identity(model))
-        schedule = schedule or loaded.schedule
-    schedule = schedule or method.default_schedule
-    _check_modes(schedule.modes, method, "schedule")
+    schedule = schedule or composition.schedule
+    _check_modes(model, backbone, method, schedule.modes, "schedule")
     previous: Engine | None = model.__dict__.get(ENGINE)
     if previous:
         previous.uninstall(model)
     else:
         check_forward(model)
     try:
-        engine = Engine.build(
-            model, backbone, method, loaded if isinstance(loaded, Adapter) else None
-        )
+        engine = Engine.build(model, backbone, method, adapters)
     except Exception:
         if previous:
             previous.install(model)
         raise
     engine.schedule, engine.router.merged = schedule, merge
     engine.plan_ahead = merge
-    engine.calibration = loaded.calibration if isinstance(loaded, Adapter) else None
+    engine.calibration = next((x.calibration for x in adapters if x.method == method), None)
     engine.install(model)
     if pipe is not None:
         engine.pipe = Weak(pipe)
@@ -109,6 +115,9 @@ class Handle:
             raise RuntimeError("this handle was removed or replaced; elastify again")
         return self._engine
 
+    def _check_modes(self, modes: set[Mode], who: str) -> None:
+        _check_modes(self.model, self.backbone, self.method, modes, who)
+
     @property
     def _pipe(self) -> Any:
         """The pipeline that the model is part of, if it was given with one."""
@@ -121,8 +130,8 @@ class Handle:
 
     @property
     def modes(self) -> tuple[Mode, ...]:
-        """Full mode and the method's coarse modes."""
-        return (FULL, *self._engine.method.modes)
+        """Full mode and the method's coarse modes, as far as they fit the model."""
+        return (FULL, *self._engine.modes)
 
     @property
     def backbone(self) -> Backbone:
@@ -142,7 +151,10 @@ class Handle:
             ValueError: a method without routed modes.
         """
         if self._engine.widths is None:
-            raise ValueError(f"method {self.method.name!r} has no routed modes; legal: dydit")
+            raise ValueError(
+                f"method {self.method.name!r} has no routed modes; legal: dydit, or a combination "
+                "with it"
+            )
         return self._engine.widths
 
     @property
@@ -152,7 +164,8 @@ class Handle:
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
-        _check_modes(schedule.modes, self._live().method, "schedule")
+        self._live()
+        self._check_modes(schedule.modes, "schedule")
         self._engine.schedule, self._engine.budget = schedule, None
         self._engine.controller = None
 
@@ -173,7 +186,7 @@ class Handle:
         """
         engine = self._live()
         if controller is not None:
-            _check_modes(controller.modes, engine.method, "controller")
+            self._check_modes(controller.modes, "controller")
         engine.controller, engine.budget = controller, None
 
     @property
@@ -206,7 +219,7 @@ class Handle:
                     f"budget = {asked} needs a calibration, and this adapter has none; legal: a "
                     "share of the FLOPs (handle.calibrate measures one)"
                 )
-            controller = WeakFirstBudget(share=asked.share, coarse=engine.method.modes)
+            controller = WeakFirstBudget(share=asked.share, coarse=engine.modes)
             schedule = controller.begin(Facts(levels=(), macs=macs))
             if len(schedule.modes) == 1:  # whatever the levels
                 controller = None
@@ -454,6 +467,7 @@ class Handle:
         engine = self._live()
         if not engine.method.has(mode):
             raise ValueError(f"mode {mode.name!r}; legal: {', '.join(m.name for m in self.modes)}")
+        self.backbone.check(self.model, {mode})
         engine.calls.clear()
         engine.router.run += 1
         previous, engine.forced = engine.forced, mode
@@ -524,7 +538,8 @@ def _resolve(target: Any, component: str | None) -> tuple[nn.Module, Any]:
 
 
 def _check_method(model: nn.Module, backbone: Backbone, method: Method) -> None:
-    if method.low_rank and not any(True for _ in backbone.low_rank_layers(model)):
+    layers = backbone.adapting(method.adapts).low_rank_layers(model)
+    if method.low_rank and not any(True for _ in layers):
         raise ValueError(
             f"method {method.name!r} adapts feed-forward layers, and those of "
             f"{backbone.model_class} are not linear; legal: a method that adapts attention too"
@@ -536,8 +551,12 @@ def _check_method(model: nn.Module, backbone: Backbone, method: Method) -> None:
         )
 
 
-def _check_modes(modes: set[Mode], method: Method, who: str) -> None:
+def _check_modes(
+    model: nn.Module, backbone: Backbone, method: Method, modes: set[Mode], who: str
+) -> None:
     unknown = sorted(mode.name for mode in modes if not method.has(mode))
     if unknown:
-        names = ", ".join(["full", *(m.name for m in method.modes)])
+        fitting = (mode.name for mode in method.modes if backbone.fits(model, mode))
+        names = ", ".join(["full", *fitting])
         raise ValueError(f"{who} asks for {', '.join(unknown)}; legal for this adapter: {names}")
+    backbone.check(model, modes)

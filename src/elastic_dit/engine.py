@@ -12,7 +12,7 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,7 +34,6 @@ from elastic_dit.graphs import Graphs
 from elastic_dit.groups import Group, grouped, run_groups
 from elastic_dit.guidance import Remembered, run_batch, run_guidance
 from elastic_dit.methods import Method
-from elastic_dit.methods.dydit import RoutedSizes
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.pipes import TRANSFORMERS, called_levels, is_guided
 from elastic_dit.prediction import parametrisation
@@ -111,6 +110,7 @@ class Engine:
         calibration: what each choice of modes loses at each noise level, if that was measured.
         plan_ahead: compute what noise level and labels alone decide for many steps at once.
         ahead: the tables of that, where such layers are known.
+        modes: coarse modes that fit the model.
         widths: what routed modes leave in at each noise level.
         kept: what they left in, when each of them last ran.
         compiled: the stock forward by mode, if ``model.compile`` was called.
@@ -155,6 +155,7 @@ class Engine:
     quantised: dict[str, Tensor] = field(default_factory=dict)
     ahead: Ahead | None = None
     plan_ahead: bool = False
+    modes: tuple[Mode, ...] = ()
     widths: Widths | None = None
     kept: dict[Mode, tuple[Kept, ...]] = field(default_factory=dict)
     compiled: Graphs | None = None
@@ -163,14 +164,17 @@ class Engine:
 
     @classmethod
     def build(
-        cls, model: nn.Module, backbone: Backbone, method: Method, adapter: Adapter | None
+        cls, model: nn.Module, backbone: Backbone, method: Method, adapters: Sequence[Adapter]
     ) -> Engine:
-        """New parameters for a stock model, from an adapter if there is one.
+        """New parameters for a stock model, from adapters as far as there are any.
 
         The model is only read.
 
+        Args:
+            adapters: one of the method, or of some of the parts of a combination.
+
         Raises:
-            ValueError: the adapter's tensors do not fit, the model already uses our attribute name,
+            ValueError: an adapter's tensors do not fit, the model already uses our attribute name,
                 or its weights are held in a way that new tensors cannot be made from.
         """
         if hasattr(model, SIZES):
@@ -191,32 +195,45 @@ class Engine:
         parents = {name.rpartition(".")[0] for name in pairs}
         adapted = [model.get_submodule(name) for name in sorted(parents)]
         engine = cls(router, method, type(model), pairs, dict(base), adapted)
-        if isinstance(sizes, RoutedSizes):
-            engine.widths = Widths(sizes, backbone, model)
+        engine.modes = tuple(mode for mode in method.modes if backbone.fits(model, mode))
+        if sizes.routed is not None:
+            engine.widths = Widths(sizes.routed, backbone, model)
         if backbone.labels:
             engine.ahead = Ahead(backbone, model, by_mode=method.conditions)
         for name in base:
             owner, _, leaf = name.rpartition(".")
             engine.owners[name] = (model.get_submodule(owner), leaf)
-        if adapter is None:
-            return engine
-        expected = engine.new_tensors()
+        for adapter in adapters:
+            engine._load(adapter)
+        return engine
+
+    def _load(self, adapter: Adapter) -> None:
+        """Take the weights of an adapter of the method, or of a part of it."""
+        expected = self.new_tensors(adapter.method)
+        base = self.base if adapter.method.trains_base else {}
         check_tensors(expected | {f"base.{k}": v for k, v in base.items()}, adapter.tensors)
         with torch.no_grad():
             for name, value in expected.items():
                 value.copy_(adapter.tensors[name])
-        engine.other_weights = {  # copies: a loaded tensor may be a view of its file
+        self.other_weights |= {  # copies: a loaded tensor may be a view of its file
             k: torch.empty_like(v).copy_(adapter.tensors[f"base.{k}"]) for k, v in base.items()
         }
-        return engine
 
-    def new_tensors(self) -> dict[str, Tensor]:
-        """The added parameters under the names of an adapter file."""
-        tensors = {f"{SIZES}.{k}": v for k, v in self.router.sizes.state_dict().items()}
+    def new_tensors(self, method: Method | None = None) -> dict[str, Tensor]:
+        """The added parameters under the names of an adapter file.
+
+        Args:
+            method: one part of a combination, under the names of an adapter of that part alone.
+        """
+        whole = method is None or method == self.method
+        sizes = self.router.sizes if whole else self.router.sizes.of(method)
+        tensors = {f"{SIZES}.{k}": v for k, v in sizes.state_dict().items()}
+        own = None if whole else {mode.name for mode in method.modes}
         for name, (_, A, B) in self.pairs.items():
             for mode in A:
-                tensors[f"{name}.coarse_A.{mode}"] = A[mode]
-                tensors[f"{name}.coarse_B.{mode}"] = B[mode]
+                if own is None or mode in own:
+                    tensors[f"{name}.coarse_A.{mode}"] = A[mode]
+                    tensors[f"{name}.coarse_B.{mode}"] = B[mode]
         return tensors
 
     def adapter(self, model: nn.Module, **notes: Any) -> Adapter:
@@ -581,6 +598,12 @@ class Engine:
                 "a call inside a larger graph has one mode at all noise levels; legal: a schedule "
                 "of one mode, handle.using(mode), or to compile the model itself"
             )
+        if mode.is_routed:
+            raise RuntimeError(
+                f"mode {mode.name!r} cuts its layers for the noise level of a call, which is not "
+                "read inside a larger graph; legal there: modes of full width, or to compile the "
+                "model itself"
+            )
         router.mode, router.merging, router.text = mode, False, None
         if router.sizes.routes(mode) or mode.is_sparse:
             router.grid = router.backbone.grid(model, call)
@@ -606,7 +629,7 @@ class Engine:
             apart = 0
             for layer in self._adapted_layers():
                 assert isinstance(layer, LowRankSeam)
-                apart += not layer.merge(mode, router.run, router.device)
+                apart += not layer.coarse_merge(mode, router.run, router.device)
             if apart and not self.warned_apart:
                 warnings.warn(
                     f"merge = True, but {apart} of {len(self.pairs)} layers keep their low-rank "
@@ -675,10 +698,7 @@ class Engine:
 
     def _spent(self, shape: TransformerShape, mode: Mode, level: float | None) -> float:
         """Multiply-adds of a picture in a mode that has just run."""
-        spent = shape.macs(mode, level)
-        if mode.is_routed and mode in self.kept:
-            spent += shape.left_out(mode, level) - shape.left_out(mode, kept=self.kept[mode])
-        return spent
+        return shape.macs(mode, level, self.kept.get(mode))
 
     def _level(self, model: nn.Module, call: Call) -> float:
         """Noise level of a call, as exact as the scheduler of the pipeline knows it.
@@ -737,13 +757,18 @@ class Engine:
             raise ValueError(f"grid = {key[0]}; legal: (frames, height, width), each >= 1")
         if key not in self.shapes:
             own = self._with_own_blocks(model)
-            self.shapes[key] = self.method.priced(backbone.shape(own, *key), own, backbone)
-        rank = 0 if self.router.merged else self.method.low_rank
-        shape = replace(self.shapes[key], low_rank=rank, skips=self.method.skips)
+            shape = self.method.priced(backbone.shape(own, *key), own, backbone)
+            if self.widths is not None:
+                shape = replace(shape, routable=self.widths.routable)
+            updates = self.method.updates(shape, own, backbone, key)
+            self.shapes[key] = replace(shape, updates=updates, skips=self.method.skips)
+        shape = self.shapes[key]
+        if self.router.merged:
+            shape = replace(shape, updates=())
         if self.widths is None:
             return shape
         kept = functools.partial(self.widths.kept, model)
-        return replace(shape, routable=self.widths.routable, kept=kept)
+        return replace(shape, kept=kept)
 
     def _with_own_blocks(self, model: nn.Module) -> nn.Module:
         """A view of the model to count in: cache-dit puts other blocks there while a call runs."""
@@ -775,12 +800,12 @@ class Engine:
             for layer in layers:
                 layer.__dict__[SOURCE] = embedder
                 self._swap(layer, EmbeddedSeam)
-        for module, mixin, place in self.widths.seams(model) if self.widths else ():
-            module.__dict__[PLACE] = place
-            self._swap(module, mixin)
         for layer, A, B in self.pairs.values():
             layer.coarse_A, layer.coarse_B = A, B
             self._swap(layer, LowRankSeam)
+        for module, mixin, place in self.widths.seams(model) if self.widths else ():
+            module.__dict__[PLACE] = place  # in front of low-rank updates, which narrow too
+            self._swap(module, mixin)
         model.__class__ = elastic_class(self.stock, backbone.rewired, self.method)
         model.__dict__[ENGINE] = self
         self.lists = {k: m for k, m in model.named_children() if isinstance(m, nn.ModuleList)}
@@ -867,17 +892,14 @@ def is_new(key: str) -> bool:
 def _low_rank_pairs(model: nn.Module, backbone: Backbone, method: Method) -> dict[str, LowRankPair]:
     """New low-rank pairs by layer name; the second factor starts as zero."""
     pairs: dict[str, LowRankPair] = {}
-    if method.low_rank:
-        for name, layer in backbone.low_rank_layers(model):
-            A, B = NewParameters(), NewParameters()
+    for single in method.singles:
+        rank, layers = single.low_rank, backbone.adapting(single.adapts).low_rank_layers(model)
+        for name, layer in layers if rank else ():
+            _, A, B = pairs.setdefault(name, (layer, NewParameters(), NewParameters()))
             like: dict[str, Any] = {"device": layer.weight.device, "dtype": compute_dtype(layer)}
-            for mode in method.modes:
+            for mode in single.modes:
                 A[mode.name] = nn.Parameter(
-                    torch.randn(method.low_rank, layer.in_features).to(**like)
-                    / layer.in_features**0.5
+                    torch.randn(rank, layer.in_features).to(**like) / layer.in_features**0.5
                 )
-                B[mode.name] = nn.Parameter(
-                    torch.zeros(layer.out_features, method.low_rank).to(**like)
-                )
-            pairs[name] = (layer, A, B)
+                B[mode.name] = nn.Parameter(torch.zeros(layer.out_features, rank).to(**like))
     return pairs

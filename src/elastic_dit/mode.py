@@ -37,6 +37,8 @@ class Mode:
     name: str = field(init=False, compare=False)
     """``full``, ``patch2``, ``patch2x1x1``, ``grid8``, ``grid8x6``, ``patch2_width50_keep80``; the
     inverse of `parse`, and a legal module key."""
+    parts: tuple[str, ...] = field(init=False, compare=False, repr=False)
+    """Names of what it is made of: ``patch2``, ``grid8``, ``width50_keep80``; none in full mode."""
 
     def __init__(
         self,
@@ -74,15 +76,16 @@ class Mode:
         if grid is not None:
             parts.append(f"grid{grid[0]}" if grid[0] == grid[1] else f"grid{grid[0]}x{grid[1]}")
         if width != 1:
-            parts.append(f"width{round(100 * width)}")
+            kept = "" if token_keep is None else f"_keep{round(100 * token_keep)}"
+            parts.append(f"width{round(100 * width)}{kept}")
         if token_keep is not None:
-            parts.append(f"keep{round(100 * token_keep)}")
             token_keep = round(100 * token_keep) / 100
         object.__setattr__(self, "patch_scale", (t, h, w))
         object.__setattr__(self, "width", round(100 * width) / 100)
         object.__setattr__(self, "token_keep", token_keep)
         object.__setattr__(self, "token_grid", grid)
         object.__setattr__(self, "name", "_".join(parts) or "full")
+        object.__setattr__(self, "parts", tuple(parts))
 
     @property
     def is_full(self) -> bool:
@@ -110,9 +113,14 @@ class Mode:
         return Mode(self.patch_scale)
 
     @property
-    def routers(self) -> Mode:
-        """The mode whose routers it uses: those of its width, whatever the tokens that are kept."""
-        return Mode(self.patch_scale, width=self.width)
+    def grid(self) -> Mode:
+        """The mode of its sparse tokens, with the base's patches and at full width."""
+        return Mode(token_grid=self.token_grid)
+
+    @property
+    def routing(self) -> Mode:
+        """The mode of its width and kept tokens, with the base's patches on one grid."""
+        return Mode(width=self.width, token_keep=self.token_keep)
 
     def is_coarser_than(self, other: Mode) -> bool:
         """Whether it does at most as much along every axis, and less along one."""

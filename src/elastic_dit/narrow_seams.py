@@ -1,6 +1,9 @@
 """What the routed submodules do: linear layers without the closed heads and channels, attention of
 fewer heads, feed-forward of fewer tokens.
 
+They are mixed in front of `elastic_dit.seams.LowRankSeam`, where a layer has both: updates narrow
+with their layer, and tokens that skip the one skip the other.
+
 A stock block calls them as always. Attention processors and activations work on whatever width they
 are given, so that slicing the layers before and after them is enough.
 """
@@ -18,6 +21,8 @@ from torch import Tensor, nn
 from elastic_dit.narrowing import Narrow, Open, per_row
 from elastic_dit.ops.gates import open_tokens
 from elastic_dit.routing import PLACE, ROUTER, SLICES, Place, Router, versions
+from elastic_dit.seams import LowRankSeam
+from elastic_dit.streams import own_tokens
 
 
 def _narrow(module: nn.Module) -> Narrow | None:
@@ -46,7 +51,7 @@ class RowsSeam(nn.Module):
             return super().forward(x)  # pyrefly: ignore[missing-attribute]
         if part.gates is not None:
             return super().forward(x) + _update(self, narrow, x)  # pyrefly: ignore[missing-attribute]
-        return F.linear(x, *_sliced(self, narrow, part, dim=0))
+        return _through_slices(self, x, narrow, part, dim=0)
 
 
 class ColumnsSeam(nn.Module):
@@ -65,27 +70,51 @@ class ColumnsSeam(nn.Module):
             return y if narrow.mix is None else y + _update(self, narrow, x)
         if narrow.mix is None and part.features is None:
             return super().forward(x)  # pyrefly: ignore[missing-attribute]
-        return F.linear(x, *_sliced(self, narrow, part, dim=1))
+        return _through_slices(self, x, narrow, part, dim=1)
 
 
-def _sliced(module: Any, narrow: Narrow, part: Open, *, dim: int) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias without the closed features; kept for the next call with the same ones."""
+def _through_slices(module: Any, x: Tensor, narrow: Narrow, part: Open, *, dim: int) -> Tensor:
+    """A layer without the closed features, with the low-rank updates of the present mode."""
+    mode = module.__dict__[ROUTER].mode
+    updated = isinstance(module, LowRankSeam) and bool(module.coarse_parts(mode))
+    merged = module.coarse_merged(mode) if updated else None
+    y = F.linear(x, *_sliced(module, merged, narrow, part, dim=dim))
+    if not updated or merged is not None:
+        return y
+    if part.features is None:
+        return y + module.coarse_update(x, mode)
+    if dim == 1:
+        return y + module.coarse_update(x, mode, columns=part.features)
+    return y + module.coarse_update(x, mode, rows=_rows(module, part.features))
+
+
+def _sliced(
+    module: Any, merged: tuple[object, Tensor] | None, narrow: Narrow, part: Open, *, dim: int
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias without the closed features; kept for the next call with the same ones.
+
+    Args:
+        merged: the weight with low-rank updates in it, behind its version, instead of its own.
+    """
+    weight = module.weight if merged is None else merged[1]
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return _cut(module, narrow, part, dim=dim)
+        return _cut(module, weight, narrow, part, dim=dim)
     used = (module.weight, module.bias, *(() if narrow.mix is None else _experts(module)))
-    version = versions(*(x for x in used if x is not None))
+    version = merged and merged[0], versions(*(x for x in used if x is not None))
     slices: list[tuple[Any, ...]] = module.__dict__.setdefault(SLICES, [])
     for known in slices:
         if known[0] is part.features and known[1] is narrow.mix and known[2] == version:
             return known[3]
-    made = _cut(module, narrow, part, dim=dim)
+    made = _cut(module, weight, narrow, part, dim=dim)
     slices.append((part.features, narrow.mix, version, made))
     del slices[: max(0, len(slices) - narrow.slices)]
     return made
 
 
-def _cut(module: Any, narrow: Narrow, part: Open, *, dim: int) -> tuple[Tensor, Tensor | None]:
-    weight, bias, index = module.weight, module.bias, part.features
+def _cut(
+    module: Any, weight: Tensor, narrow: Narrow, part: Open, *, dim: int
+) -> tuple[Tensor, Tensor | None]:
+    bias, index = module.bias, part.features
     if narrow.mix is not None:
         A, B = _experts(module)
         mixed = torch.einsum("e,eor->or", narrow.mix[0].to(B.dtype), B)
@@ -94,14 +123,20 @@ def _cut(module: Any, narrow: Narrow, part: Open, *, dim: int) -> tuple[Tensor, 
         return weight, bias
     if dim == 1:
         return weight[:, index], bias
-    features = module.__dict__[PLACE].features
-    if features < len(weight):  # a second half that gates the first
-        index = torch.cat([index, index + features])
+    index = _rows(module, index)
     return weight[index], bias if bias is None else bias[index]
 
 
+def _rows(module: Any, features: Tensor) -> Tensor:
+    """Rows of the weight of some features."""
+    half = module.__dict__[PLACE].features
+    if half < module.out_features:  # a second half gates the first
+        return torch.cat([features, features + half])
+    return features
+
+
 def _experts(module: Any) -> tuple[Tensor, Tensor]:
-    sizes: Any = module.__dict__[ROUTER].sizes
+    sizes = module.__dict__[ROUTER].sizes.routed
     return sizes.experts(module.__dict__[PLACE].name)
 
 
@@ -157,6 +192,7 @@ class ResidualSeam(nn.Module):
         narrow, place = _narrow(self), self.__dict__[PLACE]
         if narrow is not None and narrow.token_logits is not None:
             picture = x[:, narrow.text :] if place.role == "both" else x
+            picture = own_tokens(self, picture)
             narrow.logits[place.block] = narrow.token_logits(place.block, picture)
         return super().forward(x, *args, **kwargs)  # pyrefly: ignore[missing-attribute]
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from elastic_dit.backbones.call import cut
 from elastic_dit.mode import FULL, Mode
+from elastic_dit.pickling import MADE_OF
 from elastic_dit.routing import MERGED, PARTS, ROUTER, TEXT, Part, Router, TextKey, versions
 from elastic_dit.storage import check_latent, is_summable
 
@@ -236,8 +237,9 @@ class ConditioningSeam(nn.Module):
 class LowRankSeam(nn.Module):
     """Mixed into a `torch.nn.Linear`: adds ``B A x`` of a coarse mode, nothing in full mode.
 
-    The pairs are ``coarse_A[mode]`` of shape ``(rank, in)`` and ``coarse_B[mode]`` of shape ``(out,
-    rank)``.
+    The pairs are ``coarse_A[part]`` of shape ``(rank, in)`` and ``coarse_B[part]`` of shape ``(out,
+    rank)``, by what modes are made of: ``patch2_grid4`` has those of ``patch2`` and of ``grid4``.
+    The layer may be one of PEFT, which has a ``merge`` and a ``merged`` of its own.
     """
 
     weight: Tensor
@@ -257,35 +259,56 @@ class LowRankSeam(nn.Module):
         return self._spread(router, x, modes, [part.length for part in layout], dim=0)
 
     def _at(self, router: Router, x: Tensor, mode: Mode) -> Tensor:
-        if mode is FULL or mode.name not in self.coarse_A:  # the first is quicker to see
+        merged = None if mode is FULL else self.coarse_merged(mode)
+        if merged is not None:
+            return F.linear(x, merged[1], self.bias)
+        if mode is FULL or not self.coarse_parts(mode):
             return super().forward(x)  # pyrefly: ignore[missing-attribute]
-        if self._has_merged(router, mode):
-            return F.linear(x, self.__dict__[MERGED][mode.name][1], self.bias)
-        return super().forward(x) + self._update(x, mode)  # pyrefly: ignore[missing-attribute]
+        return super().forward(x) + self.coarse_update(x, mode)  # pyrefly: ignore[missing-attribute]
 
     def _spread(
         self, router: Router, x: Tensor, modes: list[Mode], sizes: list[int], dim: int
     ) -> Tensor:
         pieces = x.split(sizes, dim=dim)
-        if any(self._has_merged(router, mode) for mode in modes):
+        if any(self.coarse_merged(mode) is not None for mode in modes):
             return torch.cat(
                 [self._at(router, p, m) for p, m in zip(pieces, modes, strict=True)], dim=dim
             )
         base = super().forward(x)  # pyrefly: ignore[missing-attribute]
         updated = [
-            y + self._update(p, m) if m.name in self.coarse_A else y
+            y + self.coarse_update(p, m) if self.coarse_parts(m) else y
             for p, m, y in zip(pieces, modes, base.split(sizes, dim=dim), strict=True)
         ]
         return torch.cat(updated, dim=dim)
 
-    def _has_merged(self, router: Router, mode: Mode) -> bool:
-        return router.merging and mode.name in self.__dict__.get(MERGED, ())
+    def coarse_parts(self, mode: Mode) -> list[str]:
+        """Keys of a mode's pairs."""
+        held = self.coarse_A._parameters  # torch's own look-up takes longer than all the rest
+        return [part for part in mode.parts if part in held]
 
-    def _update(self, x: Tensor, mode: Mode) -> Tensor:
-        return F.linear(F.linear(x, self.coarse_A[mode.name]), self.coarse_B[mode.name])
+    def coarse_merged(self, mode: Mode) -> tuple[object, Tensor] | None:
+        """The weight with a mode's updates added in, where that is in use, behind its version."""
+        if not self.__dict__[ROUTER].merging:
+            return None
+        return self.__dict__.get(MERGED, {}).get(mode.name)
 
-    def merge(self, mode: Mode, run: int, device: torch.device) -> bool:
-        """Make or renew the weight with a mode's update added in, where that is allowed.
+    def coarse_update(
+        self, x: Tensor, mode: Mode, rows: Tensor | None = None, columns: Tensor | None = None
+    ) -> Tensor:
+        """What a mode's updates add, ``(..., in) -> (..., out)``.
+
+        Args:
+            rows, columns: of the weight, where others are left out.
+        """
+        pairs = [(self.coarse_A[part], self.coarse_B[part]) for part in self.coarse_parts(mode)]
+        if columns is not None:
+            pairs = [(A[:, columns], B) for A, B in pairs]
+        if rows is not None:
+            pairs = [(A, B[rows]) for A, B in pairs]
+        return functools.reduce(torch.add, [F.linear(F.linear(x, A), B) for A, B in pairs])
+
+    def coarse_merge(self, mode: Mode, run: int, device: torch.device) -> bool:
+        """Make or renew the weight with a mode's updates added in, where that is allowed.
 
         It is called outside any compiled region. Another class than `torch.nn.Linear` computes more
         than its weight says, a quantised weight holds no numbers to add to, and an offloaded one is
@@ -294,22 +317,32 @@ class LowRankSeam(nn.Module):
         Returns:
             Whether the layer has no update that it keeps apart.
         """
-        A, B = (pair._parameters.get(mode.name) for pair in (self.coarse_A, self.coarse_B))
-        if A is None or B is None:
-            self.__dict__.pop(MERGED, None)
+        parts = self.coarse_parts(mode)
+        if not parts:
             return True
-        # A change of any of the three makes the copy stale. PEFT fuses a LoRA without a trace in
-        # the version, so that a copy is good for one run only.
-        version = run, versions(self.weight, A, B)
-        cache = self.__dict__.setdefault(MERGED, {})
+        held: Any = self.coarse_A._parameters, self.coarse_B._parameters
+        pairs = [(held[0][part], held[1][part]) for part in parts]
+        # A change of any of these makes the copy stale. PEFT fuses a LoRA without a trace in the
+        # version, so that a copy is good for one run only.
+        version = run, versions(self.weight, *[x for pair in pairs for x in pair])
+        cache, key = self.__dict__.setdefault(MERGED, {}), _key(parts)
         if cache.get(mode.name, (None,))[0] == version:  # the usual answer, hence the first
             return True
-        linear = type(self).__bases__[1] is nn.Linear
+        linear = getattr(type(self), MADE_OF)[0] is nn.Linear
         if not linear or not is_summable(self.weight) or self.weight.device != device:
             self.__dict__.pop(MERGED, None)
             return False
-        cache[mode.name] = (version, torch.addmm(self.weight, B, A).detach())
+        if cache.get(key, (None,))[0] != version:
+            weight = self.weight
+            for A, B in pairs:
+                weight = torch.addmm(weight, B, A)
+            cache[key] = (version, weight.detach())
+        cache[mode.name] = cache[key]  # one copy for all widths
         return True
+
+
+def _key(parts: list[str]) -> str:
+    return "_".join(parts)
 
 
 class FusedSeam(LowRankSeam):
@@ -320,10 +353,15 @@ class FusedSeam(LowRankSeam):
         """Of one of the layers it was made of: they have the same modes."""
         return next(part.coarse_A for part in self._parts() if isinstance(part, LowRankSeam))
 
-    def _update(self, x: Tensor, mode: Mode) -> Tensor:
+    def coarse_update(
+        self, x: Tensor, mode: Mode, rows: Tensor | None = None, columns: Tensor | None = None
+    ) -> Tensor:
+        """What the updates of all its layers add, side by side."""
+        assert rows is None, "fused projections are refused in routed modes"
+        assert columns is None, "fused projections are refused in routed modes"
         return torch.cat(
             [
-                part._update(x, mode)
+                part.coarse_update(x, mode)
                 if isinstance(part, LowRankSeam)
                 else x.new_zeros(*x.shape[:-1], part.out_features)
                 for part in self._parts()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 Grid = tuple[int, int, int]
 
@@ -22,9 +23,36 @@ ROLES = ("pool", "generate", "gather", "sparse", "recover", "dense")
 """
 
 
+class Seen(NamedTuple):
+    """Tokens of one picture in a block: that ask, that are asked and that it returns."""
+
+    queries: int
+    keys: int
+    stream: int
+    frames: int
+
+    @classmethod
+    def on(cls, grid: Grid) -> Seen:
+        """All those of one grid."""
+        n = math.prod(grid)
+        return cls(n, n, n, grid[0])
+
+    def pairs(self, kind: str, text: int) -> int:
+        """Which see each other in an attention of a kind (see `elastic_dit.cost.Attention`)."""
+        return {
+            "self": self.queries * self.keys,
+            "joint": (self.queries + text) * (self.keys + text),
+            "cross": self.stream * text,
+            "spatial": self.queries * self.keys // self.frames,
+            "temporal": self.queries * self.frames,
+        }[kind]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Linears:
-    """Multiply-adds per token in the linear layers of a block, by the tokens that go through.
+    """Linear layers of a block by the tokens that go through, in what one token takes there.
+
+    That is multiply-adds, or inputs plus outputs of those layers that carry low-rank updates.
 
     Args:
         query: makes queries, and takes what attention returns.
@@ -36,6 +64,10 @@ class Linears:
     key: int
     rest: int
 
+    def of(self, seen: Seen) -> int:
+        """What all tokens take."""
+        return seen.queries * self.query + seen.keys * self.key + seen.stream * self.rest
+
 
 @dataclass(frozen=True, kw_only=True)
 class SparseBlock:
@@ -46,7 +78,6 @@ class SparseBlock:
         attention: kind of each attention that picture tokens go through (see
             `elastic_dit.cost.Attention`), and its heads times head width.
         linear: of its linear layers.
-        adapted: inputs plus outputs of those that carry low-rank updates.
         cross: heads times head width of its attention to the text.
         merge: multiply-adds of one token in one of a recover block's two merging layers.
     """
@@ -54,50 +85,38 @@ class SparseBlock:
     role: str
     attention: tuple[tuple[str, int], ...]
     linear: Linears
-    adapted: Linears = Linears(query=0, key=0, rest=0)
     cross: int = 0
     merge: int = 0
 
     def macs(self, dense: Grid, sparse: Grid, text: int, *, published: bool = False) -> int:
         """Everything, for one picture, but what the text's own tokens multiply."""
-        frames = dense[0]
-        queries, keys, stream = self._tokens(dense, sparse)
+        seen = self.seen(dense, sparse)
         n, m = math.prod(dense), math.prod(sparse)
-        pairs = {
-            "self": queries * keys,
-            "joint": (queries + text) * (keys + text),
-            "spatial": queries * keys // frames,
-            "temporal": queries * frames,
-        }
-        attention = 2 * self.cross * stream * text
+        attention = 2 * self.cross * seen.pairs("cross", text)
         if self.role == "pool" and published:
             half = (self.linear.query + self.linear.key) // 2  # neither queries nor keys
-            constant = sum(width for _, width in self.attention) * n * self._apart(n, frames)
+            constant = sum(width for _, width in self.attention) * n * self._apart(n, dense[0])
             return attention + constant + n * (half + self.linear.rest)
-        attention += sum(2 * width * pairs[kind] for kind, width in self.attention)
+        attention += sum(2 * width * seen.pairs(kind, text) for kind, width in self.attention)
         merge = ((n if published else m) + n) * self.merge if self.role == "recover" else 0
-        return attention + merge + _through(self.linear, queries, keys, stream)
-
-    def adapted_units(self, dense: Grid, sparse: Grid) -> int:
-        """Inputs plus outputs of adapted layers, each times the tokens that go through it."""
-        return _through(self.adapted, *self._tokens(dense, sparse))
+        return attention + merge + self.linear.of(seen)
 
     def _apart(self, n: int, frames: int) -> int:
         """Tokens that attend to each other."""
         return n // frames if self.attention[0][0] == "spatial" else n
 
-    def _tokens(self, dense: Grid, sparse: Grid) -> tuple[int, int, int]:
-        """Queries, keys and tokens of the stream."""
-        n, m = math.prod(dense), math.prod(sparse)
+    def seen(self, dense: Grid, sparse: Grid) -> Seen:
+        """Its tokens."""
+        n, m, frames = math.prod(dense), math.prod(sparse), dense[0]
         if self.role == "pool":
-            means = n // self._apart(n, dense[0])
-            return means, means, n
+            means = n // self._apart(n, frames)
+            return Seen(means, means, n, frames)
         return {
-            "generate": (m, n, m),
-            "gather": (m, n, m),
-            "sparse": (m, m, m),
-            "recover": (n, m, n),
-            "dense": (n, n, n),
+            "generate": Seen(m, n, m, frames),
+            "gather": Seen(m, n, m, frames),
+            "sparse": Seen(m, m, m, frames),
+            "recover": Seen(n, m, n, frames),
+            "dense": Seen(n, n, n, frames),
         }[self.role]
 
 
@@ -116,23 +135,11 @@ class SparseCost:
         """Multiply-adds that a sparse mode saves for one picture."""
         sparse = (dense[0], *token_grid)
         return sum(
-            _dense(block).macs(dense, dense, text)
+            replace(block, role="dense").macs(dense, dense, text)
             - block.macs(dense, sparse, text, published=self.published)
             for block in self.blocks
         )
 
-    def adapted_left_out(self, dense: Grid, token_grid: tuple[int, int]) -> int:
-        """Inputs plus outputs of adapted layers that it saves, each times its tokens."""
-        sparse = (dense[0], *token_grid)
-        return sum(
-            _dense(block).adapted_units(dense, dense) - block.adapted_units(dense, sparse)
-            for block in self.blocks
-        )
-
-
-def _dense(block: SparseBlock) -> SparseBlock:
-    return replace(block, role="dense")
-
-
-def _through(linear: Linears, queries: int, keys: int, stream: int) -> int:
-    return queries * linear.query + keys * linear.key + stream * linear.rest
+    def seen(self, dense: Grid, token_grid: tuple[int, int]) -> list[Seen]:
+        """Tokens of each block."""
+        return [block.seen(dense, (dense[0], *token_grid)) for block in self.blocks]

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from elastic_dit.backbones.routed import has_fused
 from elastic_dit.ops.pooling import Sides, pool_phases, rotate_pairs
 from elastic_dit.routing import MERGE, ROLE, ROUTER, Router
 
@@ -120,6 +121,14 @@ def attach(
                 behind(getattr(attention, "norm_added_q", None), role, _behind_text)
                 behind(getattr(attention, "norm_added_k", None), role, _behind_text)
     return put
+
+
+def own_tokens(norm: nn.Module, both: Tensor) -> Tensor:
+    """The picture tokens of a block, of those that a norm of it is given in a sparse mode."""
+    if ROLE not in norm.__dict__:  # not the norm that attention is given
+        return both
+    streams, role = _present(norm)
+    return both if streams is None or role not in TWO_GRIDS else both[:, : streams.own]
 
 
 def _at_block(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Given | None:
@@ -264,7 +273,7 @@ def _present(module: nn.Module) -> tuple[Streams | None, str]:
 
 
 def _check_separate(attention: Any, streamed: Streamed) -> None:
-    if getattr(attention, "fused_projections", False):
+    if has_fused(attention):
         raise RuntimeError(
             "queries and keys of different tokens cannot come from one fused projection; legal in "
             "sparse modes: model.unfuse_qkv_projections()"

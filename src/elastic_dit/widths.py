@@ -33,6 +33,7 @@ from elastic_dit.narrow_seams import (
 from elastic_dit.narrowing import Narrow
 from elastic_dit.ops.patching import coarse_grid
 from elastic_dit.routing import ROUTER, Place
+from elastic_dit.sparse_cost import Seen
 from elastic_dit.storage import is_ordinary
 
 EVEN = tuple((i + 0.5) / 20 for i in range(20))
@@ -118,7 +119,7 @@ class Widths:
         if low != high:
             raise ValueError(
                 f"noise levels of a batch go from {low} to {high}, and mode {mode.name!r} cuts its "
-                "layers for one; legal: one noise level, or handle.sizes.gated = True"
+                "layers for one; legal: one noise level, or handle.widths.sizes.gated = True"
             )
         self._check_layers(model)
         self.last = self.narrow(model, mode, level)
@@ -158,9 +159,10 @@ class Widths:
 
     def at(self, model: nn.Module, mode: Mode, level: float) -> Opened:
         """What a mode opens at a noise level."""
-        key = (mode.routers, level)
+        mode = self.sizes.method.routing(mode)
+        key = (mode, level)
         if key not in self.opened:
-            self._dial(model, mode.routers)
+            self._dial(model, mode)
             levels = self.levels if level in self.levels else (level,)
             times = torch.tensor([self.backbone.time_of(each) for each in levels])
             with torch.no_grad():
@@ -172,7 +174,7 @@ class Widths:
             if self.buckets and len(levels) > 1:
                 opened = united(opened, self.buckets)
             for index, each in enumerate(levels):
-                self.opened[mode.routers, each] = opened[index]
+                self.opened[mode, each] = opened[index]
                 self.mixes[each] = None if mixes is None else mixes[index : index + 1]
         return self.opened[key]
 
@@ -215,9 +217,9 @@ class Widths:
     def works(self, model: nn.Module, mode: Mode) -> list[tuple[float, float]]:
         """What narrows with the heads of each block, and what with its channels and tokens."""
         grid, text = self.backbone.default_size(model)
-        grid, nothing = coarse_grid(grid, mode.patch_scale), (Kept(1, 0, 0), Kept(0, 1, 1))
+        seen, nothing = Seen.on(coarse_grid(grid, mode.patch_scale)), (Kept(1, 0, 0), Kept(0, 1, 1))
         return [
-            (block.macs(grid, text, nothing[0]), block.macs(grid, text, nothing[1]))
+            (block.macs(seen, text, nothing[0]), block.macs(seen, text, nothing[1]))
             for block in self.routable
         ]
 

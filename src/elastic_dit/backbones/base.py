@@ -7,6 +7,7 @@ methods have defaults that fit most classes. One file each.
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from abc import ABC, abstractmethod
@@ -38,6 +39,9 @@ BlockHook = Callable[[nn.Module, tuple, dict[str, Any]], tuple[tuple, dict[str, 
 
 Rewired = Callable[..., Any]
 """``method(model, router, stock, *args)`` in place of ``stock(*args)``, a method of the model."""
+
+WIDEST_TURN = 3
+"""Base patches along which the fastest rotary phases, of 1 per patch, turn by less than pi."""
 
 COMMON_FACTS = (
     "num_layers",
@@ -72,7 +76,7 @@ class Backbone(Times, ABC):
             calls the model once per branch.
         contexts: the guidance branch's names in ``cache_context``, if it is called by itself.
         low_rank: layers of self-attention and feed-forward by block list.
-        adapts: which of them the method in use adapts: a regular expression that their names match.
+        adapts: which of them a method adapts: a regular expression that their names match.
         prompt_only: layers that see nothing but the prompt, by block list.
         reads_blocks: the stock forward looks into its blocks or counts them, beside calling them.
         residuals: arguments that hold something per base token (ControlNet's residuals), which
@@ -253,6 +257,12 @@ class Backbone(Times, ABC):
         layers = named(model, self.low_rank)
         return ((name, layer) for name, layer in layers if re.search(self.adapts, name))
 
+    def adapting(self, pattern: str) -> Backbone:
+        """The same knowledge for a method that adapts the layers whose names match."""
+        view = copy.copy(self)
+        view.adapts = pattern
+        return view
+
     def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
         """Modules whose output is the conditioning vector ``(B, D)``, which drives modulation."""
         return iter(())
@@ -348,6 +358,21 @@ class Backbone(Times, ABC):
                     f"mode {mode.name!r} joins frames; {self.model_class} has tokens of one frame "
                     "each; legal: patchK, patch1xHxW"
                 )
+            turns = self.streamed is not None and self.streamed.phases is not None
+            if mode.is_sparse and turns and max(mode.patch_scale[1:]) > WIDEST_TURN:
+                raise ValueError(
+                    f"mode {mode.name!r} needs rotary phases between tokens that turn by more than "
+                    f"half a circle against each other in {self.model_class}; legal: sparse grids "
+                    f"of tokens of at most {WIDEST_TURN} base patches along height and width"
+                )
+
+    def fits(self, model: Model, mode: Mode) -> bool:
+        """Whether this model can run a mode."""
+        try:
+            self.check(model, {mode})
+        except ValueError:
+            return False
+        return True
 
     def check_call(self, call: Call, mode: Mode) -> None:
         """Refuse arguments that only fit base tokens.

@@ -39,6 +39,9 @@ class ChromaBackbone(FluxBackbone):
         "approximator_layers",
     )
 
+    routed = ()  # the time's embedding is not by itself
+    streamed = None  # a mask covers all tokens
+
     def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
         return iter(())  # a small network makes each block's modulation from the time alone
 

@@ -33,6 +33,9 @@ class Flux2Backbone(FluxBackbone):
         ("single_transformer_blocks", ("attn.to_qkv_mlp_proj", "attn.to_out")),
     )
 
+    routed = ()  # its layers have other names, and those of queries and keys are one
+    streamed = None
+
     def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
         yield model.time_guidance_embed
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from elastic_dit.cost import TransformerShape
+from elastic_dit.cost import Kept, TransformerShape
 from elastic_dit.mode import Mode
 
 
@@ -55,8 +56,12 @@ class FilledShape(TransformerShape):
         attention = sum(layer.macs(1, tokens, text) for layer in self.attention)
         return attention + tokens * self.token_macs + text * self.text_macs
 
-    def macs(self, mode: Mode, level: float | None = None) -> float:
+    def macs(
+        self, mode: Mode, level: float | None = None, kept: Sequence[Kept] | None = None
+    ) -> float:
         if mode.has_base_patch:  # the last layer projects the text as well
-            return super().macs(mode, level) + self.text_tokens * self.patch_out * self.width
+            return super().macs(mode, level, kept) + self.text_tokens * self.patch_out * self.width
         filler = (self.tokens(mode) - super().tokens(mode)) * math.prod(mode.patch_scale)
-        return super().macs(mode, level) - filler * (self.patch_in + self.patch_out) * self.width
+        return (
+            super().macs(mode, level, kept) - filler * (self.patch_in + self.patch_out) * self.width
+        )

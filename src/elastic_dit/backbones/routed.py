@@ -8,7 +8,7 @@ into the feed-forward and columns on the way out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from elastic_dit.cost import Attention as AttentionCost
-from elastic_dit.cost import Routable
+from elastic_dit.cost import Routable, RoutedLinears
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,19 +148,50 @@ class RoutedBlock:
 
     def routable(self, tokens_skip: bool) -> Routable:
         """Its multiply-adds per token, for the cost model."""
-        into = sum(x.in_features * x.out_features for x in (*self.inputs, *self.outputs))
-        text = sum(x.in_features * x.out_features for x in (*self.text_inputs, *self.text_outputs))
+        query, *keys = self.inputs
+        exit = self.narrow.out_features * self.width if self.shared else 0
         narrow = self.narrow.out_features * self.channels
-        wide = self.widen.in_features * self.widen.out_features + narrow
-        both = self.shared  # text tokens are in the same sequence
-        into += self.narrow.out_features * self.width if both else 0
+        channel = self.widen.in_features * self.widen.out_features + narrow
+        text = _macs((*self.text_inputs, *self.text_outputs))
         return Routable(
             attention=AttentionCost(1, self.width, self.kind),
-            head_macs=into,
-            head_text_macs=into if both else text,
-            channel_macs=wide,
-            channel_text_macs=wide if both else 0,
-            exit_macs=self.narrow.out_features * self.width if both else 0,
+            linear=RoutedLinears(
+                query=_macs((query, *self.outputs)),
+                key=_macs(keys),
+                exit=exit,
+                channel=channel,
+                # Where layers are shared, text tokens are in the same sequence.
+                head_text=_macs(self.inputs) + exit if self.shared else text,
+                channel_text=channel if self.shared else 0,
+            ),
             skips_tokens=tokens_skip and self.residual is not None,
             width=self.width,
         )
+
+    def adapted(self, layers: Container[nn.Module]) -> RoutedLinears:
+        """Inputs plus outputs of those of its layers that carry low-rank updates.
+
+        Text tokens that skip nothing count as far as their layers narrow.
+        """
+
+        def of(layer: nn.Linear, units: int) -> int:
+            return units if layer in layers else 0
+
+        query, *keys = (of(layer, layer.out_features) for layer in self.inputs)
+        outputs = sum(of(layer, layer.in_features) for layer in self.outputs)
+        exit = of(self.narrow, self.width) if self.shared else 0
+        channel = of(self.widen, self.widen.out_features) + of(self.narrow, self.channels)
+        return RoutedLinears(
+            query=query + outputs,
+            key=sum(keys),
+            exit=exit,
+            channel=channel,
+            entry=of(self.widen, self.widen.in_features)
+            + of(self.narrow, self.narrow.out_features),
+            head_text=query + sum(keys) + exit if self.shared else 0,
+            channel_text=channel if self.shared else 0,
+        )
+
+
+def _macs(layers: Iterable[nn.Linear]) -> int:
+    return sum(layer.in_features * layer.out_features for layer in layers)

@@ -53,7 +53,7 @@ class Streamed:
         """Whether picture and text tokens attend together."""
         return any(kind == "joint" for _, kind in self.attention)
 
-    def of(self, model: Any) -> list[nn.Module]:
+    def of(self, model: Any) -> list[Any]:
         """The blocks in the order they run."""
         return [block for name in self.blocks for block in model.get_submodule(name)]
 
@@ -67,41 +67,41 @@ class Streamed:
         found = [(block._modules.get(name), kind) for name, kind in self.attention]
         return [(module, kind) for module, kind in found if module is not None]
 
-    def priced(
-        self, model: Any, roles: Sequence[str], merge: int, adapted: dict[str, int]
-    ) -> Iterator[SparseBlock]:
+    def priced(self, model: Any, roles: Sequence[str], merge: int) -> Iterator[SparseBlock]:
         """What each block multiplies in its role.
 
         Args:
             merge: multiply-adds of one token in a merging layer.
-            adapted: inputs plus outputs of adapted layers by name.
         """
-        for (name, block), role in zip(self._named(model, self.blocks), roles, strict=True):
+        for block, role in zip(self.of(model), roles, strict=True):
             yield SparseBlock(
                 role=role,
                 attention=tuple(
                     (kind, layer.to_q.out_features) for layer, kind in self.attention_of(block)
                 ),
                 linear=self._linears(block),
-                adapted=self._adapted(name, adapted),
                 cross=0 if self.text is None else block.get_submodule(self.text).to_q.out_features,
                 merge=merge,
             )
         if self.beside is None:
             return
-        for (name, block), role in zip(self._named(model, (self.beside,)), roles, strict=True):
+        for block, role in zip(model.get_submodule(self.beside), roles, strict=True):
             layers = self.attention_of(block)
             yield SparseBlock(
                 role="sparse" if role in ("generate", "gather", "sparse") else "dense",
                 attention=tuple(("temporal", layer.to_q.out_features) for layer, _ in layers),
                 linear=self._linears(block),
-                adapted=self._adapted(name, adapted),
             )
 
-    def _named(self, model: Any, lists: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
-        for name in lists:
-            for index, block in enumerate(model.get_submodule(name)):
-                yield f"{name}.{index}", block
+    def adapted(self, model: Any, units: dict[str, int]) -> Iterator[Linears]:
+        """Inputs plus outputs of the adapted layers of each block that `priced` prices.
+
+        Args:
+            units: of each adapted layer, by name.
+        """
+        for name in (*self.blocks, *([self.beside] if self.beside else ())):
+            for index in range(len(model.get_submodule(name))):
+                yield self._adapted(f"{name}.{index}", units)
 
     def _linears(self, block: Any) -> Linears:
         query, key = (linear_macs(block, pattern) for pattern in self._patterns())

@@ -21,6 +21,9 @@ COLOURS = {1: (0, 63, 114), 2: (86, 180, 233), 4: (240, 160, 40), 8: (213, 94, 0
 NARROW = (0, 158, 115)
 NO_BRANCH = (235, 235, 235)
 
+Colour = tuple[int, int, int]
+"""Red, green and blue, up to 255."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -31,21 +34,24 @@ class Row:
     plan: Plan | None = None
 
 
-def mode_colour(mode: Mode | None) -> tuple[int, int, int]:
+def mode_colour(mode: Mode | None) -> Colour:
     """Colour of a mode in strips; light grey for a branch that is left out.
 
     Patches have their own, and the narrower a mode is the greener. Sparse grids are green, the
-    fewer their tokens the lighter.
+    fewer their tokens the lighter, half-way to the colour of a coarse patch.
     """
     if mode is None:
         return NO_BRANCH
+    colour = COLOURS.get(max(mode.patch_scale), (120, 120, 120))
     if mode.token_grid is not None:
         shade = 70 + 140 // max(mode.token_grid)
-        return shade, 150, shade
-    patch = COLOURS.get(max(mode.patch_scale), (120, 120, 120))
-    red, green, blue = (
-        round(mode.width * a + (1 - mode.width) * b) for a, b in zip(patch, NARROW, strict=True)
-    )
+        sparse = shade, 150, shade
+        colour = sparse if mode.has_base_patch else _between(sparse, colour, 0.5)
+    return _between(colour, NARROW, mode.width)
+
+
+def _between(one: Colour, other: Colour, share: float) -> Colour:
+    red, green, blue = (round(share * a + (1 - share) * b) for a, b in zip(one, other, strict=True))
     return red, green, blue
 
 

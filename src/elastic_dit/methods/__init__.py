@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from elastic_dit.methods.base import Method
+from elastic_dit.methods.combined import Combined
 from elastic_dit.methods.ddit import DDiT
 from elastic_dit.methods.dydit import DyDiT
 from elastic_dit.methods.flexidit import FlexiDiT
@@ -12,7 +13,7 @@ from elastic_dit.methods.ppflow import PPFlow
 from elastic_dit.methods.sparsedit import SparseDiT
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (FlexiDiT, DDiT, PPFlow, DyDiT, SparseDiT)
+    method.name: method for method in (FlexiDiT, DDiT, PPFlow, DyDiT, SparseDiT, Combined)
 }
 """Methods by name."""
 
@@ -33,6 +34,7 @@ def method_from_config(name: object, config: dict[str, Any]) -> Method:
 
 __all__ = [
     "METHODS",
+    "Combined",
     "DDiT",
     "DyDiT",
     "FlexiDiT",

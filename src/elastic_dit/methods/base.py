@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from elastic_dit.backbones.base import Backbone
+from elastic_dit.cost import Updates
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.ops.patching import Triple
 from elastic_dit.schedule import Schedule
@@ -16,16 +17,26 @@ if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
 
     from elastic_dit.cost import TransformerShape
+    from elastic_dit.methods.dydit import RoutedSizes
     from elastic_dit.routing import Router
     from elastic_dit.streams import Streams
 
 
 class Sizes(nn.Module, ABC):
-    """The parameters of a patch-size method that belong to no module of the base.
+    """The parameters of a method that belong to no module of the base.
 
     It is attached to the model as ``elastic`` so that its tensors travel with the model's state
     dict.
     """
+
+    @property
+    def routed(self) -> RoutedSizes | None:
+        """Those that say what routed modes leave out, if there are any."""
+        return None
+
+    def of(self, single: Method) -> Sizes:
+        """The parameters of one of the method's `Method.singles`."""
+        return self
 
     @abstractmethod
     def routes(self, mode: Mode) -> bool:
@@ -83,6 +94,11 @@ class Method(ABC):
     packs: bool = True
 
     @property
+    def singles(self) -> tuple[Method, ...]:
+        """The published systems it consists of: itself, where it is no combination."""
+        return (self,)
+
+    @property
     @abstractmethod
     def modes(self) -> tuple[Mode, ...]:
         """The coarse modes it adds."""
@@ -111,6 +127,37 @@ class Method(ABC):
     ) -> TransformerShape:
         """What the cost of a model depends on, with what the method changes in its blocks."""
         return shape
+
+    def updates(
+        self,
+        shape: TransformerShape,
+        model: nn.Module,
+        backbone: Backbone,
+        size: tuple[Any, ...],
+    ) -> tuple[Updates, ...]:
+        """What its low-rank updates cost in a model.
+
+        Args:
+            shape: of the model, with what sparse and routed modes change in its blocks.
+            size: base grid and text tokens, as `Backbone.size` returns them.
+        """
+        if not self.low_rank:
+            return ()
+        backbone = backbone.adapting(self.adapts)
+        whole, layers = backbone.shape(model, *size), dict(backbone.low_rank_layers(model))
+        units = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
+        own, streamed = set(layers.values()), backbone.streamed if shape.sparse else None
+        blocks = backbone.routed_blocks(model) if shape.routable else ()
+        return (
+            Updates(
+                rank=self.low_rank,
+                units=whole.adapted,
+                text_units=whole.adapted_text,
+                modes=frozenset(mode.name for mode in self.modes),
+                blocks=() if streamed is None else tuple(streamed.adapted(model, units)),
+                routed=tuple(block.adapted(own) for block in blocks),
+            ),
+        )
 
     @abstractmethod
     def build(self, model: nn.Module, backbone: Backbone) -> Sizes:

@@ -127,12 +127,21 @@ class DyDiT(Method):
 
     def has(self, mode: Mode) -> bool:
         """Besides the trained modes, widths between them and fixed shares of the tokens."""
-        return mode.patch in self.patches and (self.tokens or mode.token_keep is None)
+        known = mode.patch in self.patches and not mode.is_sparse
+        return known and (self.tokens or mode.token_keep is None)
+
+    def routing(self, mode: Mode) -> Mode:
+        """The patch and width that routers go by in a mode.
+
+        Where another method makes coarse patches, those of base tokens decide.
+        """
+        patch = mode.patch_scale if mode.patch in self.patches else 1
+        return Mode(patch, width=mode.width)
 
     def trained(self, mode: Mode) -> Mode:
         """The mode whose routers a routed mode uses: those of the nearest width."""
         width = min(self.widths, key=lambda each: (abs(each - mode.width), each))
-        return Mode(mode.patch_scale, width=width)
+        return Mode(self.routing(mode).patch_scale, width=width)
 
     @property
     def low_rank(self) -> int:
@@ -238,6 +247,10 @@ class RoutedSizes(MarkedProjections):
         device = blocks[0].narrow.weight.device
         self.mixer = nn.Linear(time_width, method.experts, device=device)
 
+    @property
+    def routed(self) -> RoutedSizes:
+        return self
+
     def experts(self, layer: str) -> tuple[Tensor, Tensor]:
         """``A`` ``(r, in)``, which the experts share, and ``B`` ``(E, out, r)``, of a layer."""
         return self.A[_key(layer)], self.B[_key(layer)]
@@ -269,7 +282,7 @@ class RoutedSizes(MarkedProjections):
 
     def logits(self, mode: Mode, time_BD: Tensor) -> dict[str, Tensor]:
         """Of the slots behind the first of each block, ``(B, L, S - 1)`` by role."""
-        routers, offset = self._of(mode), self.offsets.get(mode.routers, 0.0)
+        routers, offset = self._of(mode), self.offsets.get(self.method.routing(mode), 0.0)
         return {
             role: routers.slots(name, time_BD) + offset
             for role, name in (("heads", "head"), ("channels", "channel"))

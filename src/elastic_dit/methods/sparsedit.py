@@ -214,9 +214,7 @@ class SparseDiT(Method):
         self, shape: TransformerShape, model: nn.Module, backbone: Backbone
     ) -> TransformerShape:
         assert backbone.streamed is not None
-        layers = backbone.low_rank_layers(model) if self.low_rank else ()
-        adapted = {name: layer.in_features + layer.out_features for name, layer in layers}
-        blocks = backbone.streamed.priced(model, self.roles, shape.width**2, adapted)
+        blocks = backbone.streamed.priced(model, self.roles, shape.width**2)
         return replace(shape, sparse=SparseCost(blocks=tuple(blocks)))
 
     def to_config(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from elastic_dit.checkpoint import Adapter, load_adapter
 from elastic_dit.checks import require
 from elastic_dit.elastify import elastify
 from elastic_dit.engine import is_new
-from elastic_dit.methods import METHODS, DDiT, FlexiDiT, Method, PPFlow, SparseDiT
+from elastic_dit.methods import DDiT, FlexiDiT, Method, PPFlow, SparseDiT
 from elastic_dit.methods.flexidit import SharedSizes
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.schedule import Schedule
@@ -32,6 +32,11 @@ from elastic_dit.training.config import Recipe, from_table
 from elastic_dit.training.objectives import NoisyBatch, noisy_batch
 from elastic_dit.training.sparse_stages import SparseSettings, draw_stage, sparse_loss
 from elastic_dit.training.teacher import DTYPES, Teacher, open_base, teaching
+
+TRAINED: dict[str, type[Method]] = {
+    method.name: method for method in (FlexiDiT, DDiT, PPFlow, SparseDiT)
+}
+"""Methods that this task trains; DyDiT has a task of its own, and a combination has none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,8 +85,8 @@ class AdapterSettings(SparseSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.method in METHODS, "adapter.method", self.method, ", ".join(METHODS))
-        recipes = METHODS[self.method].recipes
+        require(self.method in TRAINED, "adapter.method", self.method, ", ".join(TRAINED))
+        recipes = TRAINED[self.method].recipes
         object.__setattr__(self, "recipe", self.recipe or recipes[0])
         require(self.recipe in recipes, "adapter.recipe", self.recipe, ", ".join(recipes))
         levels = self.min_levels
