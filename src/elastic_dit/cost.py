@@ -242,9 +242,10 @@ class TransformerShape:
             assert self.kept is not None, "a routed mode needs to know what its routers keep"
             kept = self.kept(mode, level)
             if mode.token_keep is not None:
-                pairs = zip(self.routable, seen, strict=True)
-                fixed = [block.fixed_share(tokens, mode.token_keep) for block, tokens in pairs]
-                kept = [replace(x, tokens=y) for x, y in zip(kept, fixed, strict=True)]
+                kept = [
+                    replace(share, tokens=block.fixed_share(tokens, share.tokens))
+                    for block, tokens, share in zip(self.routable, seen, kept, strict=True)
+                ]
         return list(zip(self.routable, seen, kept, strict=True))
 
     def _seen(self, mode: Mode, blocks: int) -> list[Seen]:

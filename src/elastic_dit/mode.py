@@ -22,8 +22,8 @@ class Mode:
             for blocks that all see the same tokens.
         width: share of the blocks' work that routers were trained to leave in (DyDiT's lambda), in
             whole percents; 1 leaves in everything.
-        token_keep: share of the tokens that enter the feed-forward, in whole percents; None leaves
-            that to the token routers.
+        token_keep: share of the tokens that enter the feed-forwards, in the mean over the blocks
+            and in whole percents; None leaves that to the token routers.
 
     Raises:
         ValueError: a scale or grid that is not of whole numbers of at least 1; a share out of

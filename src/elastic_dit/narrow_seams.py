@@ -227,11 +227,11 @@ class SkipRowsSeam(nn.Module):
         if narrow.token_gates is not None:
             if place.role != "both":  # its output is all that counts
                 return stock(x_BND)
-            gates = narrow.token_gates(logits)
+            gates = narrow.token_gates(place.block, logits)
             narrow.token_shares[place.block] = gates.mean(1)
             return stock(x_BND) * F.pad(gates, (text, 0), value=1.0)[..., None].to(x_BND.dtype)
         if place.block not in narrow.entering:
-            kept = open_tokens(logits, narrow.share)
+            kept = open_tokens(logits, narrow.capacity(place.block))
             narrow.token_shares[place.block] = len(kept) / logits.numel()
             starts = torch.arange(rows, device=kept.device)[:, None] * tokens
             words = (starts + torch.arange(text, device=kept.device)).flatten()
@@ -252,10 +252,10 @@ class SkipSeam(nn.Module):
         if narrow is None or logits is None:
             return stock(x_BND, *args, **kwargs)
         if narrow.token_gates is not None:
-            gates = narrow.token_gates(logits)
+            gates = narrow.token_gates(block, logits)
             narrow.token_shares[block] = gates.mean(1)
             return stock(x_BND, *args, **kwargs) * gates[..., None].to(x_BND.dtype)
-        kept = open_tokens(logits, narrow.share)
+        kept = open_tokens(logits, narrow.capacity(block))
         narrow.token_shares[block] = len(kept) / logits.numel()
         if len(kept) == logits.numel():
             return stock(x_BND, *args, **kwargs)

@@ -47,10 +47,11 @@ class Narrow:
             block.
         token_logits: of a block, from its residual stream ``(B, N, D)``: ``(B, N)``; None if no
             token skips.
-        token_gates: from logits, where tokens are gated; None where they are left out.
+        token_gates: of a block, from its logits, where tokens are gated; None where they are left
+            out.
         mix: weights ``(B or 1, E)`` of the low-rank experts; None without them.
-        share: of the tokens that are kept, those with the highest logits; None keeps those above
-            zero.
+        capacities: share of each block's tokens that are kept, those with the highest logits; None
+            keeps those above zero.
         text: text tokens, which come first where a block has them in one sequence with the picture.
         slices: how many narrow copies of its weights a layer keeps for later calls.
     """
@@ -58,14 +59,18 @@ class Narrow:
     mode: Mode
     opens: dict[str, tuple[Open, ...]]
     token_logits: Callable[[int, Tensor], Tensor] | None = None
-    token_gates: Callable[[Tensor], Tensor] | None = None
+    token_gates: Callable[[int, Tensor], Tensor] | None = None
     mix: Tensor | None = None
-    share: float | None = None
+    capacities: tuple[float, ...] | None = None
     text: int = 0
     slices: int = 1
     logits: dict[int, Tensor] = field(default_factory=dict)
     entering: dict[int, Tensor] = field(default_factory=dict)
     token_shares: dict[int, float | Tensor] = field(default_factory=dict)
+
+    def capacity(self, block: int) -> float | None:
+        """Share of a block's tokens that are kept; None where their logits decide."""
+        return None if self.capacities is None else self.capacities[block]
 
     def kept(self) -> tuple[Kept, ...]:
         """What was left in, block by block, once the forward pass is over."""

@@ -167,6 +167,23 @@ def test_planned_is_counted(keep):
     assert len(set(counted)) > 1  # other widths at other levels
 
 
+def test_a_fixed_share_is_spread_as_training_left_it(name):
+    """Blocks that kept more keep more, the same number at every noise level."""
+    if name == "latte":
+        pytest.skip("its rows of one place are shorter than the smallest number of tokens")
+    handle, mode = routed(name), Mode(width=0.5, token_keep=0.4)
+    table = handle.sizes.routers["width50"].token_shares
+    with torch.no_grad():
+        table.copy_(torch.linspace(0.9, 0.1, len(table))[:, None].expand_as(table))
+    handle.schedule = Schedule.constant(mode)
+    call = call_of(name)
+    sliced = run(handle, call, mode)
+    shares = [kept.tokens for kept in handle.widths.last.kept()]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[0] > 0.4 > shares[-1]
+    assert (gated(handle, call, mode) - sliced).norm() < 1e-6 * sliced.norm()
+
+
 @pytest.mark.parametrize(
     "name", ["dit", "pixart-alpha", "pixart-sigma", "sd3", "flux", "wan", "wan-5b", "latte"]
 )

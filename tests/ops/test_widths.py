@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from elastic_dit.ops.widths import (
@@ -9,6 +10,7 @@ from elastic_dit.ops.widths import (
     channel_importance,
     features_of,
     head_importance,
+    shared_out,
     slot_of_features,
 )
 
@@ -44,3 +46,17 @@ def test_features_of_open_slots():
     assert slots.tolist() == [1, 0, 1, 0]
     assert features_of(torch.tensor([True, False]), slots).tolist() == [1, 3]
     assert features_of(torch.tensor([True, True]), slots).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("mean", [0.01, 0.3, 0.6, 0.9, 1.0])
+def test_shares_keep_their_proportions(mean):
+    shares = [1.0, 0.33, 0.0, 0.86, 0.28]
+    found = shared_out(shares, mean)
+    assert sum(found) / 5 == pytest.approx(mean)
+    assert all(0 < share <= 1 for share in found)
+    factor = max(new / max(old, 1e-3) for new, old in zip(found, shares, strict=True))
+    assert found == pytest.approx([min(1.0, factor * max(share, 1e-3)) for share in shares])
+
+
+def test_equal_shares_stay_equal():
+    assert shared_out([1.0] * 4, 0.5) == [0.5] * 4

@@ -37,6 +37,7 @@ from elastic_dit.ops.widths import (
     channel_importance,
     features_of,
     head_importance,
+    shared_out,
     slot_of_features,
 )
 from elastic_dit.storage import compute_dtype
@@ -346,9 +347,9 @@ class RoutedSizes(MarkedProjections):
             opens["both"].append(Open(1.0, gates=torch.cat(gates, dim=1)))
         narrow = self._narrow(mode, opens, self.mix(time_BD))
 
-        def token_gates(logits: Tensor) -> Tensor:
-            if mode.token_keep is not None:
-                return open_mask(logits, mode.token_keep)
+        def token_gates(block: int, logits: Tensor) -> Tensor:
+            if narrow.capacities is not None:
+                return open_mask(logits, narrow.capacities[block])
             return gate(logits, logistic_noise(logits, drawing))
 
         narrow.token_gates = token_gates
@@ -363,12 +364,17 @@ class RoutedSizes(MarkedProjections):
             {role: tuple(parts) for role, parts in opens.items()},
             token_logits=tokens,
             mix=mix,
-            share=mode.token_keep,
+            capacities=None if mode.token_keep is None else tuple(self.token_shares(mode, None)),
         )
 
     def token_shares(self, mode: Mode, level: float | None) -> list[float]:
-        """Share of the tokens that each block is known to keep at a noise level."""
+        """Share of the tokens that each block is known to keep at a noise level.
+
+        A fixed share is spread over the blocks as training left it, the same at all levels.
+        """
         table = self._of(mode).token_shares.float()
+        if mode.token_keep is not None:
+            return shared_out(table.mean(1).tolist(), mode.token_keep)
         if level is None:
             return table.mean(1).tolist()
         return table[:, min(int(level * LEVELS), LEVELS - 1)].tolist()

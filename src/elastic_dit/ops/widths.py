@@ -62,3 +62,21 @@ def features_of(open_slots: Tensor, slots: Tensor) -> Tensor:
         slots: the slot of each feature, ``(F,)``.
     """
     return open_slots[slots].nonzero()[:, 0]
+
+
+def shared_out(shares: list[float], mean: float) -> list[float]:
+    """Shares in the same proportions, none above 1, whose mean is another one.
+
+    Args:
+        shares: in [0, 1]; a thousandth stands for less.
+        mean: in (0, 1].
+    """
+    shares = [max(share, 1e-3) for share in shares]
+    left, capped = mean * len(shares), set[int]()
+    while True:
+        free = [place for place in range(len(shares)) if place not in capped]
+        factor = (left - len(capped)) / sum(shares[place] for place in free) if free else 0.0
+        over = {place for place in free if factor * shares[place] >= 1}
+        if not over:
+            return [1.0 if place in capped else factor * x for place, x in enumerate(shares)]
+        capped |= over
