@@ -28,7 +28,7 @@ from elastic_dit import Mode, Schedule, elastify
 from elastic_dit.reference import reference_adapter
 from elastic_dit.sampling import cyclic_labels
 
-MODES = ("width70", "width60", "width50", "width50_keep50")
+MODES = ("width70", "width60", "width50", "width50_keep60")
 FEWER = (10, 9, 8, 7, 6)
 
 
