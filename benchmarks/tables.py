@@ -44,6 +44,10 @@ def main() -> None:
     spent = load("frontier-mnist.json")
     figure = "![Frontier of plans](../docs/images/frontier.png)\n\n"
     parts.append("## How to spend a budget\n\n" + figure + frontier_table(spent) + source(spent))
+    steps = load("steps-cost.json")
+    parts.append(
+        "## Does a budget cost the same in other runs?\n\n" + steps_table(steps) + source(steps)
+    )
     parts.append("## Who takes how much\n\n" + spread_table(spent) + source(spent))
     for name, title in (
         ("routed", "Routed widths (DyDiT)"),
@@ -175,6 +179,23 @@ def spread_table(table: dict[str, Any]) -> str:
             f"| {spread['key']} | {means} | {least:.2f}, {median:.2f}, {most:.2f} | "
             f"{spread['correlation_with_detail']:+.2f} |"
         )
+    return "\n".join(lines) + "\n"
+
+
+def steps_table(steps: dict[str, Any]) -> str:
+    lines = [
+        "Planned shares of the full cost against those of 50 steps, over all budgets in whole percents.",
+        "",
+        "| guidance | run | budgets off by more than 1 % | most |",
+        "| --- | --- | --- | --- |",
+    ]
+    for table in steps["tables"]:
+        rows = table["rows"]
+        for run in (name for name in rows[0] if name not in ("budget", "usual")):
+            apart = [abs(row[run] - row["usual"]) for row in rows]
+            over = f"{sum(each > 0.01 for each in apart)} of {len(rows)}"
+            guided = "yes" if table["guided"] else "no"
+            lines.append(f"| {guided} | {run} | {over} | {max(apart):.2%} |")
     return "\n".join(lines) + "\n"
 
 
