@@ -184,7 +184,7 @@ def spread_table(table: dict[str, Any]) -> str:
 
 def steps_table(steps: dict[str, Any]) -> str:
     lines = [
-        "Planned shares of the full cost against those of 50 steps, over all budgets in whole percents.",
+        "Planned shares of the full cost against those of 50 steps, for budgets in whole percents.",
         "",
         "| guidance | run | budgets off by more than 1 % | most |",
         "| --- | --- | --- | --- |",

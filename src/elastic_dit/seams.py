@@ -333,6 +333,9 @@ class LowRankSeam(nn.Module):
             self.__dict__.pop(MERGED, None)
             return False
         if cache.get(key, (None,))[0] != version:
+            stale = cache.get(key)
+            for name in [name for name, kept in cache.items() if kept is stale]:
+                del cache[name]
             weight = self.weight
             for A, B in pairs:
                 weight = torch.addmm(weight, B, A)
