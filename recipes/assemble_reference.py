@@ -2,9 +2,9 @@
 
     python recipes/assemble_reference.py mnist --runs runs --data <folder or hub id>
 
-Takes <runs>/<name>-base, -classifier, -flexidit-lora (and -lora-start), -flexidit-shared, -ddit,
--ppflow, -dydit and -sparsedit, writes src/elastic_dit/reference/<name>/ in half precision, and
-measures the held-out set once.
+Takes <runs>/<name>-base, -classifier, -flexidit-lora, -flexidit-shared, -ddit, -ppflow, -dydit and
+-sparsedit (and the -start of those that were trained in two parts), writes
+src/elastic_dit/reference/<name>/ in half precision, and measures the held-out set once.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ def main() -> None:
     (target / "classifier" / "training.json").unlink()
     facts["classifier"] = _facts(card)
 
-    start = runs / f"{name}-flexidit-lora-start" / "export"
-    if start.is_dir():  # trained in two parts
-        facts["flexidit-lora-start"] = _facts(load_adapter(start).notes["training"])
     for method in ("flexidit-lora", "flexidit-shared", "ddit", "ppflow", "dydit", "sparsedit"):
         export = runs / f"{name}-{method}" / "export"
+        start = runs / f"{name}-{method}-start" / "export"
+        if start.is_dir():  # trained in two parts
+            facts[f"{method}-start"] = _facts(load_adapter(start).notes["training"])
         if export.is_dir():
             adapter = load_adapter(export)
             facts[method] = _facts(adapter.notes.pop("training"))
