@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
-from typing import Any
 
 from torch import nn
 
-from elastic_dit.backbones.base import Backbone, Model
-from elastic_dit.backbones.call import Call
-from elastic_dit.backbones.known_grid import KnownGrid
+from elastic_dit.backbones.base import Model
 from elastic_dit.backbones.layers import attention, embedders, feed_forward
 from elastic_dit.backbones.macs import linear_macs, with_other_pictures
+from elastic_dit.backbones.packed_ids import PackedBackbone
 from elastic_dit.backbones.routed import JOINT, SINGLE, Routed
 from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.cost import Attention, TransformerShape
-from elastic_dit.mode import Mode
-from elastic_dit.ops.ids import centre_ids
 from elastic_dit.ops.patching import Triple
-from elastic_dit.routing import Router
 
 TEXT = r"\.(attn\.(add_|to_add_out)|ff_context)"
 MODULATION = r"\.norm[^.]*\.linear"
 
 
-class FluxBackbone(Backbone):
+class FluxBackbone(PackedBackbone):
     """Double blocks, then single blocks over text and picture; two calls per step with true CFG.
 
     Sequences with reference pictures (Kontext) run in full mode.
@@ -70,35 +64,6 @@ class FluxBackbone(Backbone):
         parallel="proj_mlp",
         apart=r"^(attn\.(add_|to_add_out)|ff_context|norm)",
     )
-
-    def patch(self, model: Model) -> Triple:
-        return 1, 2, 2
-
-    def __init__(self) -> None:
-        self.known = KnownGrid()
-
-    def grid(self, model: Model, call: Call) -> Triple:
-        return self.known.of(call["img_ids"], self.references_before(call))
-
-    def references_before(self, call: Call) -> int:
-        """Tokens of reference pictures that stand before the picture; others stand behind it."""
-        return 0
-
-    def check_call(self, call: Call, mode: Mode) -> None:
-        super().check_call(call, mode)
-        tokens, own = call["hidden_states"].shape[1], math.prod(self.grid(None, call))
-        if tokens != own:
-            raise ValueError(
-                f"img_ids name {tokens} tokens, {own} of them of the first picture, and mode "
-                f"{mode.name!r} takes no others; legal with reference pictures: full mode"
-            )
-
-    def size(self, model: Model, call: Call) -> tuple[Any, ...]:
-        grid, text_tokens = super().size(model, call)
-        return grid, text_tokens, call["hidden_states"].shape[1] - math.prod(grid)
-
-    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
-        return call | {"img_ids": centre_ids(call["img_ids"], router.grid, mode.patch_scale)}
 
     def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
         yield model.time_text_embed
