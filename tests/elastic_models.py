@@ -9,11 +9,32 @@ import torch
 from tests.backbones.tiny import CASES
 from torch import Tensor
 
-from elastic_dit import FlexiDiT, Mode, elastify, handle_of
+from elastic_dit import FULL, FlexiDiT, Mode, elastify, handle_of
 from elastic_dit.elastify import Handle
 from elastic_dit.engine import is_new
 
 WEAK = Mode(2)
+
+
+def checkpointed_gradients(handle: Handle, call: dict[str, Any], mode: Mode) -> set[str]:
+    """Names of the parameters that a mode's loss reaches, as surely with checkpointing as without.
+
+    The backward pass finds the model in another mode.
+    """
+    found = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            handle.model.enable_gradient_checkpointing()
+        handle.model.zero_grad()
+        with handle.using(mode):
+            loss = handle.model(**call).sample.square().mean()
+        with handle.using(FULL):
+            loss.backward()
+        found.append({k: p.grad for k, p in handle.model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for key, gradient in found[0].items():
+        torch.testing.assert_close(found[1][key], gradient, atol=1e-5, rtol=1e-4, msg=key)
+    return set(found[0])
 
 
 def call_of(name: str, time: float = 700.0, count: int = 2) -> dict[str, Any]:

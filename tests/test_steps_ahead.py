@@ -46,7 +46,7 @@ PIPELINES = ("dit", "sd3", "flux")
 def calls(monkeypatch):
     """``calls``: rows that each embedder and each layer behind one was given, call by call."""
     seen: dict[nn.Module, list[int]] = {}
-    stock = steps_ahead.StepsAhead._table
+    stock = steps_ahead.BatchTables._table
 
     def counted(self, module, inputs, make):
         def making():
@@ -56,7 +56,7 @@ def calls(monkeypatch):
 
         return stock(self, module, inputs, making)
 
-    monkeypatch.setattr(steps_ahead.StepsAhead, "_table", counted)
+    monkeypatch.setattr(steps_ahead.BatchTables, "_table", counted)
     return seen
 
 

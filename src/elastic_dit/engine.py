@@ -65,7 +65,7 @@ from elastic_dit.seams import (
     RotarySeam,
     TextSeam,
 )
-from elastic_dit.steps_ahead import Ahead, EmbeddedSeam, EmbedderSeam, StepsAhead
+from elastic_dit.steps_ahead import BatchTables, EmbeddedSeam, EmbedderSeam, RunTables
 from elastic_dit.storage import (
     NewParameters,
     check_in_place,
@@ -153,7 +153,7 @@ class Engine:
     silent: list[nn.Module] = field(default_factory=list)
     owners: dict[str, tuple[nn.Module, str]] = field(default_factory=dict)
     quantised: dict[str, Tensor] = field(default_factory=dict)
-    ahead: Ahead | None = None
+    ahead: RunTables | None = None
     plan_ahead: bool = False
     modes: tuple[Mode, ...] = ()
     widths: Widths | None = None
@@ -199,7 +199,7 @@ class Engine:
         if sizes.routed is not None:
             engine.widths = Widths(sizes.routed, backbone, model)
         if backbone.labels:
-            engine.ahead = Ahead(backbone, model, by_mode=method.conditions)
+            engine.ahead = RunTables(backbone, model, by_mode=method.conditions)
         for name in base:
             owner, _, leaf = name.rpartition(".")
             engine.owners[name] = (model.get_submodule(owner), leaf)
@@ -536,7 +536,7 @@ class Engine:
             if tables is not None:
                 tables.begin(self._levels_ahead(model))
 
-    def _ahead(self, model: nn.Module, call: Call, mode: Mode) -> StepsAhead | None:
+    def _ahead(self, model: nn.Module, call: Call, mode: Mode) -> BatchTables | None:
         """Tables of what the call's noise level and labels decide; never for the stock network."""
         if self.ahead is None or not self.plan_ahead or mode.is_full or self.forced is not None:
             return None

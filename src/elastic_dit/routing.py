@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from elastic_dit.backbones.base import Backbone
     from elastic_dit.methods.base import Sizes
     from elastic_dit.narrowing import Narrow
-    from elastic_dit.steps_ahead import StepsAhead
+    from elastic_dit.steps_ahead import BatchTables
     from elastic_dit.streams import Streams
 
 ENGINE = "_elastic_engine"
@@ -141,7 +141,7 @@ class Router:
     tables: dict[Any, Tensor] = field(default_factory=dict)
     device: Any = None
     narrow: Narrow | None = None
-    ahead: StepsAhead | None = None
+    ahead: BatchTables | None = None
 
     def tokens(self, mode: Mode) -> int:
         """Tokens of one picture of the present grid."""

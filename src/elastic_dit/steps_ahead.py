@@ -24,8 +24,10 @@ from elastic_dit.routing import ROUTER, SOURCE, Router, TextKey, versions
 from elastic_dit.storage import is_hooked
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
+"""Arguments of a call."""
 
 MANY = 1000
+"""Levels of a scheduler that was told no number of steps."""
 
 BYTES = 2**26
 """Of all tables of one batch; a run that needs more makes them for some of its steps at a time."""
@@ -47,13 +49,13 @@ class Table:
     inputs: Tensor | None
     rows: Tensor
 
-    def is_new(self) -> bool:
+    def is_current(self) -> bool:
         """Whether the weights have stayed what they were."""
         return self.version == versions(*self.weights)
 
 
 @dataclass(eq=False)
-class StepsAhead:
+class BatchTables:
     """Outputs of a run's embedders, and of the linear layers behind them, for one batch of rows.
 
     Attributes:
@@ -95,7 +97,7 @@ class StepsAhead:
         self, module: nn.Module, inputs: Tensor | None, make: Callable[[], Tensor]
     ) -> Tensor:
         known = self.tables.get(module)
-        if known is not None and known.inputs is inputs and known.is_new():
+        if known is not None and known.inputs is inputs and known.is_current():
             return known.rows
         weights = tuple(module.parameters())
         rows = make().unflatten(0, (len(self.times), -1))
@@ -113,7 +115,7 @@ class StepsAhead:
         return [times.to(now).repeat_interleave(len(now)), *others]
 
 
-class Ahead:
+class RunTables:
     """The tables of a run, by batch of rows.
 
     Args:
@@ -132,8 +134,7 @@ class Ahead:
     def begin(self, levels: tuple[float, ...]) -> None:
         """Forget everything; ``levels`` are those of the next run.
 
-        A scheduler that was told no number of steps has all levels of the training, and so many
-        are taken for no run.
+        As many as a scheduler has by itself are taken for no run.
         """
         self.levels, self.tables = levels if len(levels) < MANY else (), []
 
@@ -148,7 +149,7 @@ class Ahead:
         level: float,
         run: int,
         is_alike: Callable[[float], bool],
-    ) -> StepsAhead | None:
+    ) -> BatchTables | None:
         """The tables for a call's rows; None if its level is not one of the run's.
 
         Args:
@@ -169,7 +170,7 @@ class Ahead:
                 return None
             coming = coming[: max(1, BYTES // (len(labels) * self.row_bytes))]
             times = tuple(self.backbone.time_of(x) for x in coming)
-            found = StepsAhead(key, kind, coming, times, self.backbone.time_factor)
+            found = BatchTables(key, kind, coming, times, self.backbone.time_factor)
             self.tables.append(found)
         found.place = found.levels.index(level)
         found.served.clear()

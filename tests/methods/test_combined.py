@@ -12,7 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tests.backbones.pipes import PIPES, STEPS, transformer
 from tests.backbones.tiny import CASES
-from tests.elastic_models import run
+from tests.elastic_models import checkpointed_gradients, run
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -536,22 +536,11 @@ def test_copies_and_pickles_are_elastic_by_themselves(name):
 
 @names
 def test_gradients_reach_every_part_and_survive_checkpointing(name):
-    handle, call, found = combined(name), call_of(name), []
+    handle = combined(name)
     handle.widths.sizes.gated = True
-    for checkpointing in (False, True):
-        if checkpointing:
-            handle.model.enable_gradient_checkpointing()
-        handle.model.zero_grad()
-        with handle.using(ALL):
-            loss = handle.model(**call).sample.square().mean()
-        with handle.using(FULL):  # the backward pass finds the model in another mode
-            loss.backward()
-        found.append({k: p.grad for k, p in handle.model.named_parameters() if p.grad is not None})
-    assert found[0].keys() == found[1].keys()
-    for key, gradient in found[0].items():
-        torch.testing.assert_close(found[1][key], gradient, atol=1e-5, rtol=1e-4, msg=key)
+    reached = checkpointed_gradients(handle, call_of(name), ALL)
     new = {k for k, _ in handle.model.named_parameters() if is_new(k) and not k.endswith(".grid4")}
-    assert new <= found[0].keys()
+    assert new <= reached
 
 
 def test_fused_projections_serve_what_needs_no_rows():

@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from elastic_dit.backbones.base import Backbone, Model
-from elastic_dit.backbones.layers import attention
+from elastic_dit.backbones.layers import MODULATION, attention
 from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.mode import Mode
@@ -16,7 +16,6 @@ from elastic_dit.ops.positions import table_centres
 from elastic_dit.routing import Router
 
 TEXT = r"\.(attn\.(add_|to_add_out)|ff_context)"
-MODULATION = r"\.norm1(_context)?\.linear"
 ADAPTED = (*attention("attn"), "ff.linear_1", "ff.linear_2", "ff.out_projection")
 
 

@@ -19,7 +19,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from elastic_dit.backbones.call import Branches, Call, cut
-from elastic_dit.backbones.layers import NORMS, Layers, named, named_like
+from elastic_dit.backbones.layers import MODULATION, Layers, named, named_like
 from elastic_dit.backbones.routed import Routed, RoutedBlock
 from elastic_dit.backbones.streamed import Streamed
 from elastic_dit.backbones.times import Times
@@ -273,7 +273,7 @@ class Backbone(Times, ABC):
         Each comes with the linear layers that are given SiLU of its output and nothing else.
         """
         if self.embedder:
-            yield model.get_submodule(self.embedder), named_like(model, NORMS)
+            yield model.get_submodule(self.embedder), named_like(model, MODULATION)
 
     def text_layers(self, model: Model) -> Iterator[nn.Module]:
         """Layers in the blocks whose input depends on the prompt alone, not on the step."""

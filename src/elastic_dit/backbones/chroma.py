@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from elastic_dit.backbones.base import Model
 from elastic_dit.backbones.call import Call
-from elastic_dit.backbones.flux import FluxBackbone
+from elastic_dit.backbones.flux import FluxFamily
 from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.cost import TransformerShape
 from elastic_dit.mode import Mode
@@ -18,14 +16,13 @@ from elastic_dit.ops.patching import Triple, group
 from elastic_dit.routing import Router
 
 
-class ChromaBackbone(FluxBackbone):
+class ChromaBackbone(FluxFamily):
     """The attention mask covers text and picture.
 
     The pipeline calls twice per step with the same latent and opens no `cache_context`.
     """
 
     model_class = "ChromaTransformer2DModel"
-    labels = embedder = ""
     reads_blocks = True  # modulation by the number of a block
     condition = ("encoder_hidden_states", "attention_mask", "txt_ids", "joint_attention_kwargs")
     facts = (
@@ -38,12 +35,6 @@ class ChromaBackbone(FluxBackbone):
         "approximator_hidden_dim",
         "approximator_layers",
     )
-
-    routed = ()  # the time's embedding is not by itself
-    streamed = None  # a mask covers all tokens
-
-    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
-        return iter(())  # a small network makes each block's modulation from the time alone
 
     def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
         call = super().prepare(call, router, mode)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from elastic_dit.backbones.base import Model
-from elastic_dit.backbones.layers import attention, embedders, feed_forward
+from elastic_dit.backbones.layers import MODULATION, attention, embedders, feed_forward
 from elastic_dit.backbones.macs import linear_macs, with_other_pictures
 from elastic_dit.backbones.packed_ids import PackedBackbone
 from elastic_dit.backbones.routed import JOINT, SINGLE, Routed
@@ -16,22 +16,16 @@ from elastic_dit.cost import Attention, TransformerShape
 from elastic_dit.ops.patching import Triple
 
 TEXT = r"\.(attn\.(add_|to_add_out)|ff_context)"
-MODULATION = r"\.norm[^.]*\.linear"
 
 
-class FluxBackbone(PackedBackbone):
+class FluxFamily(PackedBackbone):
     """Double blocks, then single blocks over text and picture; two calls per step with true CFG.
 
     Sequences with reference pictures (Kontext) run in full mode.
     """
 
-    model_class = "FluxTransformer2DModel"
     embed = "x_embedder"
     output = "proj_out"
-    # An IP-adapter's picture comes in the last one.
-    condition = ("encoder_hidden_states", "pooled_projections", "txt_ids", "joint_attention_kwargs")
-    labels = "pooled_projections"
-    embedder = "time_text_embed"
     facts = (
         "num_layers",
         "num_single_layers",
@@ -46,27 +40,10 @@ class FluxBackbone(PackedBackbone):
     conditional_first = None
     time_scale = 1.0
     own_sigmas = True
-    routed = (
-        Routed(blocks="transformer_blocks", **JOINT, residual="norm2"),
-        Routed(blocks="single_transformer_blocks", **SINGLE, residual="norm"),
-    )
-    time_layers = embedders("time_text_embed")
-    time_factor = 1000.0
     low_rank = (
         ("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),
         ("single_transformer_blocks", (*attention("attn")[:3], "proj_mlp", "proj_out")),
     )
-    streamed = Streamed(
-        blocks=("transformer_blocks", "single_transformer_blocks"),
-        norms=("norm1", "norm"),
-        attention=(("attn", "joint"),),
-        phases="image_rotary_emb",
-        parallel="proj_mlp",
-        apart=r"^(attn\.(add_|to_add_out)|ff_context|norm)",
-    )
-
-    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
-        yield model.time_text_embed
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, 64, 64), 512
@@ -95,3 +72,30 @@ class FluxBackbone(PackedBackbone):
             adapted_text=self.adapted_macs(model, "^single"),
         )
         return with_other_pictures(shape, others)
+
+
+class FluxBackbone(FluxFamily):
+    """FLUX.1: one embedding of time, guidance and pooled prompt drives all norms."""
+
+    model_class = "FluxTransformer2DModel"
+    # An IP-adapter's picture comes in the last one.
+    condition = ("encoder_hidden_states", "pooled_projections", "txt_ids", "joint_attention_kwargs")
+    labels = "pooled_projections"
+    embedder = "time_text_embed"
+    routed = (
+        Routed(blocks="transformer_blocks", **JOINT, residual="norm2"),
+        Routed(blocks="single_transformer_blocks", **SINGLE, residual="norm"),
+    )
+    time_layers = embedders("time_text_embed")
+    time_factor = 1000.0
+    streamed = Streamed(
+        blocks=("transformer_blocks", "single_transformer_blocks"),
+        norms=("norm1", "norm"),
+        attention=(("attn", "joint"),),
+        phases="image_rotary_emb",
+        parallel="proj_mlp",
+        apart=r"^(attn\.(add_|to_add_out)|ff_context|norm)",
+    )
+
+    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
+        yield model.time_text_embed

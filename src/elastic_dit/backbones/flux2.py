@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from elastic_dit.backbones.base import Model
 from elastic_dit.backbones.call import Call
-from elastic_dit.backbones.flux import TEXT, FluxBackbone
+from elastic_dit.backbones.flux import TEXT, FluxFamily
 from elastic_dit.backbones.layers import attention
 from elastic_dit.backbones.macs import linear_macs, with_other_pictures
 from elastic_dit.cost import Attention, TransformerShape
@@ -18,7 +18,7 @@ from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
 
 
-class Flux2Backbone(FluxBackbone):
+class Flux2Backbone(FluxFamily):
     """Ids are whole numbers ``(time, row, column, word)``; reference pictures have other times.
 
     The guided pipeline (klein) calls twice per step; FLUX.2 dev is distilled and opens no
@@ -26,15 +26,11 @@ class Flux2Backbone(FluxBackbone):
     """
 
     model_class = "Flux2Transformer2DModel"
-    labels = embedder = ""
     condition = ("encoder_hidden_states", "txt_ids")
     low_rank = (
         ("transformer_blocks", (*attention("attn"), "ff.linear_in", "ff.linear_out")),
         ("single_transformer_blocks", ("attn.to_qkv_mlp_proj", "attn.to_out")),
     )
-
-    routed = ()  # its layers have other names, and those of queries and keys are one
-    streamed = None
 
     def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
         yield model.time_guidance_embed

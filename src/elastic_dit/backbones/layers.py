@@ -11,8 +11,8 @@ from torch import nn
 Layers = tuple[tuple[str, tuple[str, ...]], ...]
 """Names of layers inside the blocks of a list, for each list."""
 
-NORMS = r"\.norm[^.]*\.linear$"
-"""Layers that modulate, in classes whose embedding of the time goes to all norms alike."""
+MODULATION = r"\.norm[^.]*\.linear$"
+"""Layers in norms that make shifts, scales and gates of the conditioning vector."""
 
 
 def attention(name: str) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from torch import nn
 
 from elastic_dit.backbones.base import COMMON_FACTS, Model, pair
 from elastic_dit.backbones.call import Call
-from elastic_dit.backbones.layers import attention, embedders, feed_forward
+from elastic_dit.backbones.layers import MODULATION, attention, embedders, feed_forward
 from elastic_dit.backbones.macs import linear_macs
 from elastic_dit.backbones.patch_embed import PatchEmbedBackbone
 from elastic_dit.backbones.routed import JOINT, Routed
@@ -18,7 +18,6 @@ from elastic_dit.mode import Mode
 from elastic_dit.ops.patching import Triple
 
 TEXT = r"\.(attn\.(add_|to_add_out)|ff_context)"
-MODULATION = r"\.norm1(_context)?\.linear"
 
 
 class SD3Backbone(PatchEmbedBackbone):
