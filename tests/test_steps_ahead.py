@@ -44,17 +44,20 @@ PIPELINES = ("dit", "sd3", "flux")
 
 @pytest.fixture
 def calls(monkeypatch):
-    """``calls``: rows that each embedder and each layer behind one was given, call by call."""
-    seen: dict[nn.Module, list[int]] = {}
+    """Rows that each embedder and each layer behind one was given, call by call.
+
+    By layer, and by how often the step had asked it before.
+    """
+    seen: dict[tuple[nn.Module, int], list[int]] = {}
     stock = steps_ahead.BatchTables._table
 
-    def counted(self, module, inputs, make):
+    def counted(self, key, inputs, make):
         def making():
             made = make()
-            seen.setdefault(module, []).append(len(made))
+            seen.setdefault(key, []).append(len(made))
             return made
 
-        return stock(self, module, inputs, making)
+        return stock(self, key, inputs, making)
 
     monkeypatch.setattr(steps_ahead.BatchTables, "_table", counted)
     return seen
@@ -107,9 +110,11 @@ def test_a_run_is_the_same(handle, calls, schedule, scale):
 def test_each_layer_runs_once_for_all_steps(handle, calls):
     handle.schedule = Schedule.constant(Mode(2))
     draw(handle)
-    layers = [x for one, behind in handle.backbone.embedded(handle.model) for x in (one, *behind)]
-    assert len(layers) == 2 * 6 + 1
-    assert calls == {layer: [6 * 2 * len(LABELS)] for layer in layers}
+    pairs = list(handle.backbone.embedded(handle.model))
+    asked = [(layer, 0) for one, behind in pairs for layer in (one, *behind)]
+    asked.append((pairs[0][0], 1))  # DiT asks its first embedder again in the end
+    assert len(asked) == 2 * 6 + 2
+    assert calls == {key: [6 * 2 * len(LABELS)] for key in asked}
 
 
 def test_only_coarse_steps_are_looked_ahead_to(handle, calls):

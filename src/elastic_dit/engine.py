@@ -33,6 +33,7 @@ from elastic_dit.elastic_class import ENGINE, SIZES, elastic_class
 from elastic_dit.graphs import Graphs
 from elastic_dit.groups import Group, grouped, run_groups
 from elastic_dit.guidance import Remembered, run_batch, run_guidance
+from elastic_dit.merging import Merges
 from elastic_dit.methods import Method
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.pipes import TRANSFORMERS, called_levels, is_guided
@@ -94,6 +95,7 @@ class Engine:
         pairs: adapted linear layers with their low-rank factors by mode, under the stock names.
         base: the base's own tensors under the stock names, if the method trains them.
         adapted: the modules that hold adapted layers.
+        merges: copies of adapted layers' weights with their updates added in.
         other_weights: while installed the base's own weights, else the adapter's; swapped by
             `install` and `uninstall`.
         context: name and facts of the ``cache_context`` that the pipeline has opened: its branch.
@@ -124,6 +126,7 @@ class Engine:
     pairs: dict[str, LowRankPair]
     base: dict[str, Tensor]
     adapted: list[nn.Module]
+    merges: Merges
     other_weights: dict[str, Tensor] = field(default_factory=dict)
     schedule: Schedule = field(default_factory=Schedule.constant)
     controller: Controller | None = None
@@ -142,7 +145,6 @@ class Engine:
     seen_timesteps: Any = None
     exact_levels: tuple[Any, list[tuple[float, float]]] = (None, [])
     warned: bool = False
-    warned_apart: bool = False
     context: tuple[str, dict[str, Any]] | None = None
     remembered: Remembered | None = None
     previous: tuple[weakref.ref[Tensor], Any] | None = None
@@ -194,7 +196,8 @@ class Engine:
         router = Router(backbone, sizes, backbone.patch(model))
         parents = {name.rpartition(".")[0] for name in pairs}
         adapted = [model.get_submodule(name) for name in sorted(parents)]
-        engine = cls(router, method, type(model), pairs, dict(base), adapted)
+        merges = Merges([layer for layer, _, _ in pairs.values()])
+        engine = cls(router, method, type(model), pairs, dict(base), adapted, merges)
         engine.modes = tuple(mode for mode in method.modes if backbone.fits(model, mode))
         if sizes.routed is not None:
             engine.widths = Widths(sizes.routed, backbone, model)
@@ -238,7 +241,7 @@ class Engine:
 
     def adapter(self, model: nn.Module, **notes: Any) -> Adapter:
         """The present weights as an adapter."""
-        holders = model.modules() if self.base else [*self._holders(), *self._adapted_layers()]
+        holders = model.modules() if self.base else [*self._holders(), *self.merges.layers]
         holders = [module for module in holders if is_offloaded([module])]
         with onloaded(holders):
             tensors = self.new_tensors() | {f"base.{k}": v for k, v in self.base.items()}
@@ -256,9 +259,6 @@ class Engine:
         """The modules that hold new tensors."""
         factors = [x for _, A, B in self.pairs.values() for x in (A, B)]
         return [*self.router.sizes.modules(), *factors]
-
-    def _adapted_layers(self) -> list[nn.Module]:
-        return [layer for layer, _, _ in self.pairs.values()]
 
     @property
     def packs(self) -> bool:
@@ -626,17 +626,7 @@ class Engine:
         """Make what a mode keeps between calls, outside any compiled region."""
         router = self.router
         if router.merging and not mode.is_full:
-            apart = 0
-            for layer in self._adapted_layers():
-                assert isinstance(layer, LowRankSeam)
-                apart += not layer.coarse_merge(mode, router.run, router.device)
-            if apart and not self.warned_apart:
-                warnings.warn(
-                    f"merge = True, but {apart} of {len(self.pairs)} layers keep their low-rank "
-                    "update apart: their weights are quantised, in eight bits or offloaded",
-                    stacklevel=7,
-                )
-                self.warned_apart = True
+            self.merges.ready(mode, router.run, router.device)
         if router.sizes.routes(mode):
             router.sizes.ready(mode)
             if self.compiling:  # else the module itself makes its table when asked

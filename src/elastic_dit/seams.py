@@ -307,45 +307,47 @@ class LowRankSeam(nn.Module):
             pairs = [(A, B[rows]) for A, B in pairs]
         return functools.reduce(torch.add, [F.linear(F.linear(x, A), B) for A, B in pairs])
 
-    def coarse_merge(self, mode: Mode, run: int, device: torch.device) -> bool:
+    def coarse_places(self, mode: Mode) -> list[tuple[dict[str, Any], str]]:
+        """Where that is held which a mode's merged weight is made of: weight, then A and B.
+
+        Nothing for a mode without updates here.
+        """
+        A, B = self.coarse_A._parameters, self.coarse_B._parameters
+        pairs = [(held, part) for part in self.coarse_parts(mode) for held in (A, B)]
+        return [(self._parameters, "weight"), *pairs] if pairs else []
+
+    def coarse_merge(self, mode: Mode, fixed: object, device: torch.device) -> bool:
         """Make or renew the weight with a mode's updates added in, where that is allowed.
 
-        It is called outside any compiled region. Another class than `torch.nn.Linear` computes more
-        than its weight says, a quantised weight holds no numbers to add to, and an offloaded one is
+        Another class than `torch.nn.Linear` computes more than its weight says, as a
+        parametrisation does; a quantised weight holds no numbers to add to, and an offloaded one is
         on another device than the latent: these keep their update apart.
+
+        Args:
+            fixed: what else, besides versions of tensors, the merged weight depends on.
 
         Returns:
             Whether the layer has no update that it keeps apart.
         """
-        parts = self.coarse_parts(mode)
-        if not parts:
+        places = self.coarse_places(mode)
+        if not places:
             return True
-        held: Any = self.coarse_A._parameters, self.coarse_B._parameters
-        pairs = [(held[0][part], held[1][part]) for part in parts]
-        # A change of any of these makes the copy stale. PEFT fuses a LoRA without a trace in the
-        # version, so that a copy is good for one run only.
-        version = run, versions(self.weight, *[x for pair in pairs for x in pair])
-        cache, key = self.__dict__.setdefault(MERGED, {}), _key(parts)
-        if cache.get(mode.name, (None,))[0] == version:  # the usual answer, hence the first
-            return True
-        linear = getattr(type(self), MADE_OF)[0] is nn.Linear
+        linear = getattr(type(self), MADE_OF)[0] is nn.Linear and "weight" in self._parameters
         if not linear or not is_summable(self.weight) or self.weight.device != device:
             self.__dict__.pop(MERGED, None)
             return False
+        weight, *pairs = [held[name] for held, name in places]
+        cache, key = self.__dict__.setdefault(MERGED, {}), "_".join(self.coarse_parts(mode))
+        version = fixed, versions(weight, *pairs)
         if cache.get(key, (None,))[0] != version:
             stale = cache.get(key)
             for name in [name for name, kept in cache.items() if kept is stale]:
                 del cache[name]
-            weight = self.weight
-            for A, B in pairs:
+            for A, B in zip(pairs[::2], pairs[1::2], strict=True):
                 weight = torch.addmm(weight, B, A)
             cache[key] = (version, weight.detach())
         cache[mode.name] = cache[key]  # one copy for all widths
         return True
-
-
-def _key(parts: list[str]) -> str:
-    return "_".join(parts)
 
 
 class FusedSeam(LowRankSeam):

@@ -9,6 +9,7 @@ Shape legend: T noise levels, B rows of a call, D width.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,8 +66,8 @@ class BatchTables:
         times: the same, as the model is given them.
         factor: what the model multiplies times by before it embeds them.
         place: of the present call among them.
-        served: embedders that the present call has asked. DiT asks its first one twice in a call,
-            and what a call costs should not depend on the tables.
+        asked: how often the present call has asked each embedder. DiT asks its first one twice, and
+            each asking has a table of its own: what a run costs should be what was planned.
     """
 
     key: TextKey
@@ -75,33 +76,32 @@ class BatchTables:
     times: tuple[float, ...]
     factor: float = 1.0
     place: int = 0
-    served: set[nn.Module] = field(default_factory=set)
-    tables: dict[nn.Module, Table] = field(default_factory=dict)
+    asked: Counter[nn.Module] = field(default_factory=Counter)
+    tables: dict[tuple[nn.Module, int], Table] = field(default_factory=dict)
 
     def embedded(self, module: nn.Module, stock: Callable[..., Tensor], given: Given) -> Tensor:
         """Rows ``(B, D)`` of an embedder of times and labels."""
         args, kwargs = given
-        if module in self.served:
-            return stock(*args, **kwargs)
-        self.served.add(module)
-        table = self._table(module, None, lambda: stock(*self._repeated(args), **kwargs))
+        key = module, self.asked[module]
+        self.asked[module] += 1
+        table = self._table(key, None, lambda: stock(*self._repeated(args), **kwargs))
         return table[self.place]
 
     def mapped(self, module: nn.Module, stock: Callable[..., Tensor], source: nn.Module) -> Tensor:
         """Rows ``(B, X)`` of a linear layer that is given SiLU of an embedder's output."""
-        inputs = self.tables[source].rows
-        table = self._table(module, inputs, lambda: stock(F.silu(inputs.flatten(0, 1))))
+        inputs = self.tables[source, 0].rows
+        table = self._table((module, 0), inputs, lambda: stock(F.silu(inputs.flatten(0, 1))))
         return table[self.place]
 
     def _table(
-        self, module: nn.Module, inputs: Tensor | None, make: Callable[[], Tensor]
+        self, key: tuple[nn.Module, int], inputs: Tensor | None, make: Callable[[], Tensor]
     ) -> Tensor:
-        known = self.tables.get(module)
+        known = self.tables.get(key)
         if known is not None and known.inputs is inputs and known.is_current():
             return known.rows
-        weights = tuple(module.parameters())
+        weights = tuple(key[0].parameters())
         rows = make().unflatten(0, (len(self.times), -1))
-        self.tables[module] = Table(weights, versions(*weights), inputs, rows)
+        self.tables[key] = Table(weights, versions(*weights), inputs, rows)
         return rows
 
     def _repeated(self, args: tuple[Any, ...]) -> list[Any]:
@@ -173,7 +173,7 @@ class RunTables:
             found = BatchTables(key, kind, coming, times, self.backbone.time_factor)
             self.tables.append(found)
         found.place = found.levels.index(level)
-        found.served.clear()
+        found.asked.clear()
         return found
 
     def _hooked(self, model: nn.Module) -> bool:
