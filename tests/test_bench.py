@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
 
-from elastic_dit.bench import Timing, interleave
+from elastic_dit.bench import Timing, in_fresh_processes, interleave
 
 
 def test_every_run_has_every_round_and_order_rotates():
@@ -31,7 +32,26 @@ def test_it_tells_slow_from_fast():
     assert timings["slow"].ratio_to(timings["fast"]) > 1.5
 
 
+def test_preparations_come_first_and_are_not_timed():
+    order: list[str] = []
+
+    def prepare(name):
+        order.append(f"before {name}")
+        time.sleep(0.02)
+
+    timings = interleave({"a": lambda: order.append("a")}, rounds=2, warmup=0, prepare=prepare)
+    assert order == ["before a", "a"] * 2
+    assert max(timings["a"].seconds) < 0.01
+
+
+def test_each_measurement_has_a_process_of_its_own():
+    found = list(in_fresh_processes(os.getpid, 2))
+    assert len({*found, os.getpid()}) == 3
+
+
 def test_bad_arguments():
+    with pytest.raises(ValueError, match="processes = 0"):
+        list(in_fresh_processes(os.getpid, 0))
     with pytest.raises(ValueError, match="rounds = 0"):
         interleave({"a": int}, rounds=0)
     with pytest.raises(ValueError, match="number of runs = 0"):

@@ -1,20 +1,27 @@
 """Time runs against each other: in turn, many rounds, as ratios.
 
 Machines are noisy and their clocks drift, so what is compared runs interleaved, in rotating order,
-and the figure is the median of the per-round ratios. Absolute seconds are worth keeping on a GPU
-only.
+and the figure is the median of the per-round ratios. Where a process puts its arrays in memory
+shifts such a ratio for as long as it lives (by up to a tenth on two cores, between two copies of
+the very same model), so that small differences take several processes. Absolute seconds are worth
+keeping on a GPU only.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from elastic_dit.checks import require
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,11 @@ class Timing:
 
 
 def interleave(
-    runs: dict[str, Callable[[], object]], *, rounds: int = 9, warmup: int = 2
+    runs: dict[str, Callable[[], object]],
+    *,
+    rounds: int = 9,
+    warmup: int = 2,
+    prepare: Callable[[str], object] | None = None,
 ) -> dict[str, Timing]:
     """Time several runs in turn.
 
@@ -43,6 +54,7 @@ def interleave(
         runs: what to time, by name; on CUDA each is followed by a synchronisation.
         rounds: measured rounds; each runs everything once, starting one further each time.
         warmup: rounds before that are not measured.
+        prepare: is called with a run's name before each time it runs, and is not timed.
 
     Raises:
         ValueError: no runs, or no rounds.
@@ -54,6 +66,8 @@ def interleave(
     for number in range(-warmup, rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
+            if prepare is not None:
+                prepare(name)
             started = time.perf_counter()
             runs[name]()
             if torch.cuda.is_available():
@@ -61,6 +75,23 @@ def interleave(
             if number >= 0:
                 seconds[name].append(time.perf_counter() - started)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def in_fresh_processes(measure: Callable[[], Result], processes: int) -> Iterator[Result]:
+    """Measure in one new process after the other.
+
+    Args:
+        measure: found by its name in the new process, as pickling does.
+        processes: how many.
+
+    Raises:
+        ValueError: no processes.
+    """
+    require(processes >= 1, "processes", processes, ">= 1")
+    context = multiprocessing.get_context("spawn")
+    for _ in range(processes):
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            yield pool.submit(measure).result()
 
 
 def peak_memory(run: Callable[[], object]) -> int | None:
