@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from elastic_dit.training.config import OptimConfig
+from elastic_dit.training.muon import Muon
 
 # Muon's orthogonalised update suits weights that map features to features. Embedding tables, the
 # first and last projection and everything one-dimensional stay with AdamW (K. Jordan's Muon notes).
@@ -37,14 +38,7 @@ def build_optimizers(module: nn.Module, config: OptimConfig) -> list[torch.optim
     rest = [p for _, p in named if id(p) not in taken]
     optimizers: list[torch.optim.Optimizer] = []
     if matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                matrices,
-                lr=config.lr,
-                weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        optimizers.append(Muon(matrices, config.lr, weight_decay=config.weight_decay))
     if rest:
         optimizers.append(
             torch.optim.AdamW(
