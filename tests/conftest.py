@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from elastic_dit import FlexiDiT, elastify
 from elastic_dit.elastify import Handle
-from elastic_dit.engine import is_new
+from elastic_dit.surgery import is_new
 from elastic_dit.training.state import list_states
 
 TINY = {

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from elastic_dit import FULL, FlexiDiT, Mode, elastify, handle_of
 from elastic_dit.elastify import Handle
-from elastic_dit.engine import is_new
+from elastic_dit.surgery import is_new
 
 WEAK = Mode(2)
 

@@ -20,7 +20,7 @@ from tests.elastic_models import WEAK, call_of, elastic, run, shake
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from elastic_dit import FULL, FlexiDiT, Schedule, elastify, handle_of
-from elastic_dit.engine import is_new
+from elastic_dit.surgery import is_new
 
 NAMES = ("flux", "wan")
 names = pytest.mark.parametrize("name", NAMES)

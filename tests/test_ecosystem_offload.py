@@ -14,7 +14,7 @@ from tests.backbones.tiny import CASES
 from tests.elastic_models import WEAK, call_of, elastic, run, shake
 
 from elastic_dit import FULL, elastify
-from elastic_dit.engine import is_new
+from elastic_dit.surgery import is_new
 
 CPU = torch.device("cpu")
 names = pytest.mark.parametrize("name", ["flux", "wan", "dit"])

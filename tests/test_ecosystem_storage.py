@@ -13,8 +13,8 @@ from tests.elastic_models import WEAK, call_of, elastic, run, shake
 from torch import nn
 
 from elastic_dit import FULL, FlexiDiT, elastify
-from elastic_dit.engine import is_new
 from elastic_dit.storage import NewLinear
+from elastic_dit.surgery import is_new
 
 names = pytest.mark.parametrize("name", ["flux", "wan", "dit"])
 APART = r"merge = True, but \d+ of \d+ layers keep their low-rank update apart"

@@ -9,8 +9,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from elastic_dit import FULL, FlexiDiT, Mode, Schedule, Segment, elastify
-from elastic_dit.engine import ENGINE
 from elastic_dit.guidance import Remembered, run_batch, run_guidance
+from elastic_dit.routing import ENGINE
 
 WEAK, WEAKER = Mode(2), Mode(4)
 COUNT = 3

@@ -81,7 +81,7 @@ def ahead(pipe, adapter):
 
 
 def draw(handle, steps=6, scale=2.0, labels=LABELS):
-    pipe = handle._engine.pipe()
+    pipe = handle._engine.timeline.pipe()
     return sample(pipe, labels, SEEDS[: len(labels)], guidance_scale=scale, steps=steps).images
 
 

@@ -83,12 +83,12 @@ def elastic_class(
             with cached(self, name, **facts):
                 yield
             return
-        previous, engine.context = engine.context, (name, facts)
+        previous, engine.timeline.context = engine.timeline.context, (name, facts)
         try:
             with cached(self, name, **facts):
                 yield
         finally:
-            engine.context = previous
+            engine.timeline.context = previous
 
     @functools.wraps(stock.save_pretrained)  # pipelines read what it accepts
     def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:

@@ -99,7 +99,7 @@ def elastify(
     engine.calibration = next((x.calibration for x in adapters if x.method == method), None)
     engine.install(model)
     if pipe is not None:
-        engine.pipe = Weak(pipe)
+        engine.timeline.pipe = Weak(pipe)
     return Handle(model, engine)
 
 
@@ -121,7 +121,7 @@ class Handle:
     @property
     def _pipe(self) -> Any:
         """The pipeline that the model is part of, if it was given with one."""
-        return self._engine.pipe_of(self.model)
+        return self._engine.timeline.pipe_of(self.model)
 
     @property
     def method(self) -> Method:
@@ -150,12 +150,12 @@ class Handle:
         Raises:
             ValueError: a method without routed modes.
         """
-        if self._engine.widths is None:
+        if self._engine.surgery.widths is None:
             raise ValueError(
                 f"method {self.method.name!r} has no routed modes; legal: dydit, or a combination "
                 "with it"
             )
-        return self._engine.widths
+        return self._engine.surgery.widths
 
     @property
     def schedule(self) -> Schedule:
@@ -374,7 +374,7 @@ class Handle:
     @property
     def shape(self) -> TransformerShape:
         """What the cost depends on."""
-        return self._live().shape_of(self.model)
+        return self._live().ledger.shape_of(self.model)
 
     def plan(
         self,
@@ -427,7 +427,7 @@ class Handle:
         usual_grid, usual_text = self.backbone.default_size(self.model)
         text = usual_text if text_tokens is None else text_tokens
         size = self.backbone.planned_size(grid or usual_grid, text, self._pipe)
-        shape = engine.shape_of(self.model, size)
+        shape = engine.ledger.shape_of(self.model, size)
         packing = shape.packing_macs if engine.packed else None
         keeps = engine.keep_text and engine.compiled is None
         schedule = engine.schedule
@@ -455,7 +455,7 @@ class Handle:
     def report(self) -> Report:
         """What the last run really did."""
         engine = self._live()
-        return Report(tuple(engine.calls), budget=engine.allowed)
+        return Report(tuple(engine.ledger.calls), budget=engine.allowed)
 
     @contextlib.contextmanager
     def using(self, mode: Mode) -> Iterator[None]:
@@ -468,7 +468,7 @@ class Handle:
         if not engine.method.has(mode):
             raise ValueError(f"mode {mode.name!r}; legal: {', '.join(m.name for m in self.modes)}")
         self.backbone.check(self.model, {mode})
-        engine.calls.clear()
+        engine.ledger.calls.clear()
         engine.router.run += 1
         previous, engine.forced = engine.forced, mode
         try:
@@ -509,15 +509,15 @@ def handle_of(target: Any, *, component: str | None = None) -> Handle | None:
     engine: Engine | None = model.__dict__.get(ENGINE)
     if engine is None:
         return None
-    if pipe is not None and engine.pipe_of(model) is None:  # the pipeline itself is a copy
-        engine.pipe = Weak(pipe)
+    if pipe is not None and engine.timeline.pipe_of(model) is None:  # the pipeline itself is a copy
+        engine.timeline.pipe = Weak(pipe)
     return Handle(model, engine)
 
 
 def stock_class(model: nn.Module) -> type:
     """The diffusers class of a model, elastic or not."""
     engine = model.__dict__.get(ENGINE)
-    return type(model) if engine is None else engine.stock
+    return type(model) if engine is None else engine.surgery.stock
 
 
 def _resolve(target: Any, component: str | None) -> tuple[nn.Module, Any]:

@@ -240,13 +240,13 @@ class _Watch:
     def visit(self, model: nn.Module, call: Call, output: Any) -> None:
         """Look at a call; branches that come one after the other wait for each other."""
         engine, backbone = self.engine, self.engine.router.backbone
-        branches = backbone.branches(model, call, engine.pipe_of(model))
+        branches = backbone.branches(model, call, engine.timeline.pipe_of(model))
         if self.seconds is None:
             alone = call if branches is None else backbone.rows(call, branches.conditional)
             self.seconds = self._time(model, alone, None if branches is None else call)
         if self.told is None:
             return
-        latent, level = backbone.stack(call[backbone.sample]), engine.calls[-1].level
+        latent, level = backbone.stack(call[backbone.sample]), engine.ledger.calls[-1].level
         assert level is not None
         found = self._predict(model, call, output, latent, level)
         if branches is not None:
@@ -268,8 +268,8 @@ class _Watch:
 
     def _guides(self, level: float, latent: Tensor) -> bool:
         """Whether a call is the guidance branch: by its name, or by the latent's second coming."""
-        if self.engine.context is not None:
-            return self.engine.context[0] in self.engine.router.backbone.contexts
+        if self.engine.timeline.context is not None:
+            return self.engine.timeline.context[0] in self.engine.router.backbone.contexts
         before = self.waiting.get(False)
         return before is not None and before[0] == level and torch.equal(before[1], latent)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from elastic_dit import FlexiDiT, elastify
 from elastic_dit.elastify import Handle
-from elastic_dit.engine import is_new
+from elastic_dit.surgery import is_new
 
 STEPS = 4
 PROMPTS = ("red cat", "blue dog")

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elastic_dit import FULL, FlexiDiT, Mode, Schedule, elastify
 from elastic_dit.backbones import BACKBONES
-from elastic_dit.engine import is_new
 from elastic_dit.mode import Mode as AnyMode
+from elastic_dit.surgery import is_new
 
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 batched = pytest.mark.parametrize(
@@ -222,7 +222,7 @@ def test_the_closed_form_is_what_the_counter_counts_on_the_meta_device(case, rec
                 handle.model(**call)  # the shared recipe projects its weights once
                 with FlopCounterMode(display=False) as counter:
                     handle.model(**call)
-            shape = handle._engine.shape_of(handle.model, size)
+            shape = handle._engine.ledger.shape_of(handle.model, size)
             assert shape.macs(mode) == counter.get_total_flops() / 2, (mode, grid)
 
 

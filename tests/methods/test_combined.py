@@ -33,9 +33,9 @@ from elastic_dit import (
     handle_of,
     load_adapter,
 )
-from elastic_dit.engine import is_new
 from elastic_dit.methods import method_from_config
 from elastic_dit.reference import load_reference, reference_adapter
+from elastic_dit.surgery import is_new
 
 GRIDS = {
     "dit": (1, 8, 8),
@@ -154,7 +154,7 @@ def test_a_row_alone_is_the_row_in_a_batch(name):
 def test_planned_is_counted(name, merge):
     """By torch's counter, by the record, and beforehand where the number of tokens is fixed."""
     handle, call = combined(name, recipe="full", merge=merge), call_of(name, 1)
-    shape = handle._engine.shape_of(handle.model, handle.backbone.size(handle.model, call))
+    shape = handle._engine.ledger.shape_of(handle.model, handle.backbone.size(handle.model, call))
     for mode in (FULL, *SINGLE, *PRODUCTS):
         with torch.no_grad(), handle.using(mode):
             handle.model(**call)  # what a run does once
@@ -214,7 +214,7 @@ def test_merged_updates_are_the_same(name):
     handle._engine.router.merged = True
     for mode, output in zip((*SINGLE, *PRODUCTS), expected, strict=True):
         torch.testing.assert_close(run(handle, call, mode), output, atol=2e-5, rtol=1e-4)
-    layer = handle.model.get_submodule(next(iter(handle._engine.pairs)))
+    layer = handle.model.get_submodule(next(iter(handle._engine.surgery.pairs)))
     merged = layer.__dict__["_elastic_merged"]
     copies = {id(weight): key for key, (_, weight) in reversed(merged.items())}
     assert set(copies.values()) == {"patch2", "grid3x2", "grid4", "patch2_grid3x2"}  # widths share
@@ -225,7 +225,7 @@ def test_changed_updates_are_merged_and_cut_anew():
     handle.widths.slices, before = 4, None
     for _ in range(4):
         with torch.no_grad():
-            for _, _, B in handle._engine.pairs.values():
+            for _, _, B in handle._engine.surgery.pairs.values():
                 B["patch2"].mul_(1.5)
         found = run(handle, call, ALL)
         assert (gated(handle, call, ALL) - found).norm() < 1e-6 * found.norm()
@@ -320,7 +320,7 @@ def test_other_methods_of_patch_size(name, patches):
     call = call_of(name, 1)
     assert [part.name for part in handle.method.parts] == [patches.name, "sparsedit", "dydit"]
     assert torch.equal(run(handle, call, FULL), run(deep(name), call))
-    shape = handle._engine.shape_of(handle.model, handle.backbone.size(handle.model, call))
+    shape = handle._engine.ledger.shape_of(handle.model, handle.backbone.size(handle.model, call))
     for mode in (PATCH, BOTH, ALL_KEPT):
         sliced = run(handle, call, mode)
         counter = FlopCounterMode(display=False)

@@ -7,9 +7,9 @@ import torch
 
 from elastic_dit import FULL, DDiT, FlexiDiT, Mode, elastify
 from elastic_dit.backbones.dit import DiTBackbone
-from elastic_dit.engine import is_new
 from elastic_dit.methods import method_from_config
 from elastic_dit.ops.patching import from_base
+from elastic_dit.surgery import is_new
 
 COARSE = [Mode(2), Mode(4), Mode((1, 1, 2))]
 

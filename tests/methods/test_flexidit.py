@@ -10,11 +10,11 @@ import torch
 
 from elastic_dit import FULL, FlexiDiT, Mode, elastify
 from elastic_dit.backbones.dit import DiTBackbone
-from elastic_dit.engine import is_new
 from elastic_dit.methods import METHODS, method_from_config
 from elastic_dit.methods.flexidit import SharedSizes
 from elastic_dit.ops.patching import coarse_grid, resize_embedding, resize_output
 from elastic_dit.routing import Router
+from elastic_dit.surgery import is_new
 
 BACKBONE = DiTBackbone()
 both_recipes = pytest.mark.parametrize("recipe", ["lora", "shared"])

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elastic_dit import FULL, DDiT, Mode, PPFlow, elastify
 from elastic_dit.backbones import BACKBONES
-from elastic_dit.engine import is_new
+from elastic_dit.surgery import is_new
 
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 METHODS = {"ddit": DDiT(rank=3), "ppflow": PPFlow(stages=((0.5, 2), (0.25, (1, 1, 2))))}
@@ -82,7 +82,7 @@ def test_planned_cost_is_what_the_counter_counts(case, method):
         counter = FlopCounterMode(display=False)
         with handle.using(mode), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
             handle.model(**call)
-        shape = handle._engine.shape_of(handle.model, size)
+        shape = handle._engine.ledger.shape_of(handle.model, size)
         assert shape.macs(mode) == counter.get_total_flops() / 2, mode
 
 

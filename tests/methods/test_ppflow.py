@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from elastic_dit import FULL, Mode, PPFlow, elastify
-from elastic_dit.engine import is_new
 from elastic_dit.methods import method_from_config
 from elastic_dit.methods.ppflow import THREE_LEVELS
+from elastic_dit.surgery import is_new
 
 WIDE = Mode((1, 1, 2))
 

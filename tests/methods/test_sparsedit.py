@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from elastic_dit import FULL, Mode, Schedule, SparseDiT, elastify
-from elastic_dit.engine import is_new
 from elastic_dit.methods import method_from_config
 from elastic_dit.ops.pooling import pool_tokens, spread_tokens
+from elastic_dit.surgery import is_new
 
 TIME = 700.0
 CALLS = {
@@ -97,7 +97,7 @@ def test_full_mode_is_stock_and_remove_is_exact(name, recipe, assert_stock):
 def test_planned_cost_is_what_the_counter_counts(name, recipe):
     handle, call = elastic(name, recipe=recipe, rank=3), call_of(name, 1)
     size = handle.backbone.size(handle.model, call)
-    shape, costs = handle._engine.shape_of(handle.model, size), []
+    shape, costs = handle._engine.ledger.shape_of(handle.model, size), []
     for mode in handle.modes:
         counter = FlopCounterMode(display=False)
         with handle.using(mode), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:

@@ -10,7 +10,7 @@ from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
 
 from elastic_dit import FULL, DDiT, Mode, Schedule, elastify, load_adapter
-from elastic_dit.engine import is_new
+from elastic_dit.surgery import is_new
 from elastic_dit.training.adapter import AdapterTask
 from elastic_dit.training.config import load_recipe
 from elastic_dit.training.data import ImageData

@@ -9,8 +9,8 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from elastic_dit import FULL, Mode, SparseDiT, elastify, load_adapter
-from elastic_dit.engine import is_new
 from elastic_dit.ops.flow import level_quantile, level_share, min_snr_weight, stratified_levels
+from elastic_dit.surgery import is_new
 from elastic_dit.training.adapter import AdapterTask
 from elastic_dit.training.config import load_recipe
 from elastic_dit.training.data import ImageData

@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from elastic_dit.checkpoint import Adapter, load_adapter
 from elastic_dit.checks import require
 from elastic_dit.elastify import elastify
-from elastic_dit.engine import is_new
 from elastic_dit.methods import DDiT, FlexiDiT, Method, PPFlow, SparseDiT
 from elastic_dit.methods.flexidit import SharedSizes
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.schedule import Schedule
+from elastic_dit.surgery import is_new
 from elastic_dit.training.config import Recipe, from_table
 from elastic_dit.training.objectives import NoisyBatch, noisy_batch
 from elastic_dit.training.sparse_stages import SparseSettings, draw_stage, sparse_loss

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from elastic_dit.checks import require
 from elastic_dit.elastify import elastify
-from elastic_dit.engine import is_new
 from elastic_dit.methods import DyDiT
 from elastic_dit.methods.dydit import LEVELS, RoutedSizes, work_share
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.narrowing import Narrow
 from elastic_dit.schedule import Schedule
+from elastic_dit.surgery import is_new
 from elastic_dit.training.config import Recipe, from_table
 from elastic_dit.training.objectives import NoisyBatch, noisy_batch
 from elastic_dit.training.teacher import DTYPES, Teacher, distilled, open_base
