@@ -23,27 +23,14 @@ from typing import Any
 
 import diffusers
 import torch
+from shapes import KNOWN, inputs
 
 from elastic_dit import FULL, FlexiDiT, Mode, Schedule, elastify
-from elastic_dit.backbones.published import MODELS, Published
+from elastic_dit.backbones.published import Published
 from elastic_dit.bench import in_fresh_processes, interleave, peak_memory
 from elastic_dit.evaluation.record import write_results
 
 RESULTS = Path(__file__).parent / "results"
-DIT = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 28,
-    "patch_size": 2,
-    "num_embeds_ada_norm": 1000,
-}
-KNOWN = {
-    "dit-xl-2-256": Published("DiTTransformer2DModel", {**DIT, "sample_size": 32}, (1, 16, 16), 0),
-    "dit-xl-2-512": Published("DiTTransformer2DModel", {**DIT, "sample_size": 64}, (1, 32, 32), 0),
-    **MODELS,
-}
 DEFAULT = (
     "dit-xl-2-256",
     "dit-xl-2-512",
@@ -62,47 +49,6 @@ REDUCED_GRIDS = {
     "wan-2.1-1.3b-480p": (2, 12, 12),
 }
 MODES = (FULL, Mode(2), Mode(4))
-
-
-def inputs(known: Published, model: Any, batch: int, device: str) -> dict[str, Any]:
-    """A call at the published size, with random latents and text."""
-    (frames, height, width), text = known.grid, known.text_tokens
-    config, dtype = model.config, model.dtype
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, device=device, dtype=dtype)
-
-    def image(*frame: int) -> torch.Tensor:
-        return random(batch, config.in_channels, *frame, 2 * height, 2 * width)
-
-    times = torch.full((batch,), 500.0, device=device)
-    if known.model_class == "DiTTransformer2DModel":
-        labels = torch.arange(batch, device=device)
-        return {"hidden_states": image(), "timestep": times, "class_labels": labels}
-    if known.model_class == "FluxTransformer2DModel":
-        places = torch.cartesian_prod(torch.arange(height), torch.arange(width))
-        ids = torch.cat([torch.zeros(len(places), 1), places], dim=1)
-        return {
-            "hidden_states": random(batch, height * width, config.in_channels),
-            "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
-            "pooled_projections": random(batch, config.pooled_projection_dim),
-            "timestep": times / 1000,
-            "img_ids": ids.to(device),
-            "txt_ids": torch.zeros(text, 3, device=device),
-            "guidance": torch.full((batch,), 3.5, device=device),
-        }
-    if known.model_class == "SD3Transformer2DModel":
-        return {
-            "hidden_states": image(),
-            "encoder_hidden_states": random(batch, text, config.joint_attention_dim),
-            "pooled_projections": random(batch, config.pooled_projection_dim),
-            "timestep": times,
-        }
-    text_width = config.text_dim if "text_dim" in config else config.caption_channels
-    call = {"encoder_hidden_states": random(batch, text, text_width), "timestep": times}
-    if known.model_class == "PixArtTransformer2DModel":
-        return call | {"hidden_states": image(), "added_cond_kwargs": {}}
-    return call | {"hidden_states": image(frames)}
 
 
 @torch.no_grad()

@@ -1,80 +1,103 @@
 """Do seconds follow MACs where blocks see fewer tokens? Full mode and sparse grids, against stock.
 
-    python benchmarks/sparsedit_speed.py [--width 256] [--depth 12] [--side 32] [--batch 2]
+    python benchmarks/sparsedit_speed.py [--models dit-xl-2-512 ...] [--batch 2] [--compile]
 
-The shape is DiT-XL/2 at 512 pixels, narrower and shallower so that a CPU runs it: 32 x 32 tokens,
-with the plan of `SparseDiT.for_depth`. Weights are random: seconds do not depend on them. Writes
-benchmarks/results/sparsedit-speed-<cpu|cuda>[-compiled].json: for each mode the time ratio over the
-stock model, interleaved, beside its MAC ratio in our counting and in the paper's.
+On a GPU the published architectures, in bfloat16; on a CPU the same classes with fewer and narrower
+blocks and shorter sequences, in float32, so that ratios can be read and seconds cannot. Plans are
+those of `SparseDiT.for_depth`, the sparse grids the same shares of the dense one for all: 6, 8, 10,
+12, 16 and 20 of 32 tokens to a side. Weights are random: seconds do not depend on them. Writes
+benchmarks/results/sparsedit-speed-<cpu|cuda>[-compiled].json: for each model and mode the time
+ratio over the stock model, interleaved, beside its MAC ratio in our counting and in the paper's.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DiTTransformer2DModel
+from shapes import KNOWN, inputs
 
 from elastic_dit import FULL, Mode, SparseDiT, elastify
+from elastic_dit.backbones.published import Published
 from elastic_dit.bench import interleave
 from elastic_dit.evaluation.record import write_results
 
 RESULTS = Path(__file__).parent / "results"
-PATCH, HEAD = 2, 64
+SHARES = (6 / 32, 8 / 32, 10 / 32, 12 / 32, 16 / 32, 20 / 32)
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What is smaller on a CPU: entries of the config, base tokens, text tokens."""
+
+    config: dict[str, Any]
+    grid: tuple[int, int, int]
+    text_tokens: int = 0
+
+
+NARROW = {"num_attention_heads": 4, "num_layers": 12}
+NARROW_TEXT = {**NARROW, "cross_attention_dim": 288, "caption_channels": 288}
+REDUCED = {
+    "dit-xl-2-512": Reduced(NARROW, (1, 32, 32)),
+    "pixart-sigma-1024": Reduced({**NARROW_TEXT, "sample_size": 64}, (1, 32, 32), 120),
+    "latte-1-512": Reduced({**NARROW_TEXT, "sample_size": 32, "video_length": 8}, (8, 16, 16), 120),
+    "wan-2.1-1.3b-480p": Reduced(
+        {"num_attention_heads": 2, "num_layers": 12, "ffn_dim": 1024, "text_dim": 256},
+        (5, 16, 26),
+        128,
+    ),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--depth", type=int, default=12)
-    parser.add_argument("--side", type=int, default=32, help="tokens per side")
+    parser.add_argument("--models", nargs="+", default=list(REDUCED), choices=REDUCED)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--sides", type=int, nargs="+", default=[6, 8, 10, 12, 16, 20])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = bench(arguments, device)
     name = f"sparsedit-speed-{device}{'-compiled' if arguments.compile else ''}.json"
-    write_results(arguments.output / name, results)
+    models = []
+    for model in arguments.models:
+        known = KNOWN[model]
+        if device == "cpu":
+            small = REDUCED[model]
+            known = Published(
+                known.model_class, known.config | small.config, small.grid, small.text_tokens
+            )
+        print(model, flush=True)
+        models.append({"model": model, **bench(known, arguments, device)})
+        setting = {"batch": arguments.batch, "rounds": arguments.rounds}
+        write_results(arguments.output / name, {**setting, "models": models})
 
 
-def model_of(arguments: argparse.Namespace, device: str) -> Any:
+def built(known: Published, device: str) -> Any:
     torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=arguments.width // HEAD,
-        attention_head_dim=HEAD,
-        in_channels=4,
-        out_channels=8,
-        num_layers=arguments.depth,
-        sample_size=arguments.side * PATCH,
-        patch_size=PATCH,
-    )
-    return model.eval().to(device, torch.bfloat16 if arguments.bf16 else torch.float32)
+    with torch.device(device):
+        model = getattr(diffusers, known.model_class)(**known.config)
+    return model.eval().to(torch.bfloat16) if device == "cuda" else model.eval()
 
 
-def bench(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
-    stock, model = (model_of(arguments, device) for _ in range(2))
-    count = len(arguments.sides)
-    stages = tuple((1 - (i + 1) / count, side) for i, side in enumerate(arguments.sides))
-    stages = (*stages[:-1], (0.0, arguments.sides[-1]))
-    method = SparseDiT.for_depth(arguments.depth, stages=stages)
+def bench(known: Published, arguments: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Times of one model's modes, in turn."""
+    stock, model = (built(known, device) for _ in range(2))
+    _, height, width = known.grid
+    sides = [(round(height * share), round(width * share)) for share in SHARES]
+    ends = [1 - number / len(sides) for number in range(1, len(sides))]
+    stages = tuple(zip((*ends, 0.0), sides, strict=True))
+    method = SparseDiT.for_depth(model.config.num_layers, stages=stages)
     handle = elastify(model, method)
     if arguments.compile:
         for each in (stock, model):
             each.compile(dynamic=False)
-    latent = arguments.side * PATCH
-    call = {
-        "hidden_states": torch.randn(arguments.batch, 4, latent, latent).to(device, model.dtype),
-        "timestep": torch.full((arguments.batch,), 500.0, device=device),
-        "class_labels": torch.arange(arguments.batch, device=device),
-    }
+    call = inputs(known, stock, arguments.batch, device)
 
     def run(mode: Mode | None) -> Callable[[], None]:
         @torch.no_grad()
@@ -92,7 +115,8 @@ def bench(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
         {"stock": run(None), **{name: run(mode) for name, mode in modes.items()}},
         rounds=arguments.rounds,
     )
-    shape = handle.shape
+    backbone = handle.backbone
+    shape = method.priced(backbone.shape(model, *backbone.size(model, call)), model, backbone)
     assert shape.sparse is not None
     papers = replace(shape, sparse=replace(shape.sparse, published=True))
     rows = []
@@ -106,15 +130,18 @@ def bench(arguments: argparse.Namespace, device: str) -> dict[str, Any]:
         }
         rows.append(row)
         print(
-            f"{name:<8} MACs {row['macs_ratio']:.3f} (paper's counting "
+            f"{name:<10} MACs {row['macs_ratio']:.3f} (paper's counting "
             f"{row['macs_ratio_published']:.3f})  time {row['time_ratio']:.3f}",
             flush=True,
         )
-    facts = {k: v for k, v in vars(arguments).items() if k != "output"}
     return {
-        "setting": facts | {"threads": torch.get_num_threads(), "plan": method.to_config()},
+        "grid": known.grid,
+        "text_tokens": known.text_tokens,
+        "depth": model.config.num_layers,
+        "width": model.config.num_attention_heads * model.config.attention_head_dim,
+        "threads": torch.get_num_threads(),
+        "plan": method.to_config(),
         "gmacs_full": shape.macs(FULL) / 1e9,
-        "stock_seconds": timings["stock"].median,
         "rows": rows,
     }
 

@@ -244,17 +244,16 @@ def routed_speed_tables(speed: dict[str, Any]) -> str:
 
 
 def sparse_speed_table(speed: dict[str, Any]) -> str:
-    setting = speed["setting"]
-    lines = [
-        f"{setting['depth']} blocks of width {setting['width']}, {setting['side']} x "
-        f"{setting['side']} tokens, batch {setting['batch']}.",
-        "",
-        "| mode | MACs ratio | in the paper's counting | time ratio |",
-        "| --- | --- | --- | --- |",
-    ]
-    for row in speed["rows"]:
-        ratios = (row["macs_ratio"], row["macs_ratio_published"], row["time_ratio"])
-        lines.append(f"| {row['mode']} | {' | '.join(f'{ratio:.3f}' for ratio in ratios)} |")
+    lines = [f"One forward pass of batch {speed['batch']}.", ""]
+    lines += ["| model | mode | MACs ratio | in the paper's counting | time ratio |"]
+    lines += ["| --- " * 5 + "|"]
+    for model in speed["models"]:
+        grid = " x ".join(str(side) for side in model["grid"] if side > 1)
+        size = f"{model['model']}: {model['depth']} blocks of width {model['width']}, {grid} tokens"
+        for row in model["rows"]:
+            ratios = (row["macs_ratio"], row["macs_ratio_published"], row["time_ratio"])
+            numbers = " | ".join(f"{ratio:.3f}" for ratio in ratios)
+            lines.append(f"| {size} | {row['mode']} | {numbers} |")
     return "\n".join(lines) + "\n"
 
 
