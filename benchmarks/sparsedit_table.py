@@ -22,7 +22,7 @@ from routed_table import compare, controls
 from rows import RESULTS, Rows, parser_of
 
 from elastic_dit import Schedule, elastify
-from elastic_dit.elastify import Handle
+from elastic_dit.handle import Handle
 from elastic_dit.reference import reference_adapter
 
 

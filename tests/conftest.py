@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from elastic_dit import FlexiDiT, elastify
-from elastic_dit.elastify import Handle
+from elastic_dit.handle import Handle
 from elastic_dit.surgery import is_new
 from elastic_dit.training.state import list_states
 

@@ -10,7 +10,7 @@ from tests.backbones.tiny import CASES
 from torch import Tensor
 
 from elastic_dit import FULL, FlexiDiT, Mode, elastify, handle_of
-from elastic_dit.elastify import Handle
+from elastic_dit.handle import Handle
 from elastic_dit.surgery import is_new
 
 WEAK = Mode(2)

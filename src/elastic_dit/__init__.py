@@ -13,7 +13,8 @@ from elastic_dit.budget import Budget
 from elastic_dit.calibration import Calibration
 from elastic_dit.checkpoint import Adapter, load_adapter
 from elastic_dit.ddit_controller import Account, DDiTController
-from elastic_dit.elastify import Handle, elastify, handle_of
+from elastic_dit.elastify import elastify, handle_of
+from elastic_dit.handle import Handle
 from elastic_dit.methods import METHODS, Combined, DDiT, DyDiT, FlexiDiT, PPFlow, SparseDiT
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.pipelines import PixelDiTPipeline

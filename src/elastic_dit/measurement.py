@@ -26,9 +26,9 @@ from elastic_dit.calibration import Band, Calibration, Point, as_choices, check_
 from elastic_dit.checkpoint import identity
 from elastic_dit.checks import require
 from elastic_dit.device import Seconds, device_name
-from elastic_dit.elastify import Handle
 from elastic_dit.engine import Engine
 from elastic_dit.evaluation.record import provenance
+from elastic_dit.handle import Handle
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.prediction import Parametrisation, parametrisation
 from elastic_dit.schedule import Schedule, Segment

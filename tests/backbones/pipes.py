@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
 from elastic_dit import FlexiDiT, elastify
-from elastic_dit.elastify import Handle
+from elastic_dit.handle import Handle
 from elastic_dit.surgery import is_new
 
 STEPS = 4

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from elastic_dit.elastify import Handle
 from elastic_dit.evaluation.runner import Judge, as_row
+from elastic_dit.handle import Handle
 from elastic_dit.pipelines import PixelDiTPipeline
 from elastic_dit.sampling import cyclic_labels, sample
 from elastic_dit.schedule import Schedule
