@@ -48,6 +48,10 @@ class Merges:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"run": None, "prints": (), "current": {}, "places": {}}
 
+    def forget(self) -> None:
+        """The copies are gone: layers lose them with their class."""
+        self.current.clear()
+
     def ready(self, mode: Mode, run: int, device: torch.device) -> None:
         """Make or renew what a mode needs, where that is allowed; warn once where it is not.
 

@@ -282,6 +282,7 @@ class Surgery:
         for module in reversed(self.swapped):
             restore_class(module)
         self.swapped.clear()
+        self.merges.forget()
         for module, handle in self.hooks:
             handle.remove()
             for key in (ROUTER, ROLE, MERGE):  # it may have several, or have been swapped too
