@@ -22,7 +22,7 @@ def provenance(command: str | None = None) -> dict[str, Any]:
     """Command, commit, machine and versions of the running process."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return {
-        "command": command or shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command or shlex.join([Path(sys.argv[0]).name, *map(_told, sys.argv[1:])]),
         "commit": _commit(),
         "device": device_name(device),
         "python": platform.python_version(),
@@ -39,6 +39,13 @@ def write_results(path: str | Path, results: dict[str, Any], command: str | None
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(json.dumps({"provenance": provenance(command), **results}, indent=2) + "\n")
     os.replace(partial, path)
+
+
+def _told(argument: str) -> str:
+    """An argument of the command; of a place outside the working folder, its last name."""
+    path = Path(argument)
+    elsewhere = path.exists() and not path.resolve().is_relative_to(Path.cwd())
+    return path.name if elsewhere else argument
 
 
 def _commit() -> str:
