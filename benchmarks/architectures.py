@@ -110,13 +110,14 @@ def overhead(name: str, device: str, rounds: int) -> float:
     torch.manual_seed(0)
     with torch.device(device):
         model = getattr(diffusers, known.model_class)(**known.config).eval()
-    call, handles = inputs(known, model, 1, device), []
+    call, engine = inputs(known, model, 1, device), elastify(model, FlexiDiT())._engine
+    installed = True
 
     def prepare(run: str) -> None:
-        while handles:
-            handles.pop().remove()
-        if run == "full":
-            handles.append(elastify(model, FlexiDiT()))
+        nonlocal installed
+        if installed != (run == "full"):  # the same engine goes off and on: nothing is allocated
+            (engine.uninstall if installed else engine.install)(model)
+            installed = not installed
         model(**call)
 
     runs = dict.fromkeys(("stock", "full"), lambda: model(**call))
