@@ -281,7 +281,10 @@ def median_tau(handle, pipe, **settings):
         for why in call.why
         for value in (why["statistic"] or {}).values()
     ]
-    return sorted(found)[len(found) // 2]
+    found = sorted(set(found))
+    middle = len(found) // 2
+    # Between two of them: on one of them, rounding would decide.
+    return (found[middle - 1] + found[middle]) / 2
 
 
 def by_picture(report):
