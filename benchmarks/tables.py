@@ -96,7 +96,7 @@ def speed_tables(speed: dict[str, Any]) -> str:
                 f"| {row['run']} | {row['flops_ratio']:.3f} | {row['time_ratio']:.3f} | {spread} |"
             )
         lines.append("")
-    lines += [f"Medians of {speed['processes']} processes.", ""]
+    lines += [f"Processes: {speed['processes']}.", ""]
     return "\n".join(lines)
 
 
