@@ -7,7 +7,7 @@ Seconds (median of interleaved rounds), peak memory and FLOPs of one forward pas
 GPU, eager and compiled. Writes benchmarks/results/architectures.json.
 
 `--reduced` needs no GPU: the same classes with a few narrow blocks and a short sequence, in
-float32. One model is timed with and without its handle, so that its weights lie where they lie. The
+float32. One model is timed with and without its engine, so that its weights lie where they lie. The
 ratios say what full mode adds to the stock forward, not how fast a real model is.
 Writes benchmarks/results/overhead-<cpu|cuda>.json.
 """
@@ -21,9 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from shapes import KNOWN, inputs
+from shapes import KNOWN, build, inputs
 
 from elastic_dit import FULL, FlexiDiT, Mode, Schedule, elastify
 from elastic_dit.backbones.published import Published
@@ -56,14 +55,7 @@ def bench(
     known: Published, batch: int, *, compiled: bool, device: str, rounds: int, modes: tuple
 ) -> list[dict[str, Any]]:
     """One forward pass of the stock model and of each mode, in turn."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    built = []
-    for _ in range(2):
-        torch.manual_seed(0)
-        with torch.device(device):
-            model = getattr(diffusers, known.model_class)(**known.config)
-        built.append(model.to(dtype).eval())
-    stock, elastic = built
+    stock, elastic = (build(known, device) for _ in range(2))
     handle = elastify(elastic, FlexiDiT())
     call = inputs(known, stock, batch, device)
     if compiled:
@@ -107,9 +99,7 @@ def overhead(name: str, device: str, rounds: int) -> float:
     """Time of full mode over that of the stock forward, with the same weights."""
     known = KNOWN[name]
     known = replace(known, config=known.config | REDUCED[name], grid=REDUCED_GRIDS[name])
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = getattr(diffusers, known.model_class)(**known.config).eval()
+    model = build(known, device)
     call, engine = inputs(known, model, 1, device), elastify(model, FlexiDiT())._engine
     installed = True
 

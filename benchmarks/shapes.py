@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import diffusers
 import torch
 
 from elastic_dit.backbones.published import MODELS, Published
@@ -22,6 +23,14 @@ KNOWN = {
     "dit-xl-2-512": Published("DiTTransformer2DModel", {**DIT, "sample_size": 64}, (1, 32, 32), 0),
     **MODELS,
 }
+
+
+def build(known: Published, device: str) -> Any:
+    """The model with random weights, always the same; in bfloat16 on a GPU."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = getattr(diffusers, known.model_class)(**known.config).eval()
+    return model.to(torch.bfloat16) if device == "cuda" else model
 
 
 def inputs(known: Published, model: Any, batch: int, device: str) -> dict[str, Any]:

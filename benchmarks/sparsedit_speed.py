@@ -18,9 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from shapes import KNOWN, inputs
+from shapes import KNOWN, build, inputs
 
 from elastic_dit import FULL, Mode, SparseDiT, elastify
 from elastic_dit.backbones.published import Published
@@ -78,16 +77,9 @@ def main() -> None:
         write_results(arguments.output / name, {**setting, "models": models})
 
 
-def built(known: Published, device: str) -> Any:
-    torch.manual_seed(0)
-    with torch.device(device):
-        model = getattr(diffusers, known.model_class)(**known.config)
-    return model.eval().to(torch.bfloat16) if device == "cuda" else model.eval()
-
-
 def bench(known: Published, arguments: argparse.Namespace, device: str) -> dict[str, Any]:
     """Times of one model's modes, in turn."""
-    stock, model = (built(known, device) for _ in range(2))
+    stock, model = (build(known, device) for _ in range(2))
     _, height, width = known.grid
     sides = [(round(height * share), round(width * share)) for share in SHARES]
     ends = [1 - number / len(sides) for number in range(1, len(sides))]

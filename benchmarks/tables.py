@@ -103,7 +103,7 @@ def speed_tables(speed: dict[str, Any]) -> str:
 def overhead_table(overhead: dict[str, Any]) -> str:
     lines = [
         "The classes of published models with a few narrow blocks and a short sequence, each with "
-        "and without its handle; medians of several processes.",
+        "and without its engine; medians of several processes.",
         "",
         "| model | time of full mode over stock | in each process |",
         "| --- | --- | --- |",
