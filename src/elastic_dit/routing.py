@@ -147,6 +147,16 @@ class Router:
         """Tokens of one picture of the present grid."""
         return math.prod(coarse_grid(self.grid, mode.patch_scale))
 
+    def kept(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """A constant that is made once, on the latent's device."""
+        key = key, self.device
+        if key not in self.tables:
+            table = make().to(self.device)
+            if torch.compiler.is_compiling():  # belongs to the graph
+                return table
+            self.tables[key] = table
+        return self.tables[key]
+
     def pack(self, pieces: list[Tensor]) -> Tensor:
         """``(rows, tokens, D)`` per part -> ``(all tokens, 1, D)``."""
         return torch.cat([piece.flatten(0, 1) for piece in pieces])[:, None]

@@ -12,6 +12,7 @@ regrouped under a block-diagonal mask) know about the layout.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -106,18 +107,21 @@ class ModulationSeam(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Modulation of each picture, or one row of it per packed token."""
         modulation = super().forward(*args, **kwargs)  # pyrefly: ignore[missing-attribute]
-        layout = self.__dict__[ROUTER].layout
-        if layout is None:
+        router: Router = self.__dict__[ROUTER]
+        if router.layout is None:
             return modulation
+        layout = router.layout
+        owners = router.kept(("owners", layout), lambda: _owners(layout))
         if isinstance(modulation, tuple):
-            return tuple(_per_token(x, layout) for x in modulation)
-        return _per_token(modulation, layout)
+            return tuple(x.index_select(0, owners) for x in modulation)
+        return modulation.index_select(0, owners)
 
 
-def _per_token(modulation: Tensor, layout: tuple[Part, ...]) -> Tensor:
-    pieces = modulation.split([part.rows for part in layout])
+def _owners(layout: tuple[Part, ...]) -> Tensor:
+    """The row of the batch that each packed token belongs to."""
+    rows = torch.arange(sum(part.rows for part in layout)).split([part.rows for part in layout])
     return torch.cat(
-        [x.repeat_interleave(part.tokens, dim=0) for x, part in zip(pieces, layout, strict=True)]
+        [own.repeat_interleave(part.tokens) for own, part in zip(rows, layout, strict=True)]
     )
 
 
@@ -150,15 +154,20 @@ class AttentionSeam(nn.Module):
         rows = router.layout[0].rows
         lengths = [part.tokens for part in router.layout]
         joined = torch.cat(router.unpack(hidden_states), dim=1)
-        mask = torch.block_diag(
-            *[torch.ones(n, n, dtype=torch.bool, device=joined.device) for n in lengths]
-        )
+        key = "apart", *lengths, joined.dtype
+        mask = router.kept(key, lambda: _apart(lengths, joined.dtype))
         router.joined = True
         try:
             out = stock(joined, attention_mask=mask.expand(rows, -1, -1), **kwargs)
         finally:
             router.joined = False
         return router.pack(list(out.split(lengths, dim=1)))
+
+
+def _apart(lengths: list[int], dtype: torch.dtype) -> Tensor:
+    """What is added to the scores of sequences that stand in one row, ``(tokens, tokens)``."""
+    same = torch.block_diag(*[torch.ones(n, n, dtype=torch.bool) for n in lengths])
+    return torch.zeros(same.shape, dtype=dtype).masked_fill(~same, -torch.inf)
 
 
 def _part_by_part(
@@ -271,15 +280,15 @@ class LowRankSeam(nn.Module):
     ) -> Tensor:
         pieces = x.split(sizes, dim=dim)
         if any(self.coarse_merged(mode) is not None for mode in modes):
-            return torch.cat(
-                [self._at(router, p, m) for p, m in zip(pieces, modes, strict=True)], dim=dim
-            )
+            # Of what is not contiguous torch would make a product, and a sum for the bias.
+            each = zip(pieces, modes, strict=True)
+            return torch.cat([self._at(router, x.contiguous(), m) for x, m in each], dim=dim)
         base = super().forward(x)  # pyrefly: ignore[missing-attribute]
-        updated = [
-            y + self.coarse_update(p, m) if self.coarse_parts(m) else y
-            for p, m, y in zip(pieces, modes, base.split(sizes, dim=dim), strict=True)
-        ]
-        return torch.cat(updated, dim=dim)
+        starts = itertools.accumulate(sizes, initial=0)
+        for piece, mode, start, size in zip(pieces, modes, starts, sizes, strict=False):
+            if self.coarse_parts(mode):
+                base.narrow(dim, start, size).add_(self.coarse_update(piece, mode))
+        return base
 
     def coarse_parts(self, mode: Mode) -> list[str]:
         """Keys of a mode's pairs."""

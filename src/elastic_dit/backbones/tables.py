@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from elastic_dit.mode import Mode
@@ -13,10 +12,4 @@ from elastic_dit.routing import Router
 
 def kept_table(router: Router, mode: Mode, make: Callable[[], Tensor]) -> Tensor:
     """The table ``(n, D)`` that ``make`` returns, as ``(1, n, D)`` of single precision."""
-    key = (router.grid, mode.patch_scale, router.device)
-    if key not in router.tables:
-        table = make()[None].float().to(router.device)
-        if torch.compiler.is_compiling():  # belongs to the graph
-            return table
-        router.tables[key] = table
-    return router.tables[key]
+    return router.kept((router.grid, mode.patch_scale), lambda: make()[None].float())
