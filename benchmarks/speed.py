@@ -3,9 +3,10 @@
     python benchmarks/speed.py [--batch 8 16 32] [--rounds 5] [--processes 5] [--compile]
 
 Writes benchmarks/results/speed-<cpu|cuda>[-compiled].json: for each batch size, the time ratio of
-full mode and of each schedule over the stock pipeline, beside its FLOPs ratio: the median of the
-processes' ratios, the least and the most. With ``--compile``
-all transformers are compiled, each shape and mode into a graph of its own.
+full mode and of each schedule over the stock pipeline, beside its FLOPs ratio: the median over all
+rounds of all processes, and the least and the most median of a process. The stock pipeline runs
+again beside every run. With ``--compile`` all transformers are compiled, each shape and mode into a
+graph of its own.
 
 "Stock, patch 8" and "stock, patch 16" are untrained stock models of the same width and depth that
 have as many tokens as the coarse modes: what the class itself takes for so few, with no engine
@@ -25,7 +26,7 @@ from diffusers import DiTTransformer2DModel
 
 from elastic_dit import FULL, Mode, Schedule, elastify
 from elastic_dit.backbones import backbone_for
-from elastic_dit.bench import in_fresh_processes, interleave
+from elastic_dit.bench import beside, in_fresh_processes
 from elastic_dit.evaluation.record import write_results
 from elastic_dit.pipelines import PixelDiTPipeline
 from elastic_dit.reference import load_reference, reference_adapter
@@ -72,9 +73,15 @@ def main() -> None:
 
 def summary(rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
     """One run in all processes."""
-    ratios = [row["time_ratio"] for row in rows]
-    middle = statistics.median(ratios)
-    return rows[0] | {"time_ratio": middle, "least": min(ratios), "most": max(ratios)}
+    medians = [statistics.median(row["ratios"]) for row in rows]
+    ratios = [ratio for row in rows for ratio in row["ratios"]]
+    return {
+        "run": rows[0]["run"],
+        "flops_ratio": rows[0]["flops_ratio"],
+        "time_ratio": statistics.median(ratios),
+        "least": min(medians),
+        "most": max(medians),
+    }
 
 
 def bench(
@@ -100,21 +107,19 @@ def bench(
 
         return call
 
-    runs = {"stock": run(stock)}
-    runs |= {name: run(each) for name, each in floors.items()}
+    runs = {name: run(each) for name, each in floors.items()}
     runs |= {name: run(pipe, schedule) for name, schedule in SCHEDULES.items()}
     mixed = "weak guidance, full conditional"
     runs[f"{mixed}, packed"] = run(pipe, SCHEDULES[mixed], packed=True)
-    timings = interleave(runs, rounds=rounds)
     rows = []
-    for name, timing in timings.items():
-        handle.schedule = SCHEDULES.get(name.removesuffix(", packed"), Schedule.constant())
-        handle.packed = name.endswith(", packed")
-        ratio = handle.plan(steps).ratio
+    for name, ratios in beside(run(stock), runs, rounds=rounds).items():
         if name in floors:
-            ratio = macs(floors[name]) / macs(stock)
-        time_ratio = timing.ratio_to(timings["stock"])
-        rows.append({"run": name, "flops_ratio": ratio, "time_ratio": time_ratio})
+            flops_ratio = macs(floors[name]) / macs(stock)
+        else:
+            handle.schedule = SCHEDULES[name.removesuffix(", packed")]
+            handle.packed = name.endswith(", packed")
+            flops_ratio = handle.plan(steps).ratio
+        rows.append({"run": name, "flops_ratio": flops_ratio, "ratios": ratios})
     return rows
 
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from elastic_dit.bench import Timing, in_fresh_processes, interleave
+from elastic_dit.bench import Timing, beside, in_fresh_processes, interleave
 
 
 def test_every_run_has_every_round_and_order_rotates():
@@ -56,3 +56,26 @@ def test_bad_arguments():
         interleave({"a": int}, rounds=0)
     with pytest.raises(ValueError, match="number of runs = 0"):
         interleave({})
+    with pytest.raises(ValueError, match="rounds = 0"):
+        beside(int, {"a": int}, rounds=0)
+
+
+def test_the_baseline_runs_beside_every_run():
+    order: list[str] = []
+    runs = {name: (lambda name=name: order.append(name)) for name in "ab"}
+    ratios = beside(lambda: order.append("-"), runs, rounds=2, warmup=0)
+    assert order == ["-", "a", "-", "b", "b", "-", "a", "-"]
+    assert all(len(own) == 2 for own in ratios.values())
+
+
+def test_ratios_are_to_the_baseline_beside():
+    pauses = iter([0.01, 0.02, 0.04])  # a machine that becomes slower and slower
+    runs = {name: lambda: time.sleep(2 * pause[0]) for name in "abc"}
+    pause = [0.0]
+
+    def baseline():
+        pause[0] = next(pauses)
+        time.sleep(pause[0])
+
+    found = beside(baseline, runs, rounds=1, warmup=0)
+    assert all(1.5 < ratio < 2.5 for (ratio,) in found.values())

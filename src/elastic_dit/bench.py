@@ -59,22 +59,64 @@ def interleave(
     Raises:
         ValueError: no runs, or no rounds.
     """
-    require(len(runs) >= 1, "number of runs", len(runs), ">= 1")
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number, name in _in_turn(list(runs), rounds, warmup):
+        if prepare is not None:
+            prepare(name)
+        taken = _seconds(runs[name])
+        if number >= 0:
+            seconds[name].append(taken)
+    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def beside(
+    baseline: Callable[[], object],
+    runs: dict[str, Callable[[], object]],
+    *,
+    rounds: int = 5,
+    warmup: int = 1,
+) -> dict[str, tuple[float, ...]]:
+    """Time each run next to the baseline, for a machine whose speed changes within a round.
+
+    Args:
+        baseline: runs before every other run, or after it in every second round.
+        runs, rounds, warmup: as in `interleave`.
+
+    Returns:
+        Of each run, its seconds over those of its own baseline in each round.
+
+    Raises:
+        ValueError: no runs, or no rounds.
+    """
+    ratios: dict[str, list[float]] = {name: [] for name in runs}
+    for number, name in _in_turn(list(runs), rounds, warmup):
+        if number % 2:
+            taken = _seconds(runs[name])
+            ratio = taken / _seconds(baseline)
+        else:
+            usual = _seconds(baseline)
+            ratio = _seconds(runs[name]) / usual
+        if number >= 0:
+            ratios[name].append(ratio)
+    return {name: tuple(values) for name, values in ratios.items()}
+
+
+def _in_turn(names: list[str], rounds: int, warmup: int) -> Iterator[tuple[int, str]]:
+    """Number of the round, negative while warming up, and whose turn it is."""
+    require(len(names) >= 1, "number of runs", len(names), ">= 1")
     require(rounds >= 1, "rounds", rounds, ">= 1")
-    names = list(runs)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(-warmup, rounds):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
-            if prepare is not None:
-                prepare(name)
-            started = time.perf_counter()
-            runs[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if number >= 0:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+            yield number, name
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
 
 
 def in_fresh_processes(measure: Callable[[], Result], processes: int) -> Iterator[Result]:
