@@ -245,3 +245,33 @@ def test_a_stage_sees_its_own_noise_levels_only(adapter_recipe):
     assert task.handle.sizes.level_embeds["patch2"].grad.abs().max() > 0
     assert task.module.pos_embed.proj.weight.grad is None
     assert task.module.transformer_blocks[0].ff.net[2].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("method", ["recipe=shared", "method=ppflow"])
+def test_with_a_teacher_the_base_itself_has_no_loss(adapter_recipe, method):
+    """In full mode the base before training is its own teacher; data it does not fit exactly."""
+    images, labels = torch.randn(16, 1, 16, 16), torch.zeros(16, dtype=torch.long)
+    found = {}
+    for share in (0, 0.5, 1):
+        overrides = [f"adapter.{method}", f"adapter.distil={share}", "adapter.full_share=0.999"]
+        if "ppflow" in method:
+            overrides.append("adapter.stage_ends=[0.999]")
+        task = AdapterTask(load_recipe(adapter_recipe, overrides))
+        found[share] = task.loss(
+            task.module, images, labels, torch.Generator().manual_seed(0)
+        ).item()
+    assert found[1] < 1e-9
+    assert found[0.5] == pytest.approx(found[0] / 2, rel=1e-3)
+
+
+def test_a_shared_adapter_trains_on_from_another(adapter_recipe, run, base, output):
+    _, export = run("adapter.recipe=shared", "loop.images=64")
+    overrides = ["adapter.recipe=shared", f"adapter.init_from={export}", "adapter.distil=1"]
+    task = AdapterTask(load_recipe(adapter_recipe, overrides))
+    call, model = call_of(), base()
+    assert torch.equal(output(task.teacher.model, call), output(model, call))
+    handle = elastify(model, export)
+    for mode in (FULL, Mode(2)):
+        expected = output_of(handle, mode, call, output)
+        found = output_of(task.handle, mode, call, output)
+        assert (found - expected).norm() < 1e-5 * expected.norm()

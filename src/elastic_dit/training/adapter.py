@@ -4,10 +4,11 @@ By distillation (FlexiDiT *lora*, section 4.2 there; DDiT): it needs no labels o
 samples. The frozen base in full mode is the teacher, each coarse mode its student on the same noisy
 input.
 
-With all weights on the data, by the base's own objective: FlexiDiT *shared* draws one patch size
-per step (section 4.1, without the moment-matching term); PPFlow gives every sample to the stage of
-its noise level, so that each size only sees its own (section 3.2 there). SparseDiT draws one
-stage per step (`elastic_dit.training.sparse_stages`).
+With all weights on the data, by the base's own objective, or towards the base that was, by the
+share ``distil``: FlexiDiT *shared* draws one patch size per step (section 4.1, without the
+moment-matching term); PPFlow gives every sample to the stage of its noise level, so that each size
+only sees its own (section 3.2 there). SparseDiT draws one stage per step
+(`elastic_dit.training.sparse_stages`).
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from elastic_dit.schedule import Schedule
 from elastic_dit.surgery import is_new
 from elastic_dit.training.config import Recipe, from_table
 from elastic_dit.training.objectives import NoisyBatch, noisy_batch
-from elastic_dit.training.sparse_stages import SparseSettings, draw_stage, sparse_loss
-from elastic_dit.training.teacher import DTYPES, Teacher, open_base, teaching
+from elastic_dit.training.sparse_stages import SparseSettings, draw_stage, weighted
+from elastic_dit.training.teacher import DTYPES, Teacher, distilled, open_base, teaching
 
 TRAINED: dict[str, type[Method]] = {
     method.name: method for method in (FlexiDiT, DDiT, PPFlow, SparseDiT)
@@ -58,7 +59,9 @@ class AdapterSettings(SparseSettings):
             stage ends, and its mode (``patch2``, ``patch1x1x2``). Of SparseDiT likewise.
         gains: guidance gains of all its stages in the default schedule.
         level_mean, level_std: noise levels are drawn as ``sigmoid(mean + std * normal)``.
-        teacher_dtype: of the teacher's forward pass (lora). ``bfloat16`` nearly halves its time,
+        distil: share of the loss that compares with the base in full mode, as it was before
+            training, instead of the data, in [0, 1]. Recipe ``lora`` always does.
+        teacher_dtype: of the teacher's forward pass. ``bfloat16`` nearly halves its time,
             also on a CPU that has it, with an error far below what is distilled; ``float32`` leaves
             the loop's own precision.
         weak_fraction: of the default schedule that the adapter is shipped with.
@@ -80,6 +83,7 @@ class AdapterSettings(SparseSettings):
     label_dropout: float = 0.1
     level_mean: float = 0.0
     level_std: float = 1.0
+    distil: float = 0.0
     teacher_dtype: str = "float32"
     weak_fraction: float = 0.48
 
@@ -105,6 +109,7 @@ class AdapterSettings(SparseSettings):
         paired = len(self.stage_ends) == len(self.stage_modes)
         legal = f"{len(self.stage_modes)} numbers, one for each of adapter.stage_modes"
         require(paired, "adapter.stage_ends", self.stage_ends, legal)
+        require(0 <= self.distil <= 1, "adapter.distil", self.distil, "[0, 1]")
         known = self.teacher_dtype in DTYPES
         require(known, "adapter.teacher_dtype", self.teacher_dtype, ", ".join(DTYPES))
         require(0 <= self.weak_fraction <= 1, "adapter.weak_fraction", self.weak_fraction, "[0, 1]")
@@ -142,7 +147,7 @@ class AdapterTask:
         self.settings = settings = from_table(AdapterSettings, recipe.settings, "adapter")
         self.module: Any = open_base(settings.base, recipe.seed, "adapter.base")
         method = settings.build()
-        teaches = settings.method == "sparsedit" and settings.distil > 0 and not settings.distils
+        teaches = settings.distil > 0 and not settings.distils
         self.teacher = Teacher.of(self.module, settings.teacher_dtype) if teaches else None
         self.handle = elastify(self.module, self._start(method))
         self.shared = settings.recipe == "shared"
@@ -234,10 +239,15 @@ class AdapterTask:
             random_grids=settings.random_grids,
         )
         batch = self._noisy(images, labels, generator, stage.within)
-        if settings.distils:
-            settings = replace(settings, distil=1.0)
-        taught = self._teach(model, batch) if settings.distil else None
-        return sparse_loss(self._predict(model, batch, stage.mode), batch, taught, settings)
+        return weighted(
+            self._errors(model, batch, stage.mode), batch, settings.min_snr_gamma
+        ).mean()
+
+    def _errors(self, model: nn.Module, batch: NoisyBatch, mode: Mode) -> Tensor:
+        """Squared errors ``(B, C, H, W)`` of a mode, against data and teacher."""
+        share = 1.0 if self.settings.distils else self.settings.distil
+        taught = self._teach(model, batch) if share else None
+        return distilled(self._predict(model, batch, mode), batch.target, taught, share)
 
     def _distil(self, model: nn.Module, batch: NoisyBatch) -> Tensor:
         teacher = self._teach(model, batch)
@@ -257,7 +267,7 @@ class AdapterTask:
             index = int(share * len(modes))
             mode, lowest = modes[index], self.settings.min_levels[index]
         kept = batch.where(batch.noisier_than(lowest))
-        return (self._predict(model, kept, mode) - kept.target).square().mean()
+        return self._errors(model, kept, mode).mean()
 
     def _denoise_by_stage(self, model: nn.Module, batch: NoisyBatch, stages: Schedule) -> Tensor:
         total = batch.x.new_zeros(())
@@ -265,10 +275,7 @@ class AdapterTask:
             above = batch.level >= stage.stop
             own = above & (batch.level < stage.start) if stage.start < 1 else above
             if own.any():
-                rows = batch.where(own)
-                total = (
-                    total + (self._predict(model, rows, stage.mode) - rows.target).square().sum()
-                )
+                total = total + self._errors(model, batch.where(own), stage.mode).sum()
         return total / batch.target.numel()
 
     def _predict(self, model: nn.Module, batch: NoisyBatch, mode: Mode) -> Tensor:

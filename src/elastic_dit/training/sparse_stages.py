@@ -19,7 +19,6 @@ from elastic_dit.methods.sparsedit import SparseDiT
 from elastic_dit.mode import Mode
 from elastic_dit.ops.flow import level_quantile, level_share, min_snr_weight
 from elastic_dit.training.objectives import NoisyBatch
-from elastic_dit.training.teacher import distilled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +32,6 @@ class SparseSettings:
         random_grids: draw the grid of a step from all stages' and its levels from all, so that any
             grid may be used at any level.
         min_snr_gamma: weight levels by ``min(SNR, gamma) / (SNR + 1)``; 0 for all alike.
-        distil: share of the loss that compares with the dense base instead of the data, in [0, 1].
-            Recipe ``lora`` always does.
     """
 
     pool: int = 1
@@ -44,11 +41,9 @@ class SparseSettings:
     upsample: str = "bilinear"
     random_grids: bool = False
     min_snr_gamma: float = 0.0
-    distil: float = 0.0
 
     def __post_init__(self) -> None:
         require(self.min_snr_gamma >= 0, "adapter.min_snr_gamma", self.min_snr_gamma, ">= 0")
-        require(0 <= self.distil <= 1, "adapter.distil", self.distil, "[0, 1]")
 
     def sparsedit(self, ends: list[float], modes: list[str], recipe: str, rank: int) -> SparseDiT:
         """The method with these settings.
@@ -103,11 +98,8 @@ def draw_stage(
     return Draw(mode=own.mode, within=(share[0], share[1]))
 
 
-def sparse_loss(
-    student: Tensor, batch: NoisyBatch, taught: Tensor | None, settings: SparseSettings
-) -> Tensor:
-    """`distilled` errors, of each level weighted as the settings say."""
-    error = distilled(student, batch.target, taught, settings.distil)
-    if settings.min_snr_gamma:
-        error = error * min_snr_weight(batch.level, settings.min_snr_gamma)[:, None, None, None]
-    return error.mean()
+def weighted(error: Tensor, batch: NoisyBatch, gamma: float) -> Tensor:
+    """Errors ``(B, C, H, W)``, each level weighted by min-SNR with ``gamma``; 0 for all alike."""
+    if not gamma:
+        return error
+    return error * min_snr_weight(batch.level, gamma)[:, None, None, None]
