@@ -10,7 +10,8 @@ grid. All rows share their seeds, so that differences are taken set by set: each
 compared with the base (``loss``) and with the base at fewer steps that take no less time
 (``ahead``). Pictures are drawn in bfloat16 arithmetic by default, time ratios in float32.
 
-Rows that exist in the results file are kept, so the script can be stopped and run again. Writes
+Rows that exist in the results file are kept, so the script can be stopped and run again, or made
+anew for an adapter that has changed; each tells its arithmetic and its commit. Writes
 benchmarks/results/reference-<name>.json and .png.
 """
 
@@ -28,7 +29,7 @@ import torch
 from elastic_dit import FULL, Schedule, elastify
 from elastic_dit.bench import interleave
 from elastic_dit.evaluation.pareto import plot_pareto
-from elastic_dit.evaluation.record import write_results
+from elastic_dit.evaluation.record import provenance, write_results
 from elastic_dit.evaluation.runner import Figure, Judge, as_row
 from elastic_dit.reference import load_reference, reference_adapter, reference_judge
 from elastic_dit.sampling import cyclic_labels, sample
@@ -156,13 +157,13 @@ def main() -> None:
         "images": arguments.images,
         "tune_images": arguments.tune_images,
         "sets": SETS,
-        "dtype": arguments.dtype,
     }
+    made = {"dtype": arguments.dtype, "commit": provenance()["commit"]}
 
     def keep(key: str, make) -> Row:
         found = next((row for row in rows if row["key"] == key), None)
         if found is None:
-            found = {**make(), "key": key}
+            found = {**make(), **made, "key": key}
             rows.append(found)
             if rows[0]["key"] == "base":
                 compare(rows)
