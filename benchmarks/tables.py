@@ -117,11 +117,11 @@ def overhead_table(overhead: dict[str, Any]) -> str:
 def quality_table(table: dict[str, Any]) -> str:
     lines = [
         f"{table['images']} pictures a row in {table['sets']} seed sets, drawn in "
-        f"{table['dtype']}; the guidance scale of each row is tuned on {table['tune_images']} "
-        "pictures of other seeds. ± is the standard error; all rows share their seeds, and "
-        "differences are taken set by set. *Loss*: Frechet distance minus the base's. *Fewer "
-        "steps*: the fewest full steps that take no less time, their distance, and by how much "
-        "the row is ahead of them.",
+        f"{arithmetic(table['rows'])}; the guidance scale of each row is tuned on "
+        f"{table['tune_images']} pictures of other seeds. ± is the standard error; all rows share "
+        "their seeds, and differences are taken set by set. *Loss*: Frechet distance minus the "
+        "base's. *Fewer steps*: the fewest full steps that take no less time, their distance, and "
+        "by how much the row is ahead of them.",
         "",
         "| run | weak fraction | FLOPs | time | scale | Frechet distance | loss | fewer steps | "
         "ahead by | accuracy | PSNR to full |",
@@ -141,6 +141,18 @@ def quality_table(table: dict[str, Any]) -> str:
             f"{similar} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def arithmetic(rows: list[dict[str, Any]]) -> str:
+    """The dtype that rows were drawn in, and which rows were not."""
+    usual = rows[0]["dtype"]
+    others: dict[str, set[str]] = {}
+    for row in rows:
+        if row["dtype"] != usual:
+            others.setdefault(row["dtype"], set()).add(row["series"])
+    return usual + "".join(
+        f" ({', '.join(sorted(series))}: {dtype})" for dtype, series in others.items()
+    )
 
 
 def frontier_table(table: dict[str, Any]) -> str:
