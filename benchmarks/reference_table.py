@@ -163,7 +163,7 @@ def main() -> None:
     def keep(key: str, make) -> Row:
         found = next((row for row in rows if row["key"] == key), None)
         if found is None:
-            found = {**make(), **made, "key": key}
+            found = {**made, **make(), "key": key}  # the base's row may be copied
             rows.append(found)
             if rows[0]["key"] == "base":
                 compare(rows)

@@ -51,7 +51,10 @@ def main() -> None:
         for run in runs:
             apart = [abs(row[run] - row["usual"]) for row in rows]
             off = [row for row, each in zip(rows, apart, strict=True) if each > NEAR]
-            costs = every_cost(handle, runs[run][1], guided=guided) if off else set()
+            pipe.scheduler, steps = runs[run]
+            calls = len(handle.plan(steps, guidance=guided).steps)
+            pipe.scheduler = euler
+            costs = every_cost(handle, calls, guided=guided) if off else set()
             never = sum(not is_met(row, costs) for row in off)
             summary[run] = {"off": len(off), "with_any_plan": never, "most": max(apart)}
             print(
@@ -62,15 +65,15 @@ def main() -> None:
     write_results(RESULTS / "steps-cost.json", {"tables": tables})
 
 
-def every_cost(handle: Handle, steps: int, *, guided: bool) -> set[float]:
-    """What plans of that many steps can cost, as shares of the full run: of any choice per step."""
+def every_cost(handle: Handle, calls: int, *, guided: bool) -> set[float]:
+    """What plans of that many calls can cost, as shares of the full run: of any choice per call."""
     macs = handle.shape.macs
     modes = sorted(macs(mode) / macs(FULL) for mode in handle.modes)
     # Each branch of a guided step has a mode, and the guide none that is finer.
     pairs = {(own + guide) / 2 for own in modes for guide in modes if guide <= own}
     sums = {0.0}
-    for _ in range(steps):
-        sums = {round(s + each / steps, 9) for s in sums for each in (pairs if guided else modes)}
+    for _ in range(calls):
+        sums = {round(s + each / calls, 9) for s in sums for each in (pairs if guided else modes)}
     return sums
 
 

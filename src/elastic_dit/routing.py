@@ -147,8 +147,8 @@ class Router:
         """Tokens of one picture of the present grid."""
         return math.prod(coarse_grid(self.grid, mode.patch_scale))
 
-    def kept(self, key: object, make: Callable[[], Tensor]) -> Tensor:
-        """A constant that is made once, on the latent's device."""
+    def constant(self, key: object, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that only ``key`` decides, made once for each device."""
         key = key, self.device
         if key not in self.tables:
             table = make().to(self.device)

@@ -111,7 +111,7 @@ class ModulationSeam(nn.Module):
         if router.layout is None:
             return modulation
         layout = router.layout
-        owners = router.kept(("owners", layout), lambda: _owners(layout))
+        owners = router.constant(("owners", layout), lambda: _owners(layout))
         if isinstance(modulation, tuple):
             return tuple(x.index_select(0, owners) for x in modulation)
         return modulation.index_select(0, owners)
@@ -155,7 +155,7 @@ class AttentionSeam(nn.Module):
         lengths = [part.tokens for part in router.layout]
         joined = torch.cat(router.unpack(hidden_states), dim=1)
         key = "apart", *lengths, joined.dtype
-        mask = router.kept(key, lambda: _apart(lengths, joined.dtype))
+        mask = router.constant(key, lambda: _apart(lengths, joined.dtype))
         router.joined = True
         try:
             out = stock(joined, attention_mask=mask.expand(rows, -1, -1), **kwargs)
@@ -284,8 +284,8 @@ class LowRankSeam(nn.Module):
             each = zip(pieces, modes, strict=True)
             return torch.cat([self._at(router, x.contiguous(), m) for x, m in each], dim=dim)
         base = super().forward(x)  # pyrefly: ignore[missing-attribute]
-        starts = itertools.accumulate(sizes, initial=0)
-        for piece, mode, start, size in zip(pieces, modes, starts, sizes, strict=False):
+        starts = itertools.accumulate([0, *sizes[:-1]])
+        for piece, mode, start, size in zip(pieces, modes, starts, sizes, strict=True):
             if self.coarse_parts(mode):
                 base.narrow(dim, start, size).add_(self.coarse_update(piece, mode))
         return base

@@ -12,4 +12,4 @@ from elastic_dit.routing import Router
 
 def kept_table(router: Router, mode: Mode, make: Callable[[], Tensor]) -> Tensor:
     """The table ``(n, D)`` that ``make`` returns, as ``(1, n, D)`` of single precision."""
-    return router.kept((router.grid, mode.patch_scale), lambda: make()[None].float())
+    return router.constant((router.grid, mode.patch_scale), lambda: make()[None].float())

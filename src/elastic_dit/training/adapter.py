@@ -31,7 +31,7 @@ from elastic_dit.schedule import Schedule
 from elastic_dit.surgery import is_new
 from elastic_dit.training.config import Recipe, from_table
 from elastic_dit.training.objectives import NoisyBatch, noisy_batch
-from elastic_dit.training.sparse_stages import SparseSettings, draw_stage, weighted
+from elastic_dit.training.sparse_stages import SparseSettings, draw_stage, min_snr_weighted
 from elastic_dit.training.teacher import DTYPES, Teacher, distilled, open_base, teaching
 
 TRAINED: dict[str, type[Method]] = {
@@ -239,9 +239,8 @@ class AdapterTask:
             random_grids=settings.random_grids,
         )
         batch = self._noisy(images, labels, generator, stage.within)
-        return weighted(
-            self._errors(model, batch, stage.mode), batch, settings.min_snr_gamma
-        ).mean()
+        error = self._errors(model, batch, stage.mode)
+        return min_snr_weighted(error, batch, settings.min_snr_gamma).mean()
 
     def _errors(self, model: nn.Module, batch: NoisyBatch, mode: Mode) -> Tensor:
         """Squared errors ``(B, C, H, W)`` of a mode, against data and teacher."""

@@ -98,7 +98,7 @@ def draw_stage(
     return Draw(mode=own.mode, within=(share[0], share[1]))
 
 
-def weighted(error: Tensor, batch: NoisyBatch, gamma: float) -> Tensor:
+def min_snr_weighted(error: Tensor, batch: NoisyBatch, gamma: float) -> Tensor:
     """Errors ``(B, C, H, W)``, each level weighted by min-SNR with ``gamma``; 0 for all alike."""
     if not gamma:
         return error
