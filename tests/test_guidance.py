@@ -10,12 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elastic_dit import FULL, FlexiDiT, Mode, Schedule, Segment, elastify
 from elastic_dit.guidance import Remembered, run_batch, run_guidance
-from elastic_dit.routing import ENGINE
+from elastic_dit.routing import ENGINE, Part, Router
 
 WEAK, WEAKER = Mode(2), Mode(4)
 COUNT = 3
 both_recipes = pytest.mark.parametrize("recipe", ["lora", "shared"])
 both_merges = pytest.mark.parametrize("merge", [False, True])
+both_packings = pytest.mark.parametrize("packing", [True, "masked"])
 pairs = pytest.mark.parametrize(
     ("mode", "guide"),
     [(FULL, WEAK), (WEAK, FULL), (WEAK, WEAKER), (WEAKER, WEAK), (FULL, WEAKER)],
@@ -61,14 +62,17 @@ def test_split_equals_two_separate_calls(
 @both_recipes
 @both_merges
 @pairs
+@both_packings
 @pytest.mark.parametrize("guidance", ["cfg", "weak"])
-def test_packed_equals_split(make_elastic, make_call, output, recipe, merge, mode, guide, guidance):
+def test_packed_equals_split(
+    make_elastic, make_call, output, recipe, merge, mode, guide, guidance, packing
+):
     handle, call = make_elastic(recipe=recipe, merge=merge), make_call(COUNT, guided=True)
     for gain in (1.0, 0.4):
         handle.schedule = constant(mode, guide, guidance, gain)
         handle.packed = False
         split = output(handle.model, call)
-        handle.packed = True
+        handle.packed = packing
         packed = output(handle.model, call)
         assert relative(packed, split) < 1e-5
         assert relative(packed[COUNT:], split[COUNT:]) < 1e-5
@@ -77,10 +81,49 @@ def test_packed_equals_split(make_elastic, make_call, output, recipe, merge, mod
         assert relative(output(handle.model, alone), split[[1, COUNT + 1]]) < 1e-5
 
 
-def test_packed_state_does_not_outlive_an_error(make_elastic, make_call, output):
+@pytest.mark.parametrize(("packed", "calls"), [(False, 2), (True, 2), ("masked", 1)])
+def test_a_masked_call_has_one_call_of_attention_a_block(
+    make_elastic, make_call, output, monkeypatch, packed, calls
+):
+    """Norms and feed-forward are one call each in any packed run."""
+    handle, call = make_elastic(), make_call(COUNT, guided=True)
+    handle.schedule, handle.packed = constant(FULL, WEAK), packed
+    attended, fed = [], []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query, *args, attn_mask=None, **kwargs):
+        attended.append((query.shape[2], attn_mask is not None))
+        return attend(query, *args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    for block in handle.model.transformer_blocks:
+        block.ff.register_forward_hook(lambda *_: fed.append(None))
+    output(handle.model, call)
+    depth = len(handle.model.transformer_blocks)
+    assert len(attended) == calls * depth
+    assert len(fed) == (depth if packed else 2 * depth)
+    tokens = [handle._engine.router.tokens(mode) for mode in (FULL, WEAK)]
+    assert set(attended) == (
+        {(sum(tokens), True)} if calls == 1 else {(count, False) for count in tokens}
+    )
+
+
+@pytest.mark.parametrize(("tokens", "strip"), [((64, 16), 16), ((9, 4), 1), ((12, 4, 6), 2)])
+def test_packed_tokens_lie_in_strips(tokens, strip):
+    router = Router(backbone=None, sizes=None)
+    router.layout = tuple(Part(FULL, rows, count) for rows, count in enumerate(tokens, 1))
+    pieces = [torch.randn(part.rows, part.tokens, 5) for part in router.layout]
+    packed = router.pack(pieces)
+    assert packed.shape == (sum(x.numel() for x in pieces) // (5 * strip), strip, 5)
+    for piece, found in zip(pieces, router.unpack(packed), strict=True):
+        assert torch.equal(found, piece)
+
+
+@both_packings
+def test_packed_state_does_not_outlive_an_error(make_elastic, make_call, output, packing):
     handle, call = make_elastic(), make_call(COUNT, guided=True)
     expected = output(handle.model, call)
-    handle.schedule, handle.packed = constant(FULL, WEAK), True
+    handle.schedule, handle.packed = constant(FULL, WEAK), packing
     bad = {**call, "class_labels": call["class_labels"].clone()}
     bad["class_labels"][1] = 99
     with pytest.raises(IndexError):
@@ -127,7 +170,7 @@ def test_a_gain_of_zero_runs_the_conditional_rows_only(make_elastic, make_call, 
     assert record.full_macs == 2 * COUNT * macs(FULL)
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, True, "masked"])
 def test_weak_guidance_is_the_weak_model_on_the_true_condition(
     make_elastic, make_call, output, packed
 ):
@@ -157,7 +200,7 @@ def test_one_timestep_for_the_whole_batch(make_elastic, make_call, output):
     handle, call = make_elastic(), make_call(COUNT, guided=True)
     handle.schedule = constant(FULL, WEAK)
     expected = output(handle.model, call)
-    for packed in (False, True):
+    for packed in (False, True, "masked"):
         handle.packed = packed
         found = output(handle.model, {**call, "timestep": call["timestep"][:1]})
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -171,7 +214,7 @@ def test_a_single_guided_picture(make_elastic, make_call, output):
     assert relative(output(handle.model, call), split) < 1e-5
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, True, "masked"])
 def test_reported_cost_is_what_was_multiplied(make_elastic, make_call, packed):
     """`CallRecord.macs`: multiply-adds of all rows as run, against torch's own counter."""
     handle, call = make_elastic(), make_call(COUNT, guided=True)

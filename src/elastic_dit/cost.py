@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from elastic_dit.mode import FULL, Mode
@@ -175,6 +175,9 @@ class TransformerShape:
         sparse: what blocks multiply on two token grids, where sparse modes have them.
         kept: what is left in there in a mode at a noise level; None as a level asks for the mean
             over all.
+
+    Attributes:
+        known: what modes cost that cost the same at all noise levels, as far as somebody has asked.
     """
 
     width: int
@@ -194,6 +197,7 @@ class TransformerShape:
     routable: tuple[Routable, ...] = ()
     sparse: SparseCost | None = None
     kept: Callable[[Mode, float | None], Sequence[Kept]] | None = None
+    known: dict[Mode, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def tokens(self, mode: Mode) -> int:
         """Tokens of one picture in a mode."""
@@ -273,6 +277,13 @@ class TransformerShape:
             level: noise level in [0, 1], on which routed modes depend; None for the mean over all.
             kept: what a routed mode left in of each block, as counted.
         """
+        if mode.is_routed:
+            return self._macs(mode, level, kept)
+        if mode not in self.known:
+            self.known[mode] = self._macs(mode, level, kept)
+        return self.known[mode]
+
+    def _macs(self, mode: Mode, level: float | None, kept: Sequence[Kept] | None) -> float:
         grouped = self.tokens(mode) * math.prod(mode.patch_scale)
         projections = grouped * (self.patch_in + self.patch_out) * self.width
         blocks = self.dense_macs(mode) - self.left_out(mode, level, kept) - self.thinned(mode)

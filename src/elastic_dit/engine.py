@@ -27,7 +27,7 @@ from elastic_dit.controller import Controller, Facts, Run
 from elastic_dit.cost import TransformerShape
 from elastic_dit.graphs import Graphs
 from elastic_dit.groups import Group, grouped, run_groups
-from elastic_dit.guidance import Remembered, run_batch, run_guidance
+from elastic_dit.guidance import MASKED, Remembered, run_batch, run_guidance
 from elastic_dit.ledger import Ledger
 from elastic_dit.methods import Method
 from elastic_dit.mode import FULL, Mode
@@ -62,6 +62,7 @@ class Engine:
         allowed: share of the full FLOPs that the present run was planned for, if it has a budget.
         chosen: what the controller is at work on in the present run; the schedule of a run whose
             choices were made before it.
+        level: noise level of the present call, as planned, if all its rows share one.
         groups: how the pictures of the present step run.
         remembered: the conditional call of the present step, if its guidance call needs it.
         prompts: those of the present run, if text layers are kept.
@@ -80,12 +81,13 @@ class Engine:
     budget: float | Budget | None = None
     calibration: Calibration | None = None
     forced: Mode | None = None
-    packed: bool = False
+    packed: bool | str = False
     keep_text: bool = False
     plan_ahead: bool = False
     ahead: RunTables | None = None
     allowed: float | None = None
     chosen: Run | Schedule | None = None
+    level: float | None = None
     groups: list[Group] = field(default_factory=list)
     remembered: Remembered | None = None
     prompts: list[TextKey] = field(default_factory=list)
@@ -129,9 +131,13 @@ class Engine:
         return self.surgery.adapter(model, self.schedule, **notes)
 
     @property
-    def packs(self) -> bool:
-        """Whether branches of different modes share one packed call."""
-        return self.packed and self.router.backbone.packs and self.method.packs
+    def packs(self) -> bool | str:
+        """Whether, and how, branches of different modes share one packed call."""
+        return self.packed if self.router.backbone.packs and self.method.packs else False
+
+    def packing(self, shape: TransformerShape) -> Callable[[Mode, Mode], float] | None:
+        """What two branches of different modes cost more than apart, if they do."""
+        return shape.packing_macs if self.packs == MASKED else None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied model must not call the compiled forward of the original.
@@ -234,7 +240,7 @@ class Engine:
                 segment.mode,
                 guide,
                 branch=self.timeline.branch,
-                packed=packed,
+                masked=packed == MASKED,
                 guided=own is not None,
                 pictures=group.pictures,
                 why=group.why,
@@ -278,7 +284,7 @@ class Engine:
                     levels=self.timeline.levels_ahead(model),
                     macs=shape.macs,
                     guided=guided,
-                    packing=shape.packing_macs if self.packs else None,
+                    packing=self.packing(shape),
                 )
             )
         if isinstance(self.chosen, Schedule):
@@ -394,11 +400,10 @@ class Engine:
             return None
         if self.compiling or self.router.layout is not None or torch.is_grad_enabled():
             return None
-        low, level = self.router.backbone.levels(call)
         chooses = self.controller is not None and not isinstance(self.chosen, Schedule)
-        if low != level or chooses:
+        level, run = self.level, self.router.run
+        if level is None or chooses:
             return None
-        level, run = self.timeline.as_planned(model, level), self.router.run
         work = self.schedule.at(level).work
 
         def is_alike(other: float) -> bool:
@@ -508,4 +513,5 @@ class Engine:
                 f"noise levels of a batch go from {low} to {level}, and modes change between them; "
                 "legal: rows of one segment (handle.using(mode) sets a mode for all)"
             )
-        return level if low != level else self.timeline.as_planned(model, level)
+        self.level = None if low != level else self.timeline.as_planned(model, level)
+        return level if self.level is None else self.level

@@ -25,6 +25,9 @@ from elastic_dit.schedule import Segment
 Forward = Callable[..., Any]
 """``forward(call, mode, branch="")`` runs the stock forward, on all rows or those of a branch."""
 
+MASKED = "masked"
+"""Packed, with one call of attention under a block-diagonal mask."""
+
 CONDITIONAL, GUIDANCE = "/conditional", "/guidance"
 """Branches of a batched call that run by themselves."""
 
@@ -44,13 +47,14 @@ def run_batch(
     segment: Segment,
     branches: Branches | None,
     *,
-    packed: bool,
+    packed: bool | str,
 ) -> Any:
     """One model call that holds all branches, in the modes of a segment.
 
     Args:
         branches: which rows guide which; None if all rows are conditional.
-        packed: run branches of different modes in one packed call instead of two.
+        packed: run branches of different modes in one packed call instead of two; ``"masked"`` has
+            one call of attention for both of them too.
 
     Returns:
         What the stock forward returns, for all rows in their order.
@@ -68,6 +72,7 @@ def run_batch(
     if segment.weak_guidance:
         guide = router.backbone.give_condition(guide, conditional)
     if packed and not same:
+        router.masked = packed == MASKED
         c, g = _packed(router, forward, conditional, guide, segment)
     else:
         c = _sample(router, forward, conditional, segment.mode, CONDITIONAL)

@@ -19,6 +19,7 @@ from elastic_dit.cost import TransformerShape
 from elastic_dit.device import device_name
 from elastic_dit.elastic_class import ENGINE
 from elastic_dit.engine import Engine
+from elastic_dit.guidance import MASKED
 from elastic_dit.methods import Method
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.ops.patching import Triple
@@ -237,28 +238,36 @@ class Handle:
             levels=levels,
             macs=shape.macs,
             guided=guidance,
-            packing=shape.packing_macs if self._engine.packs else None,
+            packing=self._engine.packing(shape),
         )
         return controller.offers(facts, count)
 
     @property
-    def packed(self) -> bool:
-        """Run guidance branches of different modes in one packed call instead of two."""
+    def packed(self) -> bool | str:
+        """Run guidance branches of different modes in one packed call instead of two.
+
+        True runs the attention of each branch by itself, ``"masked"`` that of both at once, under a
+        block-diagonal mask: fewer calls, and more of them multiplied in vain. The results are the
+        same but for rounding.
+        """
         return self._engine.packed
 
     @packed.setter
-    def packed(self, packed: bool) -> None:
+    def packed(self, packed: bool | str) -> None:
         """Choose how branches of different modes run.
 
         Raises:
-            ValueError: the model's class cannot pack.
+            ValueError: the model's class cannot pack like that.
         """
-        engine = self._live()
-        method = engine.method
-        if packed and not (self.backbone.packs and method.packs):
+        engine, backbone = self._live(), self.backbone
+        legal: list[bool | str] = [False]
+        if backbone.packs and engine.method.packs:
+            legal += [True, MASKED] if backbone.masks_attention else [True]
+        if packed not in legal:
             raise ValueError(
-                f"packed = True; legal for {self.backbone.model_class} with method "
-                f"{method.name!r}: False (its branches run one after the other)"
+                f"packed = {packed!r}; legal for {backbone.model_class} with method "
+                f"{engine.method.name!r}: {', '.join(map(repr, legal))} (False runs its branches "
+                "one after the other)"
             )
         engine.packed = packed
 
@@ -355,7 +364,7 @@ class Handle:
         text = usual_text if text_tokens is None else text_tokens
         size = self.backbone.planned_size(grid or usual_grid, text, self._pipe)
         shape = engine.ledger.shape_of(self.model, size)
-        packing = shape.packing_macs if engine.packed else None
+        packing = engine.packing(shape)
         keeps = engine.keep_text and engine.compiled is None
         schedule = engine.schedule
         if engine.controller is not None:

@@ -28,7 +28,7 @@ class Ledger:
     calls: list[CallRecord] = field(default_factory=list)
     kept: dict[Mode, tuple[Kept, ...]] = field(default_factory=dict)
     repeated: int = 0
-    shapes: dict[tuple[Any, ...], TransformerShape] = field(default_factory=dict)
+    shapes: dict[tuple[tuple[Any, ...], bool], TransformerShape] = field(default_factory=dict)
 
     def shape_of(self, model: nn.Module, size: tuple[Any, ...] | None = None) -> TransformerShape:
         """What the cost of the elastic model depends on.
@@ -41,19 +41,19 @@ class Ledger:
             ValueError: a grid that is not three whole numbers above zero.
         """
         surgery, backbone = self.surgery, self.surgery.router.backbone
-        key: tuple[Any, ...] = backbone.default_size(model) if size is None else size
-        if len(key[0]) != 3 or any(side < 1 for side in key[0]):
-            raise ValueError(f"grid = {key[0]}; legal: (frames, height, width), each >= 1")
+        size = backbone.default_size(model) if size is None else size
+        if len(size[0]) != 3 or any(side < 1 for side in size[0]):
+            raise ValueError(f"grid = {size[0]}; legal: (frames, height, width), each >= 1")
+        key = size, surgery.router.merged
         if key not in self.shapes:
             own = surgery.with_own_blocks(model)
-            shape = surgery.method.priced(backbone.shape(own, *key), own, backbone)
+            shape = surgery.method.priced(backbone.shape(own, *size), own, backbone)
             if surgery.widths is not None:
                 shape = replace(shape, routable=surgery.widths.routable)
-            updates = surgery.method.updates(shape, own, backbone, key)
+            merged = surgery.router.merged
+            updates = () if merged else surgery.method.updates(shape, own, backbone, size)
             self.shapes[key] = replace(shape, updates=updates, skips=surgery.method.skips)
         shape = self.shapes[key]
-        if surgery.router.merged:
-            shape = replace(shape, updates=())
         if surgery.widths is None:
             return shape
         kept = functools.partial(surgery.widths.kept, model)
@@ -69,7 +69,7 @@ class Ledger:
         guide: Mode | None = None,
         *,
         branch: str | None,
-        packed: bool = False,
+        masked: bool = False,
         guided: bool = False,
         pictures: tuple[int, ...] | None = None,
         why: tuple[dict[str, Any] | None, ...] = (),
@@ -81,7 +81,7 @@ class Ledger:
             count: rows.
             mode, guide: of the branches; ``mode`` is None where it only repeated a prediction.
             branch: that the pipeline called the model for, if it tells.
-            packed: branches of different modes share one call.
+            masked: branches of different modes share one call of attention.
             guided: both branches are in the call.
             pictures: that the rows belong to; None for all.
             why: what a controller chose by, picture by picture.
@@ -91,7 +91,7 @@ class Ledger:
         spent = self._spent(shape, mode, level) if mode is not None else 0.0
         if mode is not None and guide is not None:
             spent += self._spent(shape, guide, level)
-            if packed and guide != mode:
+            if masked and guide != mode:
                 spent += shape.packing_macs(mode, guide)
         self.calls.append(
             CallRecord(

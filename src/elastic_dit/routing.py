@@ -107,7 +107,9 @@ class Router:
         patch: latent frames, rows and columns of one base token.
         mode: of the present forward pass, when all rows share one.
         layout: the parts of a packed batch, else None.
-        joined: inside attention, packed tokens are regrouped by picture.
+        masked: attention of a packed batch is one call under a mask, not one for each part.
+        joined: inside such attention, packed tokens regrouped by picture, and the parts that they
+            were made of.
         grid: base grid ``(frames, height, width)`` of the present call.
         unit: base tokens per axis in which a compiled forward is told the grid.
         run: number of the present run; what was computed in another may be stale.
@@ -128,7 +130,8 @@ class Router:
     patch: Triple = (1, 1, 1)
     mode: Mode = FULL
     layout: tuple[Part, ...] | None = None
-    joined: bool = False
+    masked: bool = False
+    joined: tuple[Tensor, list[Tensor]] | None = None
     streams: Streams | None = None
     running: bool = False
     run: int = 0
@@ -158,22 +161,43 @@ class Router:
         return self.tables[key]
 
     def pack(self, pieces: list[Tensor]) -> Tensor:
-        """``(rows, tokens, D)`` per part -> ``(all tokens, 1, D)``."""
-        return torch.cat([piece.flatten(0, 1) for piece in pieces])[:, None]
+        """``(pictures, tokens, D)`` per part -> ``(strips of all, strip, D)``."""
+        return torch.cat([piece.reshape(-1, self.strip, piece.shape[-1]) for piece in pieces])
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
         """The inverse of `pack`."""
         assert self.layout is not None
-        pieces = packed[:, 0].split([part.length for part in self.layout])
+        pieces = packed.split(self.strips)
         return [
-            piece.unflatten(0, (part.rows, part.tokens))
+            piece.reshape(part.rows, part.tokens, -1)
             for piece, part in zip(pieces, self.layout, strict=True)
         ]
+
+    @property
+    def strip(self) -> int:
+        """Tokens of one row of a packed batch: as many as make whole pictures of every part."""
+        assert self.layout is not None
+        return math.gcd(*[part.tokens for part in self.layout])
+
+    @property
+    def strips(self) -> list[int]:
+        """Rows of each part of a packed batch."""
+        assert self.layout is not None
+        return [part.length // self.strip for part in self.layout]
 
 
 def versions(*tensors: Tensor) -> tuple[object, ...]:
     """What changes when any of the tensors is replaced, moved, cast or written to."""
-    return tuple([(x.data_ptr(), x.dtype, 0 if x.is_inference() else x._version) for x in tensors])
+    tracked = not any(map(Tensor.is_inference, tensors))
+    counts = map(_VERSION, tensors) if tracked else [_version(x) for x in tensors]
+    return (*map(Tensor.data_ptr, tensors), *map(_DTYPE, tensors), *counts)
+
+
+_VERSION, _DTYPE = Tensor._version.__get__, Tensor.dtype.__get__  # half the time of a loop
+
+
+def _version(x: Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 @contextlib.contextmanager

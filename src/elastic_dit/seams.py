@@ -3,17 +3,17 @@
 Each seam is mixed in front of a stock class by `elastic_dit.routing.swap_class`; it looks at the
 router and either calls the stock ``forward`` or takes the coarse way.
 
-Packing. Two branches in different modes can share one call. Their tokens are laid out as rows of
-length one, ``(all tokens, 1, D)``: norms, modulation and feed-forward work per row and need no
-change; only modulation (one vector per picture, repeated for its tokens) and attention (pictures
-regrouped under a block-diagonal mask) know about the layout.
+Packing. Two branches in different modes can share one call. Their tokens are laid out in strips,
+``(strips of all, strip, D)``, whose length divides the token counts of both: 64 and 16 tokens make
+strips of 16. Norms and feed-forward work token by token and need no change; only modulation (one
+vector per picture, repeated for its strips) and attention know about the layout. The latter takes
+the parts one by one, or regroups them by picture under a block-diagonal mask.
 """
 
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -110,26 +110,26 @@ class ModulationSeam(nn.Module):
         router: Router = self.__dict__[ROUTER]
         if router.layout is None:
             return modulation
-        layout = router.layout
-        owners = router.constant(("owners", layout), lambda: _owners(layout))
+        layout, strip = router.layout, router.strip
+        owners = router.constant(("owners", layout), lambda: _owners(layout, strip))
         if isinstance(modulation, tuple):
             return tuple(x.index_select(0, owners) for x in modulation)
         return modulation.index_select(0, owners)
 
 
-def _owners(layout: tuple[Part, ...]) -> Tensor:
-    """The row of the batch that each packed token belongs to."""
+def _owners(layout: tuple[Part, ...], strip: int) -> Tensor:
+    """The row of the batch that each packed strip belongs to."""
     rows = torch.arange(sum(part.rows for part in layout)).split([part.rows for part in layout])
     return torch.cat(
-        [own.repeat_interleave(part.tokens) for own, part in zip(rows, layout, strict=True)]
+        [own.repeat_interleave(part.tokens // strip) for own, part in zip(rows, layout, strict=True)]
     )
 
 
 class AttentionSeam(nn.Module):
-    """Mixed into attention: regroups packed tokens by picture.
+    """Mixed into attention: lets packed tokens see those of their own picture alone.
 
-    Self-attention is block-diagonally masked; attention that also sees text, or whose processor
-    knows no masks, runs part by part.
+    It runs part by part, or, where the router says so and there is no text, once for all parts
+    under a block-diagonal mask.
     """
 
     def forward(
@@ -148,19 +148,20 @@ class AttentionSeam(nn.Module):
             if attention_mask is not None:
                 kwargs["attention_mask"] = attention_mask
             return stock(hidden_states, **kwargs)
-        if encoder_hidden_states is not None or not router.backbone.masks_attention:
+        if encoder_hidden_states is not None or not router.masked:
             text, mask = encoder_hidden_states, attention_mask
             return _part_by_part(router, stock, hidden_states, text, mask, kwargs)
         rows = router.layout[0].rows
         lengths = [part.tokens for part in router.layout]
-        joined = torch.cat(router.unpack(hidden_states), dim=1)
+        pieces = router.unpack(hidden_states)
+        joined = torch.cat(pieces, dim=1)
         key = "apart", *lengths, joined.dtype
         mask = router.constant(key, lambda: _apart(lengths, joined.dtype))
-        router.joined = True
+        router.joined = joined, pieces
         try:
             out = stock(joined, attention_mask=mask.expand(rows, -1, -1), **kwargs)
         finally:
-            router.joined = False
+            router.joined = None
         return router.pack(list(out.split(lengths, dim=1)))
 
 
@@ -263,9 +264,12 @@ class LowRankSeam(nn.Module):
         if layout is None:
             return self._at(router, x, router.mode)
         modes = [part.mode for part in layout]
-        if router.joined:  # (pictures, tokens of all parts, D)
-            return self._spread(router, x, modes, [part.tokens for part in layout], dim=1)
-        return self._spread(router, x, modes, [part.length for part in layout], dim=0)
+        if router.joined is None:
+            return self._spread(router, modes, x, x.split(router.strips), dim=0)
+        joined, pieces = router.joined  # (pictures, tokens of all parts, D)
+        if x is not joined:
+            pieces = x.split([part.tokens for part in layout], dim=1)
+        return self._spread(router, modes, x, pieces, dim=1)
 
     def _at(self, router: Router, x: Tensor, mode: Mode) -> Tensor:
         merged = None if mode is FULL else self.coarse_merged(mode)
@@ -276,19 +280,36 @@ class LowRankSeam(nn.Module):
         return super().forward(x) + self.coarse_update(x, mode)  # pyrefly: ignore[missing-attribute]
 
     def _spread(
-        self, router: Router, x: Tensor, modes: list[Mode], sizes: list[int], dim: int
+        self, router: Router, modes: list[Mode], x: Tensor, pieces: Sequence[Tensor], dim: int
     ) -> Tensor:
-        pieces = x.split(sizes, dim=dim)
+        """Each part in its own mode; ``x`` is the parts joined along ``dim``."""
         if any(self.coarse_merged(mode) is not None for mode in modes):
+            casts = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
+            if dim == 0 and not casts:
+                return self._written(modes, x, pieces)
             # Of what is not contiguous torch would make a product, and a sum for the bias.
             each = zip(pieces, modes, strict=True)
             return torch.cat([self._at(router, x.contiguous(), m) for x, m in each], dim=dim)
         base = super().forward(x)  # pyrefly: ignore[missing-attribute]
-        starts = itertools.accumulate([0, *sizes[:-1]])
-        for piece, mode, start, size in zip(pieces, modes, starts, sizes, strict=True):
+        sizes = [piece.shape[dim] for piece in pieces]
+        for mode, piece, own in zip(modes, pieces, base.split(sizes, dim=dim), strict=True):
             if self.coarse_parts(mode):
-                base.narrow(dim, start, size).add_(self.coarse_update(piece, mode))
+                own.add_(self.coarse_update(piece, mode))
         return base
+
+    def _written(self, modes: list[Mode], x: Tensor, pieces: Sequence[Tensor]) -> Tensor:
+        """Rows of each part times the weight of its mode, with no copy of what comes out."""
+        out = x.new_empty(*x.shape[:-1], len(self.weight))
+        rows = out.split([len(piece) for piece in pieces])
+        for mode, piece, own in zip(modes, pieces, rows, strict=True):
+            merged = self.coarse_merged(mode)
+            weight = (self.weight if merged is None else merged[1]).T
+            given, into = piece.flatten(0, -2), own.flatten(0, -2)
+            if self.bias is None:
+                torch.mm(given, weight, out=into)
+            else:
+                torch.addmm(self.bias, given, weight, out=into)
+        return out
 
     def coarse_parts(self, mode: Mode) -> list[str]:
         """Keys of a mode's pairs."""

@@ -39,20 +39,15 @@ BATCHES = 6
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Outputs of a layer for all levels, ``(T, B, X)``.
+    """Outputs of a layer for all levels, ``(T * B, X)``, and ``(B, X)`` for each of them.
 
     Attributes:
         inputs: the table it was given, if it stands behind an embedder.
     """
 
-    weights: tuple[Tensor, ...]
-    version: object
-    inputs: Tensor | None
+    inputs: Table | None
     rows: Tensor
-
-    def is_current(self) -> bool:
-        """Whether the weights have stayed what they were."""
-        return self.version == versions(*self.weights)
+    steps: tuple[Tensor, ...]
 
 
 @dataclass(eq=False)
@@ -68,6 +63,7 @@ class BatchTables:
         place: of the present call among them.
         asked: how often the present call has asked each embedder. DiT asks its first one twice, and
             each asking has a table of its own: what a run costs should be what was planned.
+        weights: of all layers that have tables, and what they were like when these were made.
     """
 
     key: TextKey
@@ -78,6 +74,16 @@ class BatchTables:
     place: int = 0
     asked: Counter[nn.Module] = field(default_factory=Counter)
     tables: dict[tuple[nn.Module, int], Table] = field(default_factory=dict)
+    weights: tuple[list[Tensor], object] = field(default_factory=lambda: ([], ()))
+
+    def begin(self, level: float) -> None:
+        """A call at one of the levels; tables of weights that have changed are dropped."""
+        self.place = self.levels.index(level)
+        self.asked.clear()
+        weights, before = self.weights
+        if versions(*weights) != before:
+            self.tables.clear()
+            self.weights = [], ()
 
     def embedded(self, module: nn.Module, stock: Callable[..., Tensor], given: Given) -> Tensor:
         """Rows ``(B, D)`` of an embedder of times and labels."""
@@ -85,24 +91,26 @@ class BatchTables:
         key = module, self.asked[module]
         self.asked[module] += 1
         table = self._table(key, None, lambda: stock(*self._repeated(args), **kwargs))
-        return table[self.place]
+        return table.steps[self.place]
 
     def mapped(self, module: nn.Module, stock: Callable[..., Tensor], source: nn.Module) -> Tensor:
         """Rows ``(B, X)`` of a linear layer that is given SiLU of an embedder's output."""
-        inputs = self.tables[source, 0].rows
-        table = self._table((module, 0), inputs, lambda: stock(F.silu(inputs.flatten(0, 1))))
-        return table[self.place]
+        inputs = self.tables[source, 0]
+        table = self._table((module, 0), inputs, lambda: stock(F.silu(inputs.rows)))
+        return table.steps[self.place]
 
     def _table(
-        self, key: tuple[nn.Module, int], inputs: Tensor | None, make: Callable[[], Tensor]
-    ) -> Tensor:
+        self, key: tuple[nn.Module, int], inputs: Table | None, make: Callable[[], Tensor]
+    ) -> Table:
         known = self.tables.get(key)
-        if known is not None and known.inputs is inputs and known.is_current():
-            return known.rows
-        weights = tuple(key[0].parameters())
-        rows = make().unflatten(0, (len(self.times), -1))
-        self.tables[key] = Table(weights, versions(*weights), inputs, rows)
-        return rows
+        if known is not None and known.inputs is inputs:
+            return known
+        rows = make()
+        steps = rows.unflatten(0, (len(self.times), -1)).unbind()
+        self.tables[key] = made = Table(inputs, rows, steps)
+        weights = [*self.weights[0], *key[0].parameters()]
+        self.weights = weights, versions(*weights)
+        return made
 
     def _repeated(self, args: tuple[Any, ...]) -> list[Any]:
         """Arguments of an embedder for all levels: ``(B, ...)`` become ``(T * B, ...)``."""
@@ -172,8 +180,7 @@ class RunTables:
             times = tuple(self.backbone.time_of(x) for x in coming)
             found = BatchTables(key, kind, coming, times, self.backbone.time_factor)
             self.tables.append(found)
-        found.place = found.levels.index(level)
-        found.asked.clear()
+        found.begin(level)
         return found
 
     def _hooked(self, model: nn.Module) -> bool:

@@ -255,8 +255,8 @@ class Surgery:
     def keep_fused_seams(self) -> None:
         """Swap projections that ``fuse_qkv_projections`` has made of adapted layers."""
         for module in self.adapted:
-            for name, parts in FUSED.items():
-                fused = module._modules.get(name)
+            for name in FUSED.keys() & module._modules.keys():
+                fused, parts = module._modules[name], FUSED[name]
                 if fused is not None and ROUTER not in fused.__dict__:
                     layers = [module.get_submodule(part) for part in parts]
                     # A user's LoRA wraps its layer.
