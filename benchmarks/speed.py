@@ -1,22 +1,28 @@
 """Do seconds follow FLOPs? The reference model through its whole pipeline, stock against elastic.
 
     python benchmarks/speed.py [--batch 8 16 32] [--rounds 5] [--processes 5] [--compile]
+        [--keep-pages]
 
-Writes benchmarks/results/speed-<cpu|cuda>[-compiled].json: for each batch size, the time ratio of
-full mode and of each schedule over the stock pipeline, beside its FLOPs ratio: the median over all
-rounds of all processes, and the least and the most median of a process. The stock pipeline runs
-again beside every run. With ``--compile`` all transformers are compiled, each shape and mode into a
-graph of its own.
+Writes benchmarks/results/speed-<cpu|cuda>[-compiled][-kept-pages].json: for each batch size, the
+time ratio of full mode and of each schedule over the stock pipeline, beside its FLOPs ratio: the
+median over all rounds of all processes, and the least and the most median of a process. The stock
+pipeline runs again beside every run. With ``--compile`` all transformers are compiled, each shape
+and mode into a graph of its own.
 
 "Stock, patch 8" and "stock, patch 16" are untrained stock models of the same width and depth that
 have as many tokens as the coarse modes: what the class itself takes for so few, with no engine
 around it.
+
+With ``--keep-pages`` the C library keeps the memory of what is freed. By default it gives large
+pieces back and gets them anew, page by page, which takes up to a third of a run: mostly of those
+with large activations, and in one process more often than in another.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -32,6 +38,8 @@ from elastic_dit.pipelines import PixelDiTPipeline
 from elastic_dit.reference import load_reference, reference_adapter
 
 RESULTS = Path(__file__).parent / "results"
+MIXED = "weak guidance, full conditional"
+PACKED: dict[str, bool | str] = {"packed": True, "packed, masked": "masked"}
 SCHEDULES = {
     "full": Schedule.constant(),
     "weak-first 0.48": Schedule.weak_first(0.48),
@@ -39,7 +47,7 @@ SCHEDULES = {
     "weak-first 0.88/1": Schedule.weak_first(0.88, guide_fraction=1.0),
     "patch2 throughout": Schedule.constant(Mode(2)),
     "patch4 throughout": Schedule.constant(Mode(4)),
-    "weak guidance, full conditional": Schedule.weak_first(0.0, guidance="weak"),
+    MIXED: Schedule.weak_first(0.0, guidance="weak"),
 }
 
 
@@ -50,8 +58,13 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=5)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--keep-pages", action="store_true")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.keep_pages:  # read by each process when it starts
+        os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
+    kinds = {"-compiled": arguments.compile, "-kept-pages": arguments.keep_pages}
+    name = f"speed-{device}{''.join(kind for kind, asked in kinds.items() if asked)}.json"
     tables = []
     for batch in arguments.batch:
         measure = functools.partial(
@@ -66,7 +79,6 @@ def main() -> None:
                 flush=True,
             )
         tables.append({"batch": batch, "rows": rows})
-        name = f"speed-{device}{'-compiled' if arguments.compile else ''}.json"
         setting = {"steps": arguments.steps, "processes": arguments.processes}
         write_results(RESULTS / name, {**setting, "tables": tables})
 
@@ -99,7 +111,7 @@ def bench(
             each.transformer.compile(dynamic=False)
     labels, seeds = [i % 10 for i in range(batch)], list(range(batch))
 
-    def run(which, schedule=None, *, packed=False):
+    def run(which, schedule=None, packed: bool | str = False):
         def call():
             if schedule is not None:
                 handle.schedule, handle.packed = schedule, packed
@@ -109,15 +121,15 @@ def bench(
 
     runs = {name: run(each) for name, each in floors.items()}
     runs |= {name: run(pipe, schedule) for name, schedule in SCHEDULES.items()}
-    mixed = "weak guidance, full conditional"
-    runs[f"{mixed}, packed"] = run(pipe, SCHEDULES[mixed], packed=True)
+    runs |= {f"{MIXED}, {name}": run(pipe, SCHEDULES[MIXED], how) for name, how in PACKED.items()}
     rows = []
     for name, ratios in beside(run(stock), runs, rounds=rounds).items():
         if name in floors:
             flops_ratio = macs(floors[name]) / macs(stock)
         else:
-            handle.schedule = SCHEDULES[name.removesuffix(", packed")]
-            handle.packed = name.endswith(", packed")
+            schedule, _, packed = name.partition(f"{MIXED}, ")
+            handle.schedule = SCHEDULES[MIXED if packed else schedule]
+            handle.packed = PACKED.get(packed, False)
             flops_ratio = handle.plan(steps).ratio
         rows.append({"run": name, "flops_ratio": flops_ratio, "ratios": ratios})
     return rows

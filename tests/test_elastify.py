@@ -11,6 +11,7 @@ from accelerate.hooks import ModelHook as AccelerateHook
 from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
 from diffusers.hooks import ModelHook as DiffusersHook
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
 from elastic_dit import FULL, FlexiDiT, Mode, Schedule, Segment, elastify, handle_of
 from elastic_dit.checkpoint import Adapter
@@ -333,6 +334,42 @@ def test_fused_projections_run_in_every_mode(make_model, make_elastic, make_call
     for layer in attention:
         layer.fuse_projections(fuse=False)
     assert torch.equal(forced(handle, WEAK, call, output), expected)
+
+
+def test_a_processor_is_given_what_the_stock_layer_gives_it(make_model, make_elastic, make_call):
+    """Under its names, with nothing left out."""
+    seen = []
+
+    class Processor:
+        def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask):
+            seen.append((type(hidden_states), encoder_hidden_states, attention_mask))
+            return AttnProcessor2_0()(attn, hidden_states)
+
+    models, call = [make_model(), make_elastic().model], make_call()
+    for model in models:
+        for block in model.transformer_blocks:
+            block.attn1.set_processor(Processor())
+        with torch.no_grad():
+            model(**call)
+    half = len(seen) // 2
+    assert half > 0
+    assert seen[:half] == seen[half:] == [(torch.Tensor, None, None)] * half
+
+
+def test_a_forward_that_somebody_put_on_attention_runs(make_elastic, make_call, monkeypatch):
+    handle, call, ran = make_elastic(), make_call(), []
+    stock = Attention.forward
+
+    def forward(self, *args, **kwargs):
+        ran.append(handle._engine.router.mode)
+        return stock(self, *args, **kwargs)
+
+    monkeypatch.setattr(Attention, "forward", forward)
+    for mode in (FULL, WEAK):
+        with torch.no_grad(), handle.using(mode):
+            handle.model(**call)
+    depth = len(handle.model.transformer_blocks)
+    assert ran == [FULL] * depth + [WEAK] * depth
 
 
 def test_a_class_that_cannot_pack_refuses_to(make_elastic):

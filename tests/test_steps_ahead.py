@@ -6,13 +6,13 @@ import copy
 
 import pytest
 import torch
+from diffusers.models.embeddings import Timesteps
 from peft import LoraConfig, inject_adapter_in_model
 from tests.backbones.pipes import PIPES, STEPS
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from elastic_dit import (
-    FULL,
     Combined,
     DDiT,
     DDiTController,
@@ -39,6 +39,7 @@ SCHEDULES = {
     "weak guidance": Schedule.weak_first(0.0, guidance="weak"),
     "weak guide": Schedule.weak_first(0.4, guide_fraction=0.8),
 }
+packings = pytest.mark.parametrize("packed", [False, True, "masked"])
 PIPELINES = ("dit", "sd3", "flux")
 
 
@@ -95,14 +96,14 @@ def apart(handle, **given):
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("scale", [1.0, 2.0])
-def test_a_run_is_the_same(handle, calls, schedule, scale):
-    handle.schedule = schedule
+@packings
+def test_a_run_is_the_same(handle, calls, schedule, scale, packed):
+    handle.schedule, handle.packed = schedule, packed
     expected = apart(handle, scale=scale)
     assert not calls
     found = draw(handle, scale=scale)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    coarse = [record for record in handle.report().calls if FULL not in {record.mode, record.guide}]
-    assert bool(calls) == bool(coarse) or schedule.segments[0].weak_guidance
+    assert calls
     plan = handle.plan(6, guidance=scale != 1)
     assert handle.report().macs == pytest.approx(len(LABELS) * plan.macs, rel=1e-9)
 
@@ -125,10 +126,55 @@ def test_only_coarse_steps_are_looked_ahead_to(handle, calls):
     assert all(rows == [coarse * 2 * len(LABELS)] for rows in calls.values())
 
 
+def test_steps_of_the_base_are_the_stock_ones(pipe, handle):
+    """Bit for bit, also in a run whose other steps are looked ahead to."""
+    handle.schedule = Schedule.weak_first(0.5)
+    seen = {}
+
+    def keep(model, args, kwargs, output):
+        seen[kwargs["timestep"][0].item()] = args, kwargs, output.sample
+
+    hook = pipe.transformer.register_forward_hook(keep, with_kwargs=True)
+    draw(handle)
+    hook.remove()
+    handle.remove()
+    for time, is_stock in ((min(seen), True), (max(seen), False)):
+        args, kwargs, found = seen[time]
+        with torch.no_grad():
+            assert torch.equal(found, pipe.transformer(*args, **kwargs).sample) == is_stock
+
+
+@packings
+def test_both_branches_of_a_mixed_step_are_looked_ahead_to(handle, calls, packed):
+    handle.schedule, handle.packed = Schedule.weak_first(0.0, guidance="weak"), packed
+    draw(handle)
+    rows = [6 * 2 * len(LABELS)] if packed else [6 * len(LABELS)] * 2
+    assert all(found == rows for found in calls.values())
+    assert len(calls) == 2 * 6 + 2
+
+
+def test_sinusoids_are_made_once_for_all_embedders(handle, monkeypatch):
+    made = []
+    stock = Timesteps.forward
+
+    def counted(self, times):
+        made.append(len(times))
+        return stock(self, times)
+
+    monkeypatch.setattr(Timesteps, "forward", counted)
+    handle.schedule = Schedule.constant(Mode(2))
+    draw(handle)
+    assert made == [6 * 2 * len(LABELS)]
+    made.clear()
+    apart(handle)
+    assert made == [2 * len(LABELS)] * 6 * 7
+
+
 @pytest.mark.parametrize("name", list(SCHEDULES))
-def test_products_of_a_run_are_those_of_its_steps(handle, name):
+@packings
+def test_products_of_a_run_are_those_of_its_steps(handle, name, packed):
     """By torch's own count."""
-    handle.schedule = SCHEDULES[name]
+    handle.schedule, handle.packed = SCHEDULES[name], packed
     counts = []
     for run in (apart, draw):
         with FlopCounterMode(display=False) as counter:

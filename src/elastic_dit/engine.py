@@ -395,21 +395,22 @@ class Engine:
             router.narrow = router.streams = None
 
     def _ahead(self, model: nn.Module, call: Call, mode: Mode) -> BatchTables | None:
-        """Tables of what the call's noise level and labels decide; never for the stock network."""
-        if self.ahead is None or not self.plan_ahead or mode.is_full or self.forced is not None:
-            return None
-        if self.compiling or self.router.layout is not None or torch.is_grad_enabled():
+        """Tables of what the call's noise level and labels decide; none in a step of the base."""
+        if self.ahead is None or not self.plan_ahead or self.compiling or torch.is_grad_enabled():
             return None
         chooses = self.controller is not None and not isinstance(self.chosen, Schedule)
         level, run = self.level, self.router.run
-        if level is None or chooses:
+        if self.forced is not None or level is None or chooses:
             return None
-        work = self.schedule.at(level).work
+        segment, labels = self.schedule.at(level), self.router.labels
+        if segment.modes == {FULL}:
+            return None
 
         def is_alike(other: float) -> bool:
-            return self.schedule.at(other).work == work
+            return self.schedule.at(other).work == segment.work
 
-        return self.ahead.of(model, call, mode, level, run, is_alike)
+        labels = labels if self.router.layout else (call.get(self.router.backbone.labels),)
+        return self.ahead.of(model, labels, mode, level, run, is_alike)
 
     def share(self) -> float | None:
         """The budget of the next runs as a share of the full FLOPs; None for another or none."""

@@ -125,6 +125,7 @@ def _packed(
     joined = join(conditional, guide)
     modes = (segment.mode, segment.guide_mode)
     router.layout = tuple(Part(mode, count, router.tokens(mode)) for mode in modes)
+    router.labels = tuple(part.get(router.backbone.labels) for part in (conditional, guide))
     try:
         sample = _sample(router, forward, joined, segment.mode)
     finally:

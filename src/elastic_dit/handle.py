@@ -295,7 +295,9 @@ class Handle:
 
     @property
     def plan_ahead(self) -> bool:
-        """Compute in coarse modes what noise level and label alone decide for many steps at once.
+        """Compute for many steps at once what noise level and label alone decide.
+
+        Steps that are the base's in all branches stay as they are.
 
         It is on with ``merge=True``, and does something where such layers are known (DiT, SD3,
         FLUX). The results are equal but for rounding. A run in a pipeline takes up to 64 MiB for

@@ -41,17 +41,17 @@ class Ledger:
             ValueError: a grid that is not three whole numbers above zero.
         """
         surgery, backbone = self.surgery, self.surgery.router.backbone
-        size = backbone.default_size(model) if size is None else size
-        if len(size[0]) != 3 or any(side < 1 for side in size[0]):
-            raise ValueError(f"grid = {size[0]}; legal: (frames, height, width), each >= 1")
-        key = size, surgery.router.merged
+        own_size: tuple[Any, ...] = backbone.default_size(model) if size is None else size
+        if len(own_size[0]) != 3 or any(side < 1 for side in own_size[0]):
+            raise ValueError(f"grid = {own_size[0]}; legal: (frames, height, width), each >= 1")
+        key = own_size, surgery.router.merged
         if key not in self.shapes:
             own = surgery.with_own_blocks(model)
-            shape = surgery.method.priced(backbone.shape(own, *size), own, backbone)
+            shape = surgery.method.priced(backbone.shape(own, *own_size), own, backbone)
             if surgery.widths is not None:
                 shape = replace(shape, routable=surgery.widths.routable)
             merged = surgery.router.merged
-            updates = () if merged else surgery.method.updates(shape, own, backbone, size)
+            updates = () if merged else surgery.method.updates(shape, own, backbone, own_size)
             self.shapes[key] = replace(shape, updates=updates, skips=surgery.method.skips)
         shape = self.shapes[key]
         if surgery.widths is None:

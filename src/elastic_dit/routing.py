@@ -107,6 +107,7 @@ class Router:
         patch: latent frames, rows and columns of one base token.
         mode: of the present forward pass, when all rows share one.
         layout: the parts of a packed batch, else None.
+        labels: of each part of such a batch.
         masked: attention of a packed batch is one call under a mask, not one for each part.
         joined: inside such attention, packed tokens regrouped by picture, and the parts that they
             were made of.
@@ -130,6 +131,7 @@ class Router:
     patch: Triple = (1, 1, 1)
     mode: Mode = FULL
     layout: tuple[Part, ...] | None = None
+    labels: tuple[Any, ...] = ()
     masked: bool = False
     joined: tuple[Tensor, list[Tensor]] | None = None
     streams: Streams | None = None
@@ -193,7 +195,9 @@ def versions(*tensors: Tensor) -> tuple[object, ...]:
     return (*map(Tensor.data_ptr, tensors), *map(_DTYPE, tensors), *counts)
 
 
-_VERSION, _DTYPE = Tensor._version.__get__, Tensor.dtype.__get__  # half the time of a loop
+# Getters take half the time of a loop.
+_VERSION = Tensor._version.__get__  # pyrefly: ignore[missing-attribute]
+_DTYPE = Tensor.dtype.__get__  # pyrefly: ignore[missing-attribute]
 
 
 def _version(x: Tensor) -> int:

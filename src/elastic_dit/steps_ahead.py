@@ -9,6 +9,7 @@ Shape legend: T noise levels, B rows of a call, D width.
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -16,10 +17,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 
 from elastic_dit.backbones.base import Backbone
-from elastic_dit.backbones.call import Call
 from elastic_dit.mode import Mode
 from elastic_dit.routing import ROUTER, SOURCE, Router, TextKey, versions
 from elastic_dit.storage import is_hooked
@@ -55,19 +56,22 @@ class BatchTables:
     """Outputs of a run's embedders, and of the linear layers behind them, for one batch of rows.
 
     Attributes:
-        key: the batch's labels.
-        kind: mode whose tables these are; None for those of all.
+        keys: the batch's labels, those of each part apart if it is packed.
+        mode: whose tables these are. Branches of one label and two modes have tables each: what a
+            run costs should be what was planned.
         levels: noise levels from the present call on.
         times: the same, as the model is given them.
         factor: what the model multiplies times by before it embeds them.
         place: of the present call among them.
         asked: how often the present call has asked each embedder. DiT asks its first one twice, and
-            each asking has a table of its own: what a run costs should be what was planned.
+            each asking has a table of its own, for the same reason.
         weights: of all layers that have tables, and what they were like when these were made.
+        repeated: arguments of the embedder that asked last, and these for all levels.
+        waves: times whose sinusoids were made last, how, and these; all embedders make the same.
     """
 
-    key: TextKey
-    kind: Mode | None
+    keys: tuple[TextKey, ...]
+    mode: Mode
     levels: tuple[float, ...]
     times: tuple[float, ...]
     factor: float = 1.0
@@ -75,6 +79,8 @@ class BatchTables:
     asked: Counter[nn.Module] = field(default_factory=Counter)
     tables: dict[tuple[nn.Module, int], Table] = field(default_factory=dict)
     weights: tuple[list[Tensor], object] = field(default_factory=lambda: ([], ()))
+    repeated: tuple[tuple[Any, ...], list[Any]] | None = None
+    waves: tuple[Tensor, object, Tensor] | None = None
 
     def begin(self, level: float) -> None:
         """A call at one of the levels; tables of weights that have changed are dropped."""
@@ -114,20 +120,33 @@ class BatchTables:
 
     def _repeated(self, args: tuple[Any, ...]) -> list[Any]:
         """Arguments of an embedder for all levels: ``(B, ...)`` become ``(T * B, ...)``."""
+        if self.repeated is not None:
+            given, repeated = self.repeated
+            if len(given) == len(args) and all(map(operator.is_, given, args)):
+                return repeated
         now, count = args[0], len(self.times)
         times = torch.tensor(self.times)
         times = (times if now.is_floating_point() else times.round()).to(now) * self.factor
         others = [
             x.repeat(count, *[1] * (x.ndim - 1)) if torch.is_tensor(x) else x for x in args[1:]
         ]
-        return [times.to(now).repeat_interleave(len(now)), *others]
+        repeated = [times.to(now).repeat_interleave(len(now)), *others]
+        self.repeated = args, repeated
+        return repeated
+
+    def sinusoids(self, module: Timesteps, stock: Callable[..., Tensor], times: Tensor) -> Tensor:
+        """Sinusoids of times ``(T * B,)``, for which every embedder has a module of its own."""
+        how = module.num_channels, module.flip_sin_to_cos, module.downscale_freq_shift, module.scale
+        if self.waves is None or self.waves[0] is not times or self.waves[1] != how:
+            self.waves = times, how, stock(times)
+        return self.waves[2]
 
 
 class RunTables:
     """The tables of a run, by batch of rows.
 
     Args:
-        by_mode: whether the method changes the embedder's output by mode.
+        by_mode: whether the method changes the embedder's output by mode; such rows are not packed.
 
     Attributes:
         levels: noise levels of the run's calls.
@@ -152,7 +171,7 @@ class RunTables:
     def of(
         self,
         model: nn.Module,
-        call: Call,
+        labels: tuple[Any, ...],
         mode: Mode,
         level: float,
         run: int,
@@ -161,14 +180,16 @@ class RunTables:
         """The tables for a call's rows; None if its level is not one of the run's.
 
         Args:
+            labels: of the call, part by part if it is packed.
             level: of the call, as planned.
             is_alike: whether the same rows will run in the same mode at another noise level.
         """
-        labels = call.get(self.backbone.labels)
-        if level not in self.levels or not torch.is_tensor(labels):
+        if level not in self.levels or not all(map(torch.is_tensor, labels)):
             return None
-        key, kind = TextKey(labels, run), mode if self.by_mode else None
-        alike = [x for x in self.tables if x.kind == kind and x.key.same(key)]
+        if self.by_mode and len(labels) > 1:
+            return None
+        keys = tuple([TextKey(x, run) for x in labels])
+        alike = [x for x in self.tables if x.mode == mode and _same(x.keys, keys)]
         found = next((x for x in alike if level in x.levels), None)
         if found is None:
             now = self.levels.index(level)
@@ -176,9 +197,10 @@ class RunTables:
             self.tables = [x for x in self.tables if self.levels.index(x.levels[-1]) > now]
             if len(self.tables) >= BATCHES or self._hooked(model):
                 return None
-            coming = coming[: max(1, BYTES // (len(labels) * self.row_bytes))]
+            rows = sum(map(len, labels))
+            coming = coming[: max(1, BYTES // (rows * self.row_bytes))]
             times = tuple(self.backbone.time_of(x) for x in coming)
-            found = BatchTables(key, kind, coming, times, self.backbone.time_factor)
+            found = BatchTables(keys, mode, coming, times, self.backbone.time_factor)
             self.tables.append(found)
         found.begin(level)
         return found
@@ -186,6 +208,10 @@ class RunTables:
     def _hooked(self, model: nn.Module) -> bool:
         pairs = self.backbone.embedded(model)
         return any(is_hooked(x) for one, layers in pairs for x in (*one.modules(), *layers))
+
+
+def _same(keys: tuple[TextKey, ...], others: tuple[TextKey, ...]) -> bool:
+    return len(keys) == len(others) and all(map(TextKey.same, keys, others))
 
 
 class EmbedderSeam(nn.Module):
@@ -198,6 +224,18 @@ class EmbedderSeam(nn.Module):
         if router.ahead is None:
             return stock(*args, **kwargs)
         return router.ahead.embedded(self, stock, (args, kwargs))
+
+
+class TimesSeam(nn.Module):
+    """Mixed into the module of an embedder that makes sinusoids of times."""
+
+    def forward(self, times: Tensor) -> Tensor:
+        """Stock output, made once for all embedders where the router has tables."""
+        router: Router = self.__dict__[ROUTER]
+        stock = super().forward  # pyrefly: ignore[missing-attribute]
+        if router.ahead is None:
+            return stock(times)
+        return router.ahead.sinusoids(self, stock, times)  # pyrefly: ignore[bad-argument-type]
 
 
 class EmbeddedSeam(nn.Module):

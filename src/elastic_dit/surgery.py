@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
+from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -45,7 +46,7 @@ from elastic_dit.seams import (
     RotarySeam,
     TextSeam,
 )
-from elastic_dit.steps_ahead import EmbeddedSeam, EmbedderSeam
+from elastic_dit.steps_ahead import EmbeddedSeam, EmbedderSeam, TimesSeam
 from elastic_dit.storage import (
     NewParameters,
     check_in_place,
@@ -207,8 +208,6 @@ class Surgery:
         self._exchange_weights()
         model.add_module(SIZES, self.router.sizes)
         self.keep_seams(model)
-        for module in backbone.modulation_layers(model):
-            self._swap(module, ModulationSeam)
         for module in backbone.attention_layers(model):
             self._swap(module, AttentionSeam)
         for module, hook in backbone.block_hooks(model):
@@ -222,9 +221,14 @@ class Surgery:
             self._swap(module, ConditioningSeam)
         for embedder, layers in backbone.embedded(model):
             self._swap(embedder, EmbedderSeam)
+            for module in embedder.modules():
+                if isinstance(module, Timesteps):
+                    self._swap(module, TimesSeam)
             for layer in layers:
                 layer.__dict__[SOURCE] = embedder
                 self._swap(layer, EmbeddedSeam)
+        for module in backbone.modulation_layers(model):
+            self._swap(module, ModulationSeam)  # in front of tables, which have a row per picture
         for layer, A, B in self.pairs.values():
             layer.coarse_A, layer.coarse_B = A, B
             self._swap(layer, LowRankSeam)
