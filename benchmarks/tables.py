@@ -23,7 +23,12 @@ def main() -> None:
     demo = load("demo-mnist.json")
     replace(HERE.parent / "README.md", "demo-table", markdown(demo["rows"]) + source(demo))
     parts = []
-    for name, title in (("speed-cpu", "eager"), ("speed-cpu-compiled", "compiled")):
+    kinds = {
+        "speed-cpu": "eager",
+        "speed-cpu-kept-pages": "eager, freed memory kept",
+        "speed-cpu-compiled": "compiled",
+    }
+    for name, title in kinds.items():
         if (RESULTS / f"{name}.json").exists():
             speed = load(f"{name}.json")
             head = f"## Do seconds follow FLOPs? ({title})\n\n"

@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from elastic_dit import FlexiDiT, elastify
 from elastic_dit.handle import Handle
+from elastic_dit.memory import keep_freed_memory
 from elastic_dit.surgery import is_new
 from elastic_dit.training.state import list_states
+
+keep_freed_memory()  # as the command line does
 
 TINY = {
     "num_attention_heads": 2,

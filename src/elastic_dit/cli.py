@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from elastic_dit.memory import keep_freed_memory
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -39,6 +41,7 @@ def main() -> None:
     """Entry point: bad input ends with one clear line and exit code 2."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    keep_freed_memory()
     try:
         app()
     except USER_ERRORS as error:
