@@ -118,11 +118,12 @@ def test_a_run_is_the_same_and_computes_each_prompt_once(name, run, guided, comp
 
 
 @pytest.mark.parametrize("guidance", ["cfg", "weak"])
-def test_packed_calls_keep_no_text(guidance):
+@pytest.mark.parametrize("packed", [True, "masked"])
+def test_packed_calls_keep_no_text(guidance, packed):
     case = PIPES["pixart-sigma"]
     pipe = case.pipe()
     handle = case.elastic(pipe)
-    handle.packed = True
+    handle.packed = packed
     handle.schedule = switching(guide=WEAK, guidance=guidance)
     expected = case.draw(pipe)
     handle.keep_text = True

@@ -136,8 +136,10 @@ class Engine:
         return self.packed if self.router.backbone.packs and self.method.packs else False
 
     def packing(self, shape: TransformerShape) -> Callable[[Mode, Mode], float] | None:
-        """What two branches of different modes cost more than apart, if they do."""
-        return shape.packing_macs if self.packs == MASKED else None
+        """What two branches of different modes cost more in one call; None if they have two."""
+        if self.packs == MASKED:
+            return shape.packing_macs
+        return (lambda a, b: 0.0) if self.packs else None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied model must not call the compiled forward of the original.

@@ -153,7 +153,8 @@ class AttentionSeam(nn.Module):
         """Stock attention unless the batch is packed."""
         router: Router = self.__dict__[ROUTER]
         stock = super().forward  # pyrefly: ignore[missing-attribute]
-        if getattr(stock, "__func__", None) is DELEGATING and not kwargs:
+        delegates = not torch.compiler.is_compiling()
+        if delegates and getattr(stock, "__func__", None) is DELEGATING and not kwargs:
             nothing = {"encoder_hidden_states": None, "attention_mask": None}
             stock = functools.partial(self.processor, self, **nothing)
         if router.layout is None:
