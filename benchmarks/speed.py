@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import statistics
 from pathlib import Path
 from typing import Any
@@ -34,12 +33,14 @@ from elastic_dit import FULL, Mode, Schedule, elastify
 from elastic_dit.backbones import backbone_for
 from elastic_dit.bench import beside, in_fresh_processes
 from elastic_dit.evaluation.record import write_results
+from elastic_dit.memory import keep_freed_memory
+from elastic_dit.packing import Packing
 from elastic_dit.pipelines import PixelDiTPipeline
 from elastic_dit.reference import load_reference, reference_adapter
 
 RESULTS = Path(__file__).parent / "results"
 MIXED = "weak guidance, full conditional"
-PACKED: dict[str, bool | str] = {"packed": True, "packed, masked": "masked"}
+PACKED: dict[str, Packing] = {"packed": True, "packed, masked": "masked"}
 SCHEDULES = {
     "full": Schedule.constant(),
     "weak-first 0.48": Schedule.weak_first(0.48),
@@ -61,14 +62,18 @@ def main() -> None:
     parser.add_argument("--keep-pages", action="store_true")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if arguments.keep_pages:  # read by each process when it starts
-        os.environ |= {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
     kinds = {"-compiled": arguments.compile, "-kept-pages": arguments.keep_pages}
     name = f"speed-{device}{''.join(kind for kind, asked in kinds.items() if asked)}.json"
     tables = []
     for batch in arguments.batch:
         measure = functools.partial(
-            bench, batch, arguments.steps, arguments.rounds, device, compiled=arguments.compile
+            bench,
+            batch,
+            arguments.steps,
+            arguments.rounds,
+            device,
+            compiled=arguments.compile,
+            keep_pages=arguments.keep_pages,
         )
         found = list(in_fresh_processes(measure, arguments.processes))
         rows = [summary(rows) for rows in zip(*found, strict=True)]
@@ -97,9 +102,11 @@ def summary(rows: tuple[dict[str, Any], ...]) -> dict[str, Any]:
 
 
 def bench(
-    batch: int, steps: int, rounds: int, device: str, *, compiled: bool
+    batch: int, steps: int, rounds: int, device: str, *, compiled: bool, keep_pages: bool
 ) -> list[dict[str, Any]]:
     """Time ratios of all runs in this process."""
+    if keep_pages and not keep_freed_memory():
+        raise SystemExit("--keep-pages; legal: with glibc, whose malloc can be told so")
     stock, pipe = load_reference().to(device), load_reference().to(device)
     floors = {f"stock, patch {size}": of_patch(stock, size) for size in (8, 16)}
     for each in (stock, pipe, *floors.values()):
@@ -111,7 +118,7 @@ def bench(
             each.transformer.compile(dynamic=False)
     labels, seeds = [i % 10 for i in range(batch)], list(range(batch))
 
-    def run(which, schedule=None, packed: bool | str = False):
+    def run(which, schedule=None, packed: Packing = False):
         def call():
             if schedule is not None:
                 handle.schedule, handle.packed = schedule, packed

@@ -10,7 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from elastic_dit import FULL, FlexiDiT, Mode, Schedule, Segment, elastify
 from elastic_dit.guidance import Remembered, run_batch, run_guidance
-from elastic_dit.routing import ENGINE, Part, Router
+from elastic_dit.packing import Layout, Part
+from elastic_dit.routing import ENGINE
 
 WEAK, WEAKER = Mode(2), Mode(4)
 COUNT = 3
@@ -81,6 +82,25 @@ def test_packed_equals_split(
         assert relative(output(handle.model, alone), split[[1, COUNT + 1]]) < 1e-5
 
 
+@both_recipes
+@both_packings
+def test_packed_gradients_are_those_of_split_branches(make_elastic, make_call, recipe, packing):
+    """Even if the call before it left its constants in inference mode."""
+    handle, call = make_elastic(recipe=recipe), make_call(COUNT, guided=True)
+    handle.schedule, found = constant(FULL, WEAK), []
+    for packed in (False, packing):
+        handle.packed = packed
+        with torch.inference_mode():
+            handle.model(**call)
+        handle.model.zero_grad()
+        handle.model(**call).sample.square().mean().backward()
+        found.append({k: p.grad for k, p in handle.model.named_parameters() if p.grad is not None})
+    split, together = found
+    assert split.keys() == together.keys()
+    for key, gradient in split.items():
+        torch.testing.assert_close(together[key], gradient, atol=1e-6, rtol=1e-4, msg=key)
+
+
 @pytest.mark.parametrize(("packed", "calls"), [(False, 2), (True, 2), ("masked", 1)])
 def test_a_masked_call_has_one_call_of_attention_a_block(
     make_elastic, make_call, output, monkeypatch, packed, calls
@@ -110,13 +130,19 @@ def test_a_masked_call_has_one_call_of_attention_a_block(
 
 @pytest.mark.parametrize(("tokens", "strip"), [((64, 16), 16), ((9, 4), 1), ((12, 4, 6), 2)])
 def test_packed_tokens_lie_in_strips(tokens, strip):
-    router = Router(backbone=None, sizes=None)
-    router.layout = tuple(Part(FULL, rows, count) for rows, count in enumerate(tokens, 1))
-    pieces = [torch.randn(part.rows, part.tokens, 5) for part in router.layout]
-    packed = router.pack(pieces)
+    layout = Layout(tuple(Part(FULL, rows, count) for rows, count in enumerate(tokens, 1)))
+    pieces = [torch.randn(part.rows, part.tokens, 5) for part in layout.parts]
+    packed = layout.pack(pieces)
     assert packed.shape == (sum(x.numel() for x in pieces) // (5 * strip), strip, 5)
-    for piece, found in zip(pieces, router.unpack(packed), strict=True):
+    for piece, found in zip(pieces, layout.unpack(packed), strict=True):
         assert torch.equal(found, piece)
+
+
+def test_strips_know_their_picture():
+    layout = Layout((Part(FULL, 2, 4), Part(WEAK, 3, 2)))
+    pictures = torch.arange(5.0)[:, None, None]
+    pieces = [pictures[:2].expand(2, 4, 1), pictures[2:].expand(3, 2, 1)]
+    assert layout.pack(pieces)[:, 0, 0].tolist() == layout.owners().tolist()
 
 
 @both_packings

@@ -325,6 +325,7 @@ def test_output_types(pixel):
     pipe = pixel()
     tensor = draw(pipe)
     assert tensor.shape == (3, 1, 16, 16)
+    assert not tensor.is_inference()  # it may be trained with
     array = draw(pipe, output_type="np")
     assert torch.equal(array.permute(0, 3, 1, 2), tensor)
     picture = draw(pipe, output_type="pil")[0]

@@ -27,10 +27,11 @@ from elastic_dit.controller import Controller, Facts, Run
 from elastic_dit.cost import TransformerShape
 from elastic_dit.graphs import Graphs
 from elastic_dit.groups import Group, grouped, run_groups
-from elastic_dit.guidance import MASKED, Remembered, run_batch, run_guidance
+from elastic_dit.guidance import Remembered, run_batch, run_guidance
 from elastic_dit.ledger import Ledger
 from elastic_dit.methods import Method
 from elastic_dit.mode import FULL, Mode
+from elastic_dit.packing import MASKED, Packing
 from elastic_dit.pipes import is_guided
 from elastic_dit.prediction import parametrisation
 from elastic_dit.report import Stopwatch
@@ -81,7 +82,7 @@ class Engine:
     budget: float | Budget | None = None
     calibration: Calibration | None = None
     forced: Mode | None = None
-    packed: bool | str = False
+    packed: Packing = False
     keep_text: bool = False
     plan_ahead: bool = False
     ahead: RunTables | None = None
@@ -131,7 +132,7 @@ class Engine:
         return self.surgery.adapter(model, self.schedule, **notes)
 
     @property
-    def packs(self) -> bool | str:
+    def packs(self) -> Packing:
         """Whether, and how, branches of different modes share one packed call."""
         return self.packed if self.router.backbone.packs and self.method.packs else False
 
@@ -362,7 +363,7 @@ class Engine:
         router = self.router
         router.mode, router.device = mode, call[router.backbone.sample][0].device
         router.merging = router.merged and not torch.is_grad_enabled()
-        modes = (mode,) if router.layout is None else tuple([p.mode for p in router.layout])
+        modes = (mode,) if router.layout is None else router.layout.modes
         for each in modes:
             if not each.is_full:
                 self._check_coarse(model, call, each)
@@ -404,14 +405,14 @@ class Engine:
         level, run = self.level, self.router.run
         if self.forced is not None or level is None or chooses:
             return None
-        segment, labels = self.schedule.at(level), self.router.labels
+        segment, layout = self.schedule.at(level), self.router.layout
         if segment.modes == {FULL}:
             return None
 
         def is_alike(other: float) -> bool:
             return self.schedule.at(other).work == segment.work
 
-        labels = labels if self.router.layout else (call.get(self.router.backbone.labels),)
+        labels = (call.get(self.router.backbone.labels),) if layout is None else layout.labels
         return self.ahead.of(model, labels, mode, level, run, is_alike)
 
     def share(self) -> float | None:

@@ -19,14 +19,12 @@ from torch import Tensor
 
 from elastic_dit.backbones.call import Branches, Call
 from elastic_dit.mode import Mode
-from elastic_dit.routing import Part, Router
+from elastic_dit.packing import MASKED, Layout, Packing, Part
+from elastic_dit.routing import Router
 from elastic_dit.schedule import Segment
 
 Forward = Callable[..., Any]
 """``forward(call, mode, branch="")`` runs the stock forward, on all rows or those of a branch."""
-
-MASKED = "masked"
-"""Packed, with one call of attention under a block-diagonal mask."""
 
 CONDITIONAL, GUIDANCE = "/conditional", "/guidance"
 """Branches of a batched call that run by themselves."""
@@ -47,7 +45,7 @@ def run_batch(
     segment: Segment,
     branches: Branches | None,
     *,
-    packed: bool | str,
+    packed: Packing,
 ) -> Any:
     """One model call that holds all branches, in the modes of a segment.
 
@@ -72,8 +70,8 @@ def run_batch(
     if segment.weak_guidance:
         guide = router.backbone.give_condition(guide, conditional)
     if packed and not same:
-        router.masked = packed == MASKED
-        c, g = _packed(router, forward, conditional, guide, segment)
+        masked = packed == MASKED
+        c, g = _packed(router, forward, conditional, guide, segment, masked=masked)
     else:
         c = _sample(router, forward, conditional, segment.mode, CONDITIONAL)
         g = _sample(router, forward, guide, segment.guide_mode, GUIDANCE)
@@ -109,7 +107,13 @@ def run_guidance(
 
 
 def _packed(
-    router: Router, forward: Forward, conditional: Call, guide: Call, segment: Segment
+    router: Router,
+    forward: Forward,
+    conditional: Call,
+    guide: Call,
+    segment: Segment,
+    *,
+    masked: bool,
 ) -> tuple[Tensor, Tensor]:
     count = len(conditional[router.backbone.sample])
 
@@ -124,8 +128,9 @@ def _packed(
 
     joined = join(conditional, guide)
     modes = (segment.mode, segment.guide_mode)
-    router.layout = tuple(Part(mode, count, router.tokens(mode)) for mode in modes)
-    router.labels = tuple(part.get(router.backbone.labels) for part in (conditional, guide))
+    parts = tuple(Part(mode, count, router.tokens(mode)) for mode in modes)
+    labels = tuple(part.get(router.backbone.labels) for part in (conditional, guide))
+    router.layout = Layout(parts, masked, labels)
     try:
         sample = _sample(router, forward, joined, segment.mode)
     finally:

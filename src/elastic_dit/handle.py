@@ -19,10 +19,10 @@ from elastic_dit.cost import TransformerShape
 from elastic_dit.device import device_name
 from elastic_dit.elastic_class import ENGINE
 from elastic_dit.engine import Engine
-from elastic_dit.guidance import MASKED
 from elastic_dit.methods import Method
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.ops.patching import Triple
+from elastic_dit.packing import MASKED, Packing
 from elastic_dit.pipes import called_levels
 from elastic_dit.report import Report
 from elastic_dit.schedule import Plan, Schedule
@@ -243,7 +243,7 @@ class Handle:
         return controller.offers(facts, count)
 
     @property
-    def packed(self) -> bool | str:
+    def packed(self) -> Packing:
         """Run guidance branches of different modes in one packed call instead of two.
 
         True runs the attention of each branch by itself, ``"masked"`` that of both at once, under a
@@ -253,14 +253,14 @@ class Handle:
         return self._engine.packed
 
     @packed.setter
-    def packed(self, packed: bool | str) -> None:
+    def packed(self, packed: Packing) -> None:
         """Choose how branches of different modes run.
 
         Raises:
             ValueError: the model's class cannot pack like that.
         """
         engine, backbone = self._live(), self.backbone
-        legal: list[bool | str] = [False]
+        legal: list[Packing] = [False]
         if backbone.packs and engine.method.packs:
             legal += [True, MASKED] if backbone.masks_attention else [True]
         if packed not in legal:

@@ -40,18 +40,18 @@ class Ledger:
         Raises:
             ValueError: a grid that is not three whole numbers above zero.
         """
-        surgery, backbone = self.surgery, self.surgery.router.backbone
-        own_size: tuple[Any, ...] = backbone.default_size(model) if size is None else size
-        if len(own_size[0]) != 3 or any(side < 1 for side in own_size[0]):
-            raise ValueError(f"grid = {own_size[0]}; legal: (frames, height, width), each >= 1")
-        key = own_size, surgery.router.merged
+        surgery, router = self.surgery, self.surgery.router
+        backbone, merged = router.backbone, router.merged
+        sizes: tuple[Any, ...] = backbone.default_size(model) if size is None else size
+        if len(sizes[0]) != 3 or any(side < 1 for side in sizes[0]):
+            raise ValueError(f"grid = {sizes[0]}; legal: (frames, height, width), each >= 1")
+        key = sizes, merged
         if key not in self.shapes:
             own = surgery.with_own_blocks(model)
-            shape = surgery.method.priced(backbone.shape(own, *own_size), own, backbone)
+            shape = surgery.method.priced(backbone.shape(own, *sizes), own, backbone)
             if surgery.widths is not None:
                 shape = replace(shape, routable=surgery.widths.routable)
-            merged = surgery.router.merged
-            updates = () if merged else surgery.method.updates(shape, own, backbone, own_size)
+            updates = () if merged else surgery.method.updates(shape, own, backbone, sizes)
             self.shapes[key] = replace(shape, updates=updates, skips=surgery.method.skips)
         shape = self.shapes[key]
         if surgery.widths is None:

@@ -1,8 +1,8 @@
 """What the routed submodules do: linear layers without the closed heads and channels, attention of
 fewer heads, feed-forward of fewer tokens.
 
-They are mixed in front of `elastic_dit.seams.LowRankSeam`, where a layer has both: updates narrow
-with their layer, and tokens that skip the one skip the other.
+They are mixed in front of `elastic_dit.low_rank_seams.LowRankSeam`, where a layer has both: updates
+narrow with their layer, and tokens that skip the one skip the other.
 
 A stock block calls them as always. Attention processors and activations work on whatever width they
 are given, so that slicing the layers before and after them is enough.
@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from elastic_dit.low_rank_seams import LowRankSeam
 from elastic_dit.narrowing import Narrow, Open, per_row
 from elastic_dit.ops.gates import open_tokens
 from elastic_dit.routing import PLACE, ROUTER, SLICES, Place, Router, versions
-from elastic_dit.seams import LowRankSeam
 from elastic_dit.streams import own_tokens
 
 

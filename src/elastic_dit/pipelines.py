@@ -37,7 +37,7 @@ class PixelDiTPipeline(DiffusionPipeline):
         self.register_modules(transformer=transformer, scheduler=scheduler)
         self.register_to_config(data_mean=data_mean, data_std=data_std)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def __call__(
         self,
         class_labels: Sequence[int] | Tensor,
@@ -105,7 +105,10 @@ class PixelDiTPipeline(DiffusionPipeline):
         statistics = self.config
         images = (x * statistics["data_std"] + statistics["data_mean"]).clamp(0, 1)
         self.maybe_free_model_hooks()
-        if output_type != "pt":
+        if output_type == "pt":
+            with torch.inference_mode(False):
+                images = images.clone()  # to be used where gradients are recorded
+        else:
             images = images.cpu().permute(0, 2, 3, 1).numpy()
         if output_type == "pil":
             images = self.numpy_to_pil(images)

@@ -1,7 +1,8 @@
 """How a live model's submodules learn the present mode: in-place class swap and one shared router.
 
 A module's class is replaced by a generated subclass (same object, same weights, same keys, as FSDP2
-does). What its ``forward`` does stands in `elastic_dit.seams`. No stock ``forward`` is copied.
+does). What its ``forward`` does stands in `elastic_dit.seams` and its neighbours. No stock
+``forward`` is copied.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from elastic_dit.mode import FULL, Mode
 from elastic_dit.ops.patching import Triple, coarse_grid
+from elastic_dit.packing import Layout
 from elastic_dit.pickling import MADE_OF, pickled_as
 
 if TYPE_CHECKING:
@@ -41,20 +43,6 @@ SLICES = "_elastic_slices"
 ROLE = "_elastic_role"
 MERGE = "_elastic_merge"
 SOURCE = "_elastic_source"
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of a packed batch that share a mode: ``rows`` pictures of ``tokens`` tokens each."""
-
-    mode: Mode
-    rows: int
-    tokens: int
-
-    @property
-    def length(self) -> int:
-        """Tokens of all pictures of the part."""
-        return self.rows * self.tokens
 
 
 @dataclass(frozen=True)
@@ -106,9 +94,7 @@ class Router:
     Attributes:
         patch: latent frames, rows and columns of one base token.
         mode: of the present forward pass, when all rows share one.
-        layout: the parts of a packed batch, else None.
-        labels: of each part of such a batch.
-        masked: attention of a packed batch is one call under a mask, not one for each part.
+        layout: of a packed batch, else None.
         joined: inside such attention, packed tokens regrouped by picture, and the parts that they
             were made of.
         grid: base grid ``(frames, height, width)`` of the present call.
@@ -130,9 +116,7 @@ class Router:
     sizes: Sizes
     patch: Triple = (1, 1, 1)
     mode: Mode = FULL
-    layout: tuple[Part, ...] | None = None
-    labels: tuple[Any, ...] = ()
-    masked: bool = False
+    layout: Layout | None = None
     joined: tuple[Tensor, list[Tensor]] | None = None
     streams: Streams | None = None
     running: bool = False
@@ -154,38 +138,19 @@ class Router:
 
     def constant(self, key: object, make: Callable[[], Tensor]) -> Tensor:
         """A tensor that only ``key`` decides, made once for each device."""
+        if torch.compiler.is_compiling():  # then it belongs to the graph
+            known = self.tables.get((key, self.device))
+            return make().to(self.device) if known is None else known
         key = key, self.device
         if key not in self.tables:
-            table = make().to(self.device)
-            if torch.compiler.is_compiling():  # belongs to the graph
-                return table
-            self.tables[key] = table
+            with torch.inference_mode(False):  # it may be trained with later
+                self.tables[key] = make().to(self.device)
         return self.tables[key]
 
-    def pack(self, pieces: list[Tensor]) -> Tensor:
-        """``(pictures, tokens, D)`` per part -> ``(strips of all, strip, D)``."""
-        return torch.cat([piece.reshape(-1, self.strip, piece.shape[-1]) for piece in pieces])
 
-    def unpack(self, packed: Tensor) -> list[Tensor]:
-        """The inverse of `pack`."""
-        assert self.layout is not None
-        pieces = packed.split(self.strips)
-        return [
-            piece.reshape(part.rows, part.tokens, -1)
-            for piece, part in zip(pieces, self.layout, strict=True)
-        ]
-
-    @property
-    def strip(self) -> int:
-        """Tokens of one row of a packed batch: as many as make whole pictures of every part."""
-        assert self.layout is not None
-        return math.gcd(*[part.tokens for part in self.layout])
-
-    @property
-    def strips(self) -> list[int]:
-        """Rows of each part of a packed batch."""
-        assert self.layout is not None
-        return [part.length // self.strip for part in self.layout]
+# Getters take half the time of a loop.
+_VERSION = Tensor._version.__get__  # pyrefly: ignore[missing-attribute]
+_DTYPE = Tensor.dtype.__get__  # pyrefly: ignore[missing-attribute]
 
 
 def versions(*tensors: Tensor) -> tuple[object, ...]:
@@ -193,11 +158,6 @@ def versions(*tensors: Tensor) -> tuple[object, ...]:
     tracked = not any(map(Tensor.is_inference, tensors))
     counts = map(_VERSION, tensors) if tracked else [_version(x) for x in tensors]
     return (*map(Tensor.data_ptr, tensors), *map(_DTYPE, tensors), *counts)
-
-
-# Getters take half the time of a loop.
-_VERSION = Tensor._version.__get__  # pyrefly: ignore[missing-attribute]
-_DTYPE = Tensor.dtype.__get__  # pyrefly: ignore[missing-attribute]
 
 
 def _version(x: Tensor) -> int:

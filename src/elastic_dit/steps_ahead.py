@@ -17,16 +17,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 
 from elastic_dit.backbones.base import Backbone
 from elastic_dit.mode import Mode
 from elastic_dit.routing import ROUTER, SOURCE, Router, TextKey, versions
 from elastic_dit.storage import is_hooked
-
-Given = tuple[tuple[Any, ...], dict[str, Any]]
-"""Arguments of a call."""
 
 MANY = 1000
 """Levels of a scheduler that was told no number of steps."""
@@ -91,17 +87,18 @@ class BatchTables:
             self.tables.clear()
             self.weights = [], ()
 
-    def embedded(self, module: nn.Module, stock: Callable[..., Tensor], given: Given) -> Tensor:
+    def embedded(
+        self, module: nn.Module, stock: Callable[..., Tensor], *args: Any, **kwargs: Any
+    ) -> Tensor:
         """Rows ``(B, D)`` of an embedder of times and labels."""
-        args, kwargs = given
         key = module, self.asked[module]
         self.asked[module] += 1
         table = self._table(key, None, lambda: stock(*self._repeated(args), **kwargs))
         return table.steps[self.place]
 
-    def mapped(self, module: nn.Module, stock: Callable[..., Tensor], source: nn.Module) -> Tensor:
+    def mapped(self, module: nn.Module, stock: Callable[..., Tensor], _: Tensor) -> Tensor:
         """Rows ``(B, X)`` of a linear layer that is given SiLU of an embedder's output."""
-        inputs = self.tables[source, 0]
+        inputs = self.tables[module.__dict__[SOURCE], 0]
         table = self._table((module, 0), inputs, lambda: stock(F.silu(inputs.rows)))
         return table.steps[self.place]
 
@@ -134,8 +131,8 @@ class BatchTables:
         self.repeated = args, repeated
         return repeated
 
-    def sinusoids(self, module: Timesteps, stock: Callable[..., Tensor], times: Tensor) -> Tensor:
-        """Sinusoids of times ``(T * B,)``, for which every embedder has a module of its own."""
+    def sinusoids(self, module: Any, stock: Callable[..., Tensor], times: Tensor) -> Tensor:
+        """Sinusoids of times ``(T * B,)``; every embedder has a layer of its own for them."""
         how = module.num_channels, module.flip_sin_to_cos, module.downscale_freq_shift, module.scale
         if self.waves is None or self.waves[0] is not times or self.waves[1] != how:
             self.waves = times, how, stock(times)
@@ -214,8 +211,10 @@ def _same(keys: tuple[TextKey, ...], others: tuple[TextKey, ...]) -> bool:
     return len(keys) == len(others) and all(map(TextKey.same, keys, others))
 
 
-class EmbedderSeam(nn.Module):
-    """Mixed into a module that embeds times and labels."""
+class _TabledSeam(nn.Module):
+    """Mixed into a module whose outputs may be in tables."""
+
+    from_tables: Callable[..., Tensor]
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """Stock output, from a table where the router has one."""
@@ -223,28 +222,22 @@ class EmbedderSeam(nn.Module):
         stock = super().forward  # pyrefly: ignore[missing-attribute]
         if router.ahead is None:
             return stock(*args, **kwargs)
-        return router.ahead.embedded(self, stock, (args, kwargs))
+        return type(self).from_tables(router.ahead, self, stock, *args, **kwargs)
 
 
-class TimesSeam(nn.Module):
+class EmbedderSeam(_TabledSeam):
+    """Mixed into a module that embeds times and labels."""
+
+    from_tables = BatchTables.embedded
+
+
+class TimesSeam(_TabledSeam):
     """Mixed into the module of an embedder that makes sinusoids of times."""
 
-    def forward(self, times: Tensor) -> Tensor:
-        """Stock output, made once for all embedders where the router has tables."""
-        router: Router = self.__dict__[ROUTER]
-        stock = super().forward  # pyrefly: ignore[missing-attribute]
-        if router.ahead is None:
-            return stock(times)
-        return router.ahead.sinusoids(self, stock, times)  # pyrefly: ignore[bad-argument-type]
+    from_tables = BatchTables.sinusoids
 
 
-class EmbeddedSeam(nn.Module):
+class EmbeddedSeam(_TabledSeam):
     """Mixed into a linear layer that is given SiLU of an embedder's output and nothing else."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Stock output, from a table where the router has one."""
-        router: Router = self.__dict__[ROUTER]
-        stock = super().forward  # pyrefly: ignore[missing-attribute]
-        if router.ahead is None:
-            return stock(x)
-        return router.ahead.mapped(self, stock, self.__dict__[SOURCE])
+    from_tables = BatchTables.mapped

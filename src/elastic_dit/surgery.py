@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from elastic_dit.backbones import Backbone
 from elastic_dit.checkpoint import Adapter, check_tensors
 from elastic_dit.elastic_class import ENGINE, SIZES, elastic_class
+from elastic_dit.low_rank_seams import FusedSeam, LowRankSeam
 from elastic_dit.merging import Merges
 from elastic_dit.methods import Method
 from elastic_dit.routing import (
@@ -39,8 +40,6 @@ from elastic_dit.seams import (
     AttentionSeam,
     ConditioningSeam,
     EmbedSeam,
-    FusedSeam,
-    LowRankSeam,
     ModulationSeam,
     OutputSeam,
     RotarySeam,
