@@ -71,7 +71,7 @@ def run_batch(
         guide = router.backbone.give_condition(guide, conditional)
     if packed and not same:
         masked = packed == MASKED
-        c, g = _packed(router, forward, conditional, guide, segment, masked=masked)
+        c, g = _packed(router, forward, (conditional, guide), segment, masked=masked)
     else:
         c = _sample(router, forward, conditional, segment.mode, CONDITIONAL)
         g = _sample(router, forward, guide, segment.guide_mode, GUIDANCE)
@@ -107,15 +107,10 @@ def run_guidance(
 
 
 def _packed(
-    router: Router,
-    forward: Forward,
-    conditional: Call,
-    guide: Call,
-    segment: Segment,
-    *,
-    masked: bool,
+    router: Router, forward: Forward, calls: tuple[Call, Call], segment: Segment, *, masked: bool
 ) -> tuple[Tensor, Tensor]:
-    count = len(conditional[router.backbone.sample])
+    """Predictions of a conditional and a guidance call that run as one."""
+    count = len(calls[0][router.backbone.sample])
 
     def join(value: Any, other: Any) -> Any:
         if isinstance(value, dict):
@@ -126,10 +121,10 @@ def _packed(
             return torch.cat([value, other])
         return value
 
-    joined = join(conditional, guide)
+    joined = join(*calls)
     modes = (segment.mode, segment.guide_mode)
     parts = tuple(Part(mode, count, router.tokens(mode)) for mode in modes)
-    labels = tuple(part.get(router.backbone.labels) for part in (conditional, guide))
+    labels = tuple(call.get(router.backbone.labels) for call in calls)
     router.layout = Layout(parts, masked, labels)
     try:
         sample = _sample(router, forward, joined, segment.mode)

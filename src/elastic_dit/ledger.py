@@ -42,16 +42,16 @@ class Ledger:
         """
         surgery, router = self.surgery, self.surgery.router
         backbone, merged = router.backbone, router.merged
-        sizes: tuple[Any, ...] = backbone.default_size(model) if size is None else size
-        if len(sizes[0]) != 3 or any(side < 1 for side in sizes[0]):
-            raise ValueError(f"grid = {sizes[0]}; legal: (frames, height, width), each >= 1")
-        key = sizes, merged
+        call_size: tuple[Any, ...] = backbone.default_size(model) if size is None else size
+        if len(call_size[0]) != 3 or any(side < 1 for side in call_size[0]):
+            raise ValueError(f"grid = {call_size[0]}; legal: (frames, height, width), each >= 1")
+        key = call_size, merged
         if key not in self.shapes:
             own = surgery.with_own_blocks(model)
-            shape = surgery.method.priced(backbone.shape(own, *sizes), own, backbone)
+            shape = surgery.method.priced(backbone.shape(own, *call_size), own, backbone)
             if surgery.widths is not None:
                 shape = replace(shape, routable=surgery.widths.routable)
-            updates = () if merged else surgery.method.updates(shape, own, backbone, sizes)
+            updates = () if merged else surgery.method.updates(shape, own, backbone, call_size)
             self.shapes[key] = replace(shape, updates=updates, skips=surgery.method.skips)
         shape = self.shapes[key]
         if surgery.widths is None:

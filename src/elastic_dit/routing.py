@@ -138,11 +138,10 @@ class Router:
 
     def constant(self, key: object, make: Callable[[], Tensor]) -> Tensor:
         """A tensor that only ``key`` decides, made once for each device."""
-        if torch.compiler.is_compiling():  # then it belongs to the graph
-            known = self.tables.get((key, self.device))
-            return make().to(self.device) if known is None else known
         key = key, self.device
         if key not in self.tables:
+            if torch.compiler.is_compiling():  # it belongs to the graph
+                return make().to(self.device)
             with torch.inference_mode(False):  # it may be trained with later
                 self.tables[key] = make().to(self.device)
         return self.tables[key]

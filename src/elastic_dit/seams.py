@@ -133,8 +133,8 @@ class AttentionSeam(nn.Module):
         """Stock attention unless the batch is packed."""
         router: Router = self.__dict__[ROUTER]
         stock = super().forward  # pyrefly: ignore[missing-attribute]
-        graph = torch.compiler.is_compiling()  # which cannot tell whose forward this is
-        if not (kwargs or graph) and getattr(stock, "__func__", None) is DELEGATING:
+        compiling = torch.compiler.is_compiling()  # a graph cannot tell whose forward this is
+        if not (kwargs or compiling) and getattr(stock, "__func__", None) is DELEGATING:
             nothing = {"encoder_hidden_states": None, "attention_mask": None}
             stock = functools.partial(self.processor, self, **nothing)
         given = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask}
