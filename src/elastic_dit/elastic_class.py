@@ -42,7 +42,7 @@ def elastic_class(
         rewired: methods of the stock class, and what the backbone puts in their place.
         method: makes the models of ``from_config`` elastic; without it they are as stock ones.
     """
-    signature = inspect.signature(stock.forward)
+    bound = _binder(inspect.signature(stock.forward))
     cached = getattr(stock, "cache_context", lambda *_, **__: contextlib.nullcontext())
 
     @functools.wraps(stock.forward)  # caches and modular pipelines read the signature
@@ -51,12 +51,12 @@ def elastic_class(
         if engine is None:  # built from the class, not by elastify
             return stock.forward(self, *args, **kwargs)
         if torch.compiler.is_compiling():
-            return engine.run_inside(self, _bound(signature, self, args, kwargs))
+            return engine.run_inside(self, bound(self, *args, **kwargs))
         # This is None unless `torch.compile(model)` is at work. It must not see what chooses the
         # mode, only the stock forward, where the engine gives it back.
         engine.compiler = set_eval_frame(None)
         try:
-            return engine.run(self, _bound(signature, self, args, kwargs))
+            return engine.run(self, bound(self, *args, **kwargs))
         finally:
             compiler, engine.compiler = engine.compiler, None
             set_eval_frame(compiler)
@@ -184,12 +184,28 @@ class _Alike(type):
         return hash(cls.__bases__[0])
 
 
-def _bound(
-    signature: inspect.Signature, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
-    call = dict(signature.bind(model, *args, **kwargs).arguments)
-    call.pop("self")
-    return call
+def _binder(signature: inspect.Signature) -> Callable[..., dict[str, Any]]:
+    """Names the arguments of a method's calls, but for ``self``.
+
+    `inspect.Signature.bind` does so too, and takes a hundredth of a small model's coarsest step: it
+    is left to say what is wrong with a call.
+    """
+    _, *parameters = signature.parameters.values()
+    names = [x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD]
+    plain = len(names) == len(parameters)
+    needed = {x.name for x in parameters if x.default is x.empty}
+
+    def bound(self: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        call = {**dict(zip(names, args, strict=False)), **kwargs}
+        given = len(call) == len(args) + len(kwargs)
+        if plain and given and needed <= call.keys() and call.keys() <= known:
+            return call
+        call = dict(signature.bind(self, *args, **kwargs).arguments)
+        call.pop("self")
+        return call
+
+    known = set(names)
+    return bound
 
 
 def _rewired(stock: Callable[..., Any], coarse: Rewired) -> Callable[..., Any]:

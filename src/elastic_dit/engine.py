@@ -38,7 +38,7 @@ from elastic_dit.report import Stopwatch
 from elastic_dit.routing import Router, TextKey, remembered_in_checkpoints
 from elastic_dit.schedule import Schedule
 from elastic_dit.steps_ahead import BatchTables, RunTables
-from elastic_dit.storage import is_offloaded, onloaded
+from elastic_dit.storage import onloaded
 from elastic_dit.surgery import Surgery
 from elastic_dit.timeline import Timeline
 
@@ -160,7 +160,9 @@ class Engine:
         count, size = len(sample), backbone.size(model, call)
         router.grid, shape = size[0], self.ledger.shape_of(model, size)
         self.ledger.repeated = 0
-        self.surgery.keep_seams(model)
+        if self.surgery.away or not self.timeline.is_undisturbed(model):
+            router.stretch += 1
+            self.surgery.look_over(model)
         with remembered_in_checkpoints(model, router):
             if self.forced is not None:
                 watch, output = Stopwatch(sample.device), self._forward(model, call, self.forced)
@@ -342,7 +344,6 @@ class Engine:
         if not mode.has_base_patch or mode.is_sparse:
             backbone.check_grid(self.router.grid, mode)
             backbone.check_call(call, mode)
-        self.surgery.keep_fused_seams()
         step_caches.check_sparse(model, mode)
         if getattr(model, "_parallel_config", None) is not None:
             raise RuntimeError(
@@ -354,9 +355,7 @@ class Engine:
         self, model: nn.Module, call: Call, mode: Mode, branch: str = step_caches.ALL_ROWS
     ) -> Any:
         """The stock forward in a mode (of all rows, unless the router has a packed layout)."""
-        # Whoever offloads a model puts hooks on all of it, or a map on it: a short look is enough.
-        away = hasattr(model, "hf_device_map") or is_offloaded(self.router.sizes.modules())
-        with onloaded(self.surgery.silent if away else ()):
+        with onloaded(self.surgery.silent if self.surgery.away else ()):
             return self._forward_in_place(model, call, mode, branch)
 
     def _forward_in_place(self, model: nn.Module, call: Call, mode: Mode, branch: str) -> Any:
@@ -402,7 +401,7 @@ class Engine:
         if self.ahead is None or not self.plan_ahead or self.compiling or torch.is_grad_enabled():
             return None
         chooses = self.controller is not None and not isinstance(self.chosen, Schedule)
-        level, run = self.level, self.router.run
+        level = self.level
         if self.forced is not None or level is None or chooses:
             return None
         segment, layout = self.schedule.at(level), self.router.layout
@@ -413,7 +412,7 @@ class Engine:
             return self.schedule.at(other).work == segment.work
 
         labels = (call.get(self.router.backbone.labels),) if layout is None else layout.labels
-        return self.ahead.of(model, labels, mode, level, run, is_alike)
+        return self.ahead.of(model, labels, mode, level, self.router, is_alike)
 
     def share(self) -> float | None:
         """The budget of the next runs as a share of the full FLOPs; None for another or none."""
@@ -464,6 +463,7 @@ class Engine:
             router.grid = router.backbone.grid(model, call)
             router.device = call[router.backbone.sample][0].device
             if not mode.is_full:
+                self.surgery.keep_fused_seams()
                 self._check_coarse(model, call, mode)
             call = router.backbone.prepare(call, router, mode)
         router.streams = router.sizes.begin(model, router, mode)
@@ -481,7 +481,7 @@ class Engine:
         """Make what a mode keeps between calls, outside any compiled region."""
         router = self.router
         if router.merging and not mode.is_full:
-            self.surgery.merges.ready(mode, router.run, router.device)
+            self.surgery.merges.ready(mode, router)
         if router.sizes.routes(mode):
             router.sizes.ready(mode)
             if self.compiling:  # else the module itself makes its table when asked

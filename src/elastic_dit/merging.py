@@ -1,13 +1,14 @@
 """Weights with a mode's low-rank updates added in: one copy per layer and mode.
 
 They are made outside any compiled region, and made anew as soon as anything they were made of has
-changed. Whether it has is asked at each call, for all layers at once: layer by layer the question
-takes a twentieth of a small model's coarsest forward pass.
+changed. Whether it has is asked at each call that somebody may have changed it before (not between
+the steps of a pipeline's call), for all layers at once.
 """
 
 from __future__ import annotations
 
 import itertools
+import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 
 from elastic_dit.mode import Mode
-from elastic_dit.routing import versions
+from elastic_dit.routing import Router, versions
 from elastic_dit.storage import is_summable
 
-Place = tuple[dict[str, Any], str]
-"""A dictionary of parameters, and a name in it."""
+Places = tuple[list[dict[str, Any]], list[str]]
+"""Dictionaries of parameters, and a name in each."""
 
 
 @dataclass(eq=False)
@@ -34,6 +35,7 @@ class Merges:
     Attributes:
         run: number of the run that ``prints`` belong to.
         prints: of each layer's weight, as it was when that run started.
+        looked: when each mode was last looked after: run, stretch of calls, and device.
         current: what the copies of each mode were made of.
         places: where that is held. Parameters that are put there later are found too.
     """
@@ -42,36 +44,40 @@ class Merges:
     warned: bool = False
     run: int | None = None
     prints: tuple[object, ...] = ()
+    looked: dict[Mode, object] = field(default_factory=dict)
     current: dict[Mode, object] = field(default_factory=dict)
-    places: dict[Mode, list[Place]] = field(default_factory=dict)
+    places: dict[Mode, Places] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"run": None, "prints": (), "current": {}, "places": {}}
+        forgotten = {"run": None, "prints": (), "looked": {}, "current": {}, "places": {}}
+        return self.__dict__ | forgotten
 
     def forget(self) -> None:
         """The copies are gone: layers lose them with their class."""
+        self.looked.clear()
         self.current.clear()
 
-    def ready(self, mode: Mode, run: int, device: torch.device) -> None:
+    def ready(self, mode: Mode, router: Router) -> None:
         """Make or renew what a mode needs, where that is allowed; warn once where it is not.
 
         Args:
-            run: number of the run.
-            device: of the latent.
+            router: of the model; tells the run, the stretch of calls and the latent's device.
         """
-        if self.run != run:
-            self.run, self.prints = run, fingerprints([x.weight for x in self.layers], device)
-        if mode not in self.places:
-            self.places[mode] = [x for layer in self.layers for x in layer.coarse_places(mode)]
-        sources = [held[name] for held, name in self.places[mode] if name in held]
-        whole = len(sources) == len(self.places[mode])  # else a weight has been parametrised
-        now = device, self.prints, versions(*sources)
-        if whole and self.current.get(mode) == now:
+        device, now = router.device, (router.run, router.stretch, router.device)
+        if self.looked.get(mode) == now:
+            return
+        self.looked[mode] = now
+        if self.run != router.run:
+            weights = [x.weight for x in self.layers]
+            self.run, self.prints = router.run, fingerprints(weights, device)
+        sources = self._sources(mode)
+        made_of = device, self.prints, sources
+        if sources is not None and self.current.get(mode) == made_of:
             return
         apart = 0
         for layer, fixed in zip(self.layers, self.prints, strict=True):
             apart += not layer.coarse_merge(mode, fixed, device)
-        self.current[mode] = now
+        self.current[mode] = made_of
         if apart and not self.warned:
             warnings.warn(
                 f"merge = True, but {apart} of {len(self.layers)} layers keep their low-rank "
@@ -79,6 +85,16 @@ class Merges:
                 stacklevel=8,
             )
             self.warned = True
+
+    def _sources(self, mode: Mode) -> object:
+        """Versions of all that a mode's copies are made of; None if a weight is parametrised."""
+        if mode not in self.places:
+            places = [x for layer in self.layers for x in layer.coarse_places(mode)]
+            self.places[mode] = [held for held, _ in places], [name for _, name in places]
+        try:
+            return versions(*map(operator.getitem, *self.places[mode]))
+        except KeyError:
+            return None
 
 
 def fingerprints(weights: Sequence[Tensor], device: torch.device) -> tuple[object, ...]:

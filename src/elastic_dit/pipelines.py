@@ -85,11 +85,11 @@ class PixelDiTPipeline(DiffusionPipeline):
             else x
         )
         step_arguments = _accepted(self.scheduler.step, generator=generator)
-        for t in self.progress_bar(self.scheduler.timesteps):
-            level = (t / 1000).to(torch.float32)
-            network_input = (
-                x / path_norm(level) if is_flow else self.scheduler.scale_model_input(x, t)
-            )
+        timesteps = self.scheduler.timesteps
+        levels = (timesteps / 1000).to(torch.float32)
+        steps = zip(timesteps, levels, path_norm(levels), strict=True)
+        for t, level, norm in self.progress_bar(list(steps)):
+            network_input = x / norm if is_flow else self.scheduler.scale_model_input(x, t)
             batch = torch.cat([network_input] * (1 + do_classifier_free_guidance))
             times = t[None].expand(len(batch))
             prediction = self.transformer(
@@ -99,7 +99,7 @@ class PixelDiTPipeline(DiffusionPipeline):
                 conditional, null = prediction.chunk(2)
                 prediction = null + guidance_scale * (conditional - null)
             if is_flow:
-                prediction = velocity(network_input, prediction, level)
+                prediction = velocity(network_input, prediction, level, norm)
             x = self.scheduler.step(prediction, t, x, **step_arguments).prev_sample
 
         statistics = self.config

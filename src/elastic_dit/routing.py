@@ -100,6 +100,8 @@ class Router:
         grid: base grid ``(frames, height, width)`` of the present call.
         unit: base tokens per axis in which a compiled forward is told the grid.
         run: number of the present run; what was computed in another may be stale.
+        stretch: number of the present stretch of calls, between which nobody can have changed the
+            model.
         streams: of the present forward pass, in a sparse mode.
         running: the engine has started the present forward pass.
         device: of the latent; weights may be elsewhere until their module's hooks bring them.
@@ -121,6 +123,7 @@ class Router:
     streams: Streams | None = None
     running: bool = False
     run: int = 0
+    stretch: int = 0
     text: TextKey | None = None
     lengths: tuple[list[int], list[int]] | None = None
     grid: Triple = (1, 0, 0)
@@ -147,16 +150,15 @@ class Router:
         return self.tables[key]
 
 
-# Getters take half the time of a loop.
 _VERSION = Tensor._version.__get__  # pyrefly: ignore[missing-attribute]
-_DTYPE = Tensor.dtype.__get__  # pyrefly: ignore[missing-attribute]
+"""A getter takes half the time of a loop."""
 
 
 def versions(*tensors: Tensor) -> tuple[object, ...]:
     """What changes when any of the tensors is replaced, moved, cast or written to."""
     tracked = not any(map(Tensor.is_inference, tensors))
-    counts = map(_VERSION, tensors) if tracked else [_version(x) for x in tensors]
-    return (*map(Tensor.data_ptr, tensors), *map(_DTYPE, tensors), *counts)
+    counts = map(_VERSION, tensors) if tracked else map(_version, tensors)
+    return (*map(Tensor.data_ptr, tensors), *counts)
 
 
 def _version(x: Tensor) -> int:

@@ -10,7 +10,7 @@ Shape legend: T noise levels, B rows of a call, D width.
 from __future__ import annotations
 
 import operator
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +62,7 @@ class BatchTables:
         asked: how often the present call has asked each embedder. DiT asks its first one twice, and
             each asking has a table of its own, for the same reason.
         weights: of all layers that have tables, and what they were like when these were made.
+        looked: stretch of calls in which they were last looked at.
         repeated: arguments of the embedder that asked last, and these for all levels.
         waves: times whose sinusoids were made last, how, and these; all embedders make the same.
     """
@@ -72,17 +73,20 @@ class BatchTables:
     times: tuple[float, ...]
     factor: float = 1.0
     place: int = 0
-    asked: Counter[nn.Module] = field(default_factory=Counter)
+    asked: defaultdict[nn.Module, int] = field(default_factory=lambda: defaultdict(int))
     tables: dict[tuple[nn.Module, int], Table] = field(default_factory=dict)
     weights: tuple[list[Tensor], object] = field(default_factory=lambda: ([], ()))
+    looked: int = -1
     repeated: tuple[tuple[Any, ...], list[Any]] | None = None
     waves: tuple[Tensor, object, Tensor] | None = None
 
-    def begin(self, level: float) -> None:
+    def begin(self, level: float, stretch: int) -> None:
         """A call at one of the levels; tables of weights that have changed are dropped."""
         self.place = self.levels.index(level)
         self.asked.clear()
-        weights, before = self.weights
+        if self.looked == stretch:
+            return
+        self.looked, (weights, before) = stretch, self.weights
         if versions(*weights) != before:
             self.tables.clear()
             self.weights = [], ()
@@ -171,7 +175,7 @@ class RunTables:
         labels: tuple[Any, ...],
         mode: Mode,
         level: float,
-        run: int,
+        router: Router,
         is_alike: Callable[[float], bool],
     ) -> BatchTables | None:
         """The tables for a call's rows; None if its level is not one of the run's.
@@ -179,13 +183,14 @@ class RunTables:
         Args:
             labels: of the call, part by part if it is packed.
             level: of the call, as planned.
+            router: of the model; tells the run and the stretch of calls.
             is_alike: whether the same rows will run in the same mode at another noise level.
         """
         if level not in self.levels or not all(map(torch.is_tensor, labels)):
             return None
         if self.by_mode and len(labels) > 1:
             return None
-        keys = tuple([TextKey(x, run) for x in labels])
+        keys = tuple([TextKey(x, router.run) for x in labels])
         alike = [x for x in self.tables if x.mode == mode and _same(x.keys, keys)]
         found = next((x for x in alike if level in x.levels), None)
         if found is None:
@@ -199,7 +204,7 @@ class RunTables:
             times = tuple(self.backbone.time_of(x) for x in coming)
             found = BatchTables(keys, mode, coming, times, self.backbone.time_factor)
             self.tables.append(found)
-        found.begin(level)
+        found.begin(level, router.stretch)
         return found
 
     def _hooked(self, model: nn.Module) -> bool:

@@ -82,6 +82,7 @@ class Surgery:
         quantised: what somebody has put in the place of tensors of ``base`` meanwhile.
         swapped: modules of another class now, in the order of their swaps.
         silent: holders of new tensors that no hook brings back when they are offloaded.
+        away: whether the model's weights may be elsewhere between calls.
         lists: the model's lists of blocks.
     """
 
@@ -99,6 +100,7 @@ class Surgery:
     swapped: list[nn.Module] = field(default_factory=list)
     hooks: list[tuple[nn.Module, RemovableHandle]] = field(default_factory=list)
     silent: list[nn.Module] = field(default_factory=list)
+    away: bool = False
     lists: dict[str, nn.Module] = field(default_factory=dict)
 
     @classmethod
@@ -239,6 +241,13 @@ class Surgery:
         self.lists = {k: m for k, m in model.named_children() if isinstance(m, nn.ModuleList)}
         self.silent = [module for module in self._holders() if is_silent(module)]
         rebind_hooks(model, self.stock)
+
+    def look_over(self, model: nn.Module) -> None:
+        """Find out, and mend, what somebody may have done to the model since the last look."""
+        self.keep_seams(model)
+        self.keep_fused_seams()
+        # Whoever offloads a model puts hooks on all of it, or a map on it: a short look is enough.
+        self.away = hasattr(model, "hf_device_map") or is_offloaded(self.router.sizes.modules())
 
     def keep_seams(self, model: nn.Module) -> None:
         """Swap the modules that make and end tokens, wherever they are now.

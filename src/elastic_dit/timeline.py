@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from elastic_dit.backbones import Backbone
-from elastic_dit.pipes import TRANSFORMERS, called_levels
+from elastic_dit.pipes import TRANSFORMERS, Undisturbed, called_levels
 from elastic_dit.routing import versions
 
 ROUNDING = 2**-7
@@ -28,20 +28,22 @@ class Timeline:
         pipe: a weak reference to the pipeline that the model was made elastic in.
         context: name and facts of the ``cache_context`` that the pipeline has opened: its branch.
         seen_timesteps: those of the run that was seen last.
-        exact_levels: the scheduler's timesteps, and their noise levels as told and as they are.
+        exact_levels: the scheduler's timesteps, and their noise levels, by what is told of them.
         previous: latent, its state and noise level of the call before, where only that tells the
             branch.
+        pipeline_call: that which the call before was part of, if nobody can change the model in it.
     """
 
     backbone: Backbone
     pipe: Any = None
     context: tuple[str, dict[str, Any]] | None = None
     seen_timesteps: Any = None
-    exact_levels: tuple[Any, list[tuple[float, float]]] = (None, [])
+    exact_levels: tuple[Any, dict[float, float]] = (None, {})
     previous: tuple[weakref.ref[Tensor], Any] | None = None
+    pipeline_call: Undisturbed | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "previous": None}
+        return {**self.__dict__, "previous": None, "pipeline_call": None}
 
     @property
     def branch(self) -> str | None:
@@ -73,10 +75,25 @@ class Timeline:
             return level
         if timesteps is not self.exact_levels[0]:
             scale = scheduler.config.num_train_timesteps
-            levels = [(t / 1000, t / scale) for t in timesteps.tolist()]  # as told, as it is
-            self.exact_levels = timesteps, levels
-        told, exact = min(self.exact_levels[1], key=lambda pair: abs(pair[0] - level))
-        return exact if abs(told - level) <= ROUNDING * level else level
+            self.exact_levels = timesteps, {t / 1000: t / scale for t in timesteps.tolist()}
+        levels = self.exact_levels[1]
+        if level in levels:
+            return levels[level]
+        told = min(levels, key=lambda each: abs(each - level))
+        return levels[told] if abs(told - level) <= ROUNDING * level else level
+
+    def is_undisturbed(self, model: nn.Module) -> bool:
+        """Whether nobody can have changed the model since the call before.
+
+        So it is between the steps of a pipeline's call. What a model has on it is looked for at
+        every other call: it takes a twentieth of a small model's coarsest step.
+        """
+        _, timesteps = self._scheduler(model)
+        before = self.pipeline_call
+        if timesteps is not None and before is not None and before.goes_on(timesteps):
+            return True
+        self.pipeline_call = None if timesteps is None else Undisturbed.at_work(self.pipe_of(model))
+        return False
 
     def starts_run(self, model: nn.Module, level: float, last: float | None) -> bool:
         """A run starts when the scheduler has new timesteps, or the noise level goes up again.

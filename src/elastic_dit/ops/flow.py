@@ -31,9 +31,16 @@ def network_input_and_target(data: Tensor, noise: Tensor, level: Tensor) -> tupl
     return ((1 - level) * data + level * noise) / norm, ((1 - level) * noise - level * data) / norm
 
 
-def velocity(network_input: Tensor, prediction: Tensor, level: Tensor) -> Tensor:
-    """Velocity of the flow from the network's unit-variance input and prediction."""
-    return ((2 * level - 1) * network_input + prediction) / path_norm(level)
+def velocity(
+    network_input: Tensor, prediction: Tensor, level: Tensor, norm: Tensor | None = None
+) -> Tensor:
+    """Velocity of the flow from the network's unit-variance input and prediction.
+
+    Args:
+        norm: `path_norm` of the level, where it is known.
+    """
+    norm = path_norm(level) if norm is None else norm
+    return ((2 * level - 1) * network_input + prediction) / norm
 
 
 def stratified_levels(
