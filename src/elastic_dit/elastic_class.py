@@ -192,19 +192,18 @@ def _binder(signature: inspect.Signature) -> Callable[..., dict[str, Any]]:
     """
     _, *parameters = signature.parameters.values()
     names = [x.name for x in parameters if x.kind is x.POSITIONAL_OR_KEYWORD]
-    plain = len(names) == len(parameters)
+    known, plain = set(names), len(names) == len(parameters)
     needed = {x.name for x in parameters if x.default is x.empty}
 
     def bound(self: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Any]:
         call = {**dict(zip(names, args, strict=False)), **kwargs}
-        given = len(call) == len(args) + len(kwargs)
-        if plain and given and needed <= call.keys() and call.keys() <= known:
+        each_once = len(call) == len(args) + len(kwargs)
+        if plain and each_once and needed <= call.keys() <= known:
             return call
         call = dict(signature.bind(self, *args, **kwargs).arguments)
         call.pop("self")
         return call
 
-    known = set(names)
     return bound
 
 

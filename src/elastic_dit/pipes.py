@@ -21,8 +21,8 @@ GUIDED = ("do_classifier_free_guidance", "do_true_cfg")
 CALLBACKS = ("callback_on_step_end", "callback")
 """What pipelines call that which a user lets run between two steps."""
 
-KNOWN = ("diffusers", "elastic_dit")
-"""Packages whose pipelines and schedulers leave the model as it is between two steps."""
+KNOWN = ("diffusers.pipelines.", "diffusers.schedulers.", "elastic_dit.")
+"""Where those pipelines and schedulers are that leave the model as it is between two steps."""
 
 
 def is_guided(pipe: Any) -> bool | None:
@@ -61,7 +61,9 @@ class Undisturbed:
     it is: to hold it would keep alive all that the call has made.
 
     Attributes:
-        depth: how far up the frame is from the function that asks.
+        depth: how far up the frame is from the method that asks.
+        place: of the frame in memory.
+        code: that it runs.
         timesteps: of the run.
     """
 
@@ -78,7 +80,7 @@ class Undisturbed:
             return None
         scheduler = pipe.scheduler
         origins = frame.f_globals["__name__"], type(scheduler).__module__
-        known = all(origin.partition(".")[0] in KNOWN for origin in origins)
+        known = all(origin.startswith(KNOWN) for origin in origins)
         callbacks = [x for x in map(frame.f_locals.get, CALLBACKS) if x is not None]
         if not known or "step" in scheduler.__dict__ or callbacks:
             return None

@@ -53,8 +53,11 @@ class Timeline:
     def pipe_of(self, model: nn.Module) -> Any:
         """The pipeline, if it is alive and this very model is in it (a copy's is another one)."""
         pipe = self.pipe() if self.pipe is not None else None
-        owned = (getattr(pipe, name, None) for name in TRANSFORMERS)
-        return pipe if any(getattr(x, "_orig_mod", x) is model for x in owned) else None
+        for name in TRANSFORMERS:
+            owned = getattr(pipe, name, None)
+            if owned is model or getattr(owned, "_orig_mod", None) is model:
+                return pipe
+        return None
 
     def _scheduler(self, model: nn.Module) -> tuple[Any, Any]:
         """The present scheduler of the pipeline and its timesteps; None for a bare model."""
