@@ -92,18 +92,27 @@ def test_at_every_call_outside_a_pipeline(looks):
     assert len(looks) == 3
 
 
-def test_at_every_call_of_a_pipeline_of_the_users(looks):
+@pytest.mark.parametrize(
+    ("module", "times"),
+    [
+        ("diffusers.pipelines.dit.pipeline_dit", 1),
+        ("diffusers.modular_pipelines.modular_pipeline", STEPS),  # runs blocks of the user's
+        ("my_pipelines", STEPS),
+    ],
+)
+def test_at_every_call_of_a_pipeline_that_may_run_a_users_code(looks, module, times):
     case, pipe, _ = coarse("dit")
+    stock = type(pipe).__call__.__wrapped__
     own = types.FunctionType(
-        type(pipe).__call__.__wrapped__.__code__,
-        {**type(pipe).__call__.__wrapped__.__globals__, "__name__": "my_pipelines"},
+        stock.__code__,
+        {**stock.__globals__, "__name__": module},
         "__call__",
-        type(pipe).__call__.__wrapped__.__defaults__,
-        type(pipe).__call__.__wrapped__.__closure__,
+        stock.__defaults__,
+        stock.__closure__,
     )
     pipe.__class__ = type("Own", (type(pipe),), {"__call__": torch.no_grad()(own)})
     case.draw(pipe)
-    assert len(looks) == STEPS
+    assert len(looks) == times
 
 
 def test_at_every_call_where_the_scheduler_is_not_as_diffusers_made_it(looks):

@@ -66,23 +66,25 @@ class Merges:
         device, now = router.device, (router.run, router.stretch, router.device)
         if self.looked.get(mode) == now:
             return
-        self.looked[mode] = now
         if self.run != router.run:
             weights = [x.weight for x in self.layers]
             self.run, self.prints = router.run, fingerprints(weights, device)
         sources = self._sources(mode)
         made_of = device, self.prints, sources
-        if sources is not None and self.current.get(mode) == made_of:
-            return
+        if sources is None or self.current.get(mode) != made_of:
+            self._renew(mode, device)
+            self.current[mode] = made_of
+        self.looked[mode] = now
+
+    def _renew(self, mode: Mode, device: torch.device) -> None:
         apart = 0
         for layer, fixed in zip(self.layers, self.prints, strict=True):
             apart += not layer.coarse_merge(mode, fixed, device)
-        self.current[mode] = made_of
         if apart and not self.warned:
             warnings.warn(
                 f"merge = True, but {apart} of {len(self.layers)} layers keep their low-rank "
                 "update apart: their weights are quantised, in eight bits or offloaded",
-                stacklevel=8,
+                stacklevel=9,
             )
             self.warned = True
 

@@ -82,7 +82,8 @@ class Undisturbed:
         origins = frame.f_globals["__name__"], type(scheduler).__module__
         known = all(origin.startswith(KNOWN) for origin in origins)
         callbacks = [x for x in map(frame.f_locals.get, CALLBACKS) if x is not None]
-        if not known or "step" in scheduler.__dict__ or callbacks:
+        replaced = not scheduler.__dict__.keys().isdisjoint(("step", "set_timesteps"))
+        if not known or replaced or callbacks:
             return None
         return cls(depth, id(frame), frame.f_code, scheduler.timesteps)
 
