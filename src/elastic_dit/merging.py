@@ -1,8 +1,8 @@
 """Weights with a mode's low-rank updates added in: one copy per layer and mode.
 
 They are made outside any compiled region, and made anew as soon as anything they were made of has
-changed. Whether it has is asked at each call that somebody may have changed it before (not between
-the steps of a pipeline's call), for all layers at once.
+changed. Whether it has is asked for all layers at once, before each call but those that nobody can
+have changed anything before: the later steps of a pipeline's call.
 """
 
 from __future__ import annotations
@@ -63,16 +63,16 @@ class Merges:
         Args:
             router: of the model; tells the run, the stretch of calls and the latent's device.
         """
-        device, now = router.device, (router.run, router.stretch, router.device)
+        now = router.run, router.stretch, router.device
         if self.looked.get(mode) == now:
             return
         if self.run != router.run:
             weights = [x.weight for x in self.layers]
-            self.run, self.prints = router.run, fingerprints(weights, device)
+            self.run, self.prints = router.run, fingerprints(weights, router.device)
         sources = self._sources(mode)
-        made_of = device, self.prints, sources
+        made_of = router.device, self.prints, sources
         if sources is None or self.current.get(mode) != made_of:
-            self._renew(mode, device)
+            self._renew(mode, router.device)
             self.current[mode] = made_of
         self.looked[mode] = now
 

@@ -62,13 +62,13 @@ class Undisturbed:
 
     Attributes:
         depth: how far up the frame is from the method that asks.
-        place: of the frame in memory.
+        frame: its identity, as long as it lives.
         code: that it runs.
         timesteps: of the run.
     """
 
     depth: int
-    place: int
+    frame: int
     code: CodeType
     timesteps: Tensor
 
@@ -95,7 +95,7 @@ class Undisturbed:
             frame = sys._getframe(self.depth)
         except ValueError:  # not that many
             return False
-        return id(frame) == self.place and frame.f_code is self.code
+        return id(frame) == self.frame and frame.f_code is self.code
 
 
 def transformers(pipe: Any) -> dict[str, nn.Module]:
