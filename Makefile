@@ -20,7 +20,7 @@ help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-7s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED)  ## run the reference model at several budgets; writes out/demo
-	$(BIN)/elastic-dit demo --output out/demo $(ARGS)
+	$(BIN)/ditdial demo --output out/demo $(ARGS)
 
 # The models are tiny: two processes of one thread each take half the time of one with two.
 test: $(INSTALLED_ECOSYSTEM)  ## run the tests that need neither a GPU, the network nor minutes
@@ -48,7 +48,7 @@ clean:  ## remove caches and built files; keeps .venv, out/ and runs/
 $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/pip \
 	  || $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
-	  echo "elastic-dit needs Python 3.11 or newer, and '$(PYTHON)' is" \
+	  echo "ditdial needs Python 3.11 or newer, and '$(PYTHON)' is" \
 	    "$$($(PYTHON) --version 2>/dev/null || echo 'not there')." \
 	    "Name another one: make PYTHON=python3.12 TARGET" >&2; exit 1; }
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)

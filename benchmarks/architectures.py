@@ -24,10 +24,10 @@ from typing import Any
 import torch
 from shapes import KNOWN, build, inputs
 
-from elastic_dit import FULL, FlexiDiT, Mode, Schedule, elastify
-from elastic_dit.backbones.published import Published
-from elastic_dit.bench import in_fresh_processes, interleave, peak_memory
-from elastic_dit.evaluation.record import write_results
+from ditdial import FULL, FlexiDiT, Mode, Schedule, elastify
+from ditdial.measure.bench import in_fresh_processes, interleave, peak_memory
+from ditdial.measure.provenance import write_results
+from ditdial.published.models import Published
 
 RESULTS = Path(__file__).parent / "results"
 DEFAULT = (

@@ -29,17 +29,18 @@ import torch
 from reference_table import REPORT_SEED, SETS, TUNE_SEED, Bench, Row, _frechet
 from torch import Tensor
 
-from elastic_dit import FULL, DDiTController, Handle, Mode, Schedule, Segment, elastify
-from elastic_dit.bench import interleave
-from elastic_dit.budget import Budget, weak_first_for_budget
-from elastic_dit.calibration import Calibration
-from elastic_dit.controller import Facts
-from elastic_dit.ddit_controller import settled
-from elastic_dit.evaluation.pareto import plot_pareto
-from elastic_dit.evaluation.record import write_results
-from elastic_dit.measurement import calibrate
-from elastic_dit.reference import reference_adapter
-from elastic_dit.sampling import cyclic_labels, sample
+from ditdial import FULL, DDiTController, Handle, Mode, Schedule, Segment, elastify
+from ditdial.evaluation.pareto import plot_pareto
+from ditdial.measure.bench import interleave
+from ditdial.measure.calibrate import calibrate
+from ditdial.measure.provenance import write_results
+from ditdial.plan.budget import Budget
+from ditdial.plan.calibration import Calibration
+from ditdial.plan.controller import Facts
+from ditdial.plan.ddit import settled
+from ditdial.plan.weak_first import weak_first_for_budget
+from ditdial.reference import reference_adapter
+from ditdial.sampling.batches import cyclic_labels, sample
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 12

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from elastic_dit import elastify
-from elastic_dit.evaluation.record import write_results
-from elastic_dit.ops.flow import network_input_and_target
-from elastic_dit.reference import load_reference, reference_adapter
-from elastic_dit.training.config import DataConfig
-from elastic_dit.training.data import ImageData
+from ditdial import elastify
+from ditdial.measure.provenance import write_results
+from ditdial.ops.flow import network_input_and_target
+from ditdial.reference import load_reference, reference_adapter
+from ditdial.training.config import DataConfig
+from ditdial.training.data import ImageData
 
 LEVELS = (0.98, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 RESULTS = Path(__file__).parent / "results"

@@ -26,13 +26,13 @@ from typing import Any
 
 import torch
 
-from elastic_dit import FULL, Schedule, elastify
-from elastic_dit.bench import interleave
-from elastic_dit.evaluation.pareto import plot_pareto
-from elastic_dit.evaluation.record import provenance, write_results
-from elastic_dit.evaluation.runner import Figure, Judge, as_row
-from elastic_dit.reference import load_reference, reference_adapter, reference_judge
-from elastic_dit.sampling import cyclic_labels, sample
+from ditdial import FULL, Schedule, elastify
+from ditdial.evaluation.pareto import plot_pareto
+from ditdial.evaluation.runner import Figure, Judge, as_row
+from ditdial.measure.bench import interleave
+from ditdial.measure.provenance import provenance, write_results
+from ditdial.reference import load_reference, reference_adapter, reference_judge
+from ditdial.sampling.batches import cyclic_labels, sample
 
 RESULTS = Path(__file__).parent / "results"
 FRACTIONS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)

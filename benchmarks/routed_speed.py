@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 
-from elastic_dit import FULL, DyDiT, Mode, elastify
-from elastic_dit.bench import interleave
-from elastic_dit.evaluation.record import write_results
+from ditdial import FULL, DyDiT, Mode, elastify
+from ditdial.measure.bench import interleave
+from ditdial.measure.provenance import write_results
 
 RESULTS = Path(__file__).parent / "results"
 ROWS = (16, 32, 64, 128, 256, 512, 1024)

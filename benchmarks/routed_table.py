@@ -24,9 +24,9 @@ from frontier import START, STEPS, Frontier
 from reference_table import REPORT_SEED, Row, _frechet
 from rows import CONTROLS, RESULTS, Rows, parser_of
 
-from elastic_dit import Mode, Schedule, elastify
-from elastic_dit.reference import reference_adapter
-from elastic_dit.sampling import cyclic_labels
+from ditdial import Mode, Schedule, elastify
+from ditdial.reference import reference_adapter
+from ditdial.sampling.batches import cyclic_labels
 
 MODES = ("width70", "width60", "width50", "width50_keep60")
 FEWER = (10, 9, 8, 7, 6)

@@ -10,7 +10,7 @@ from typing import Any
 
 from reference_table import SETS, Row
 
-from elastic_dit.evaluation.record import write_results
+from ditdial.measure.provenance import write_results
 
 RESULTS = Path(__file__).parent / "results"
 CONTROLS = ("base", "static/", "fewer-steps/")

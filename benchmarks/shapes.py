@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 
-from elastic_dit.backbones.published import MODELS, Published
+from ditdial.published.models import MODELS, Published
 
 DIT = {
     "num_attention_heads": 16,

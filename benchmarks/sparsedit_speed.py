@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from shapes import KNOWN, build, inputs
 
-from elastic_dit import FULL, Mode, SparseDiT, elastify
-from elastic_dit.backbones.published import Published
-from elastic_dit.bench import interleave
-from elastic_dit.evaluation.record import write_results
+from ditdial import FULL, Mode, SparseDiT, elastify
+from ditdial.measure.bench import interleave
+from ditdial.measure.provenance import write_results
+from ditdial.published.models import Published
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (6 / 32, 8 / 32, 10 / 32, 12 / 32, 16 / 32, 20 / 32)

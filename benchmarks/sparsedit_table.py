@@ -21,9 +21,9 @@ from frontier import STEPS, Frontier
 from routed_table import compare, controls
 from rows import RESULTS, Rows, parser_of
 
-from elastic_dit import Schedule, elastify
-from elastic_dit.handle import Handle
-from elastic_dit.reference import reference_adapter
+from ditdial import Schedule, elastify
+from ditdial.handle import Handle
+from ditdial.reference import reference_adapter
 
 
 def main() -> None:

@@ -29,14 +29,14 @@ from typing import Any
 import torch
 from diffusers import DiTTransformer2DModel
 
-from elastic_dit import FULL, Mode, Schedule, elastify
-from elastic_dit.backbones import backbone_for
-from elastic_dit.bench import beside, in_fresh_processes
-from elastic_dit.evaluation.record import write_results
-from elastic_dit.memory import keep_freed_memory
-from elastic_dit.packing import Packing
-from elastic_dit.pipelines import PixelDiTPipeline
-from elastic_dit.reference import load_reference, reference_adapter
+from ditdial import FULL, Mode, Schedule, elastify
+from ditdial.backbones import backbone_for
+from ditdial.layers.packing import Packing
+from ditdial.measure.bench import beside, in_fresh_processes
+from ditdial.measure.memory import keep_freed_memory
+from ditdial.measure.provenance import write_results
+from ditdial.reference import load_reference, reference_adapter
+from ditdial.sampling.pixel_pipeline import PixelDiTPipeline
 
 RESULTS = Path(__file__).parent / "results"
 MIXED = "weak guidance, full conditional"

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from diffusers import FlowMatchHeunDiscreteScheduler
 
-from elastic_dit import FULL, Handle, elastify
-from elastic_dit.evaluation.record import write_results
-from elastic_dit.reference import load_reference, reference_adapter
+from ditdial import FULL, Handle, elastify
+from ditdial.measure.provenance import write_results
+from ditdial.reference import load_reference, reference_adapter
 
 RESULTS = Path(__file__).parent / "results"
 USUAL = 50

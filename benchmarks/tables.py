@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from elastic_dit.demo import markdown
+from ditdial.demo import markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -42,7 +42,7 @@ def main() -> None:
     table = load("reference-mnist.json")
     figure = "![Quality over FLOPs and over seconds](../docs/images/pareto.png)\n\n"
     parts.append("## Quality over cost\n\n" + figure + quality_table(table) + source(table))
-    card = HERE.parent / "src" / "elastic_dit" / "reference" / "mnist" / "README.md"
+    card = HERE.parent / "src" / "ditdial" / "reference" / "mnist" / "README.md"
     chosen = ("base", "lora/cfg/0.4", "lora/weak/0.2", "lora/cfg/1.0", "shared/cfg/0.4")
     rows = [row for row in table["rows"] if row["key"] in chosen]
     replace(card, "card", quality_table(table | {"rows": rows}))

@@ -2,15 +2,15 @@
 
 from importlib.metadata import version as installed_version
 
-project = "elastic-dit"
-author = "The elastic-dit authors"
-project_copyright = "The elastic-dit authors"
-version = release = installed_version("elastic-dit")
+project = "ditdial"
+author = "The ditdial authors"
+project_copyright = "The ditdial authors"
+version = release = installed_version("ditdial")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
-html_title = f"elastic-dit {release}"
+html_title = f"ditdial {release}"
 
 # Docstrings put code into single backticks, as Markdown does; make a link of it where one exists.
 default_role = "py:obj"

@@ -4,7 +4,7 @@
 
 Takes <runs>/<name>-base, -classifier, -flexidit-lora, -flexidit-shared, -ddit, -ppflow, -dydit and
 -sparsedit (and the -start of those that were trained in two parts), writes
-src/elastic_dit/reference/<name>/ in half precision, and measures the held-out set once.
+src/ditdial/reference/<name>/ in half precision, and measures the held-out set once.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-from elastic_dit.checkpoint import load_adapter
-from elastic_dit.evaluation.features import load_features
-from elastic_dit.evaluation.record import provenance
-from elastic_dit.evaluation.runner import save_reference_set
-from elastic_dit.pipelines import PixelDiTPipeline
-from elastic_dit.reference import HERE
-from elastic_dit.training.config import DataConfig
-from elastic_dit.training.data import ImageData
+from ditdial.adapter import load_adapter
+from ditdial.evaluation.features import load_features
+from ditdial.evaluation.runner import save_reference_set
+from ditdial.measure.provenance import provenance
+from ditdial.reference import HERE
+from ditdial.sampling.pixel_pipeline import PixelDiTPipeline
+from ditdial.training.config import DataConfig
+from ditdial.training.data import ImageData
 
 
 def main() -> None:

@@ -17,11 +17,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from elastic_dit import FlexiDiT, elastify
-from elastic_dit.handle import Handle
-from elastic_dit.memory import keep_freed_memory
-from elastic_dit.surgery import is_new
-from elastic_dit.training.state import list_states
+from ditdial import FlexiDiT, elastify
+from ditdial.handle import Handle
+from ditdial.measure.memory import keep_freed_memory
+from ditdial.runtime.surgery import is_new
+from ditdial.training.state import list_states
 
 keep_freed_memory()  # as the command line does
 

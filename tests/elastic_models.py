@@ -9,9 +9,9 @@ import torch
 from tests.backbones.tiny import CASES
 from torch import Tensor
 
-from elastic_dit import FULL, FlexiDiT, Mode, elastify, handle_of
-from elastic_dit.handle import Handle
-from elastic_dit.surgery import is_new
+from ditdial import FULL, FlexiDiT, Mode, elastify, handle_of
+from ditdial.handle import Handle
+from ditdial.runtime.surgery import is_new
 
 WEAK = Mode(2)
 

@@ -7,7 +7,7 @@ import json
 import pytest
 from PIL import Image
 
-from elastic_dit.demo import run_demo
+from ditdial.demo import run_demo
 
 
 def test_demo(tmp_path):

@@ -13,9 +13,9 @@ from diffusers.hooks import HookRegistry
 from diffusers.hooks import ModelHook as DiffusersHook
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
-from elastic_dit import FULL, FlexiDiT, Mode, Schedule, Segment, elastify, handle_of
-from elastic_dit.checkpoint import Adapter
-from elastic_dit.elastify import stock_class
+from ditdial import FULL, FlexiDiT, Mode, Schedule, Segment, elastify, handle_of
+from ditdial.adapter import Adapter
+from ditdial.elastify import stock_class
 
 both_recipes = pytest.mark.parametrize("recipe", ["lora", "shared"])
 both_merges = pytest.mark.parametrize("merge", [False, True])

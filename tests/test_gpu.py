@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic_dit import FULL, Mode, Schedule, elastify
-from elastic_dit.reference import load_reference, reference_adapter
+from ditdial import FULL, Mode, Schedule, elastify
+from ditdial.reference import load_reference, reference_adapter
 
 pytestmark = [
     pytest.mark.gpu,

@@ -9,11 +9,11 @@ EXTRAS = ("datasets", "torchmetrics", "matplotlib", "tensorboard", "torch_fideli
 CODE = f"""
 import torch
 threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
-import elastic_dit, sys
+import ditdial, sys
 assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, dtype)
 loaded = [name for name in {EXTRAS!r} if name in sys.modules]
 assert not loaded, loaded
-assert all(hasattr(elastic_dit, name) for name in elastic_dit.__all__)
+assert all(hasattr(ditdial, name) for name in ditdial.__all__)
 """
 
 
@@ -22,7 +22,5 @@ def test_import_needs_no_extra():
 
 
 def test_cost_command_needs_no_extra():
-    code = (
-        CODE + "import elastic_dit.cli, elastic_dit.reference\nassert 'datasets' not in sys.modules"
-    )
+    code = CODE + "import ditdial.cli.app, ditdial.reference\nassert 'datasets' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

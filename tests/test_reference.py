@@ -6,15 +6,15 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
-from elastic_dit import FULL, Mode, Schedule, elastify
-from elastic_dit.reference import (
+from ditdial import FULL, Mode, Schedule, elastify
+from ditdial.reference import (
     load_reference,
     reference_adapter,
     reference_folder,
     reference_judge,
     reference_settings,
 )
-from elastic_dit.sampling import cyclic_labels, sample
+from ditdial.sampling.batches import cyclic_labels, sample
 
 
 def test_base_is_a_stock_model():

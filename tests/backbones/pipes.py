@@ -19,9 +19,9 @@ from tests.backbones.tiny import CASES, Grid
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor
 
-from elastic_dit import FlexiDiT, elastify
-from elastic_dit.handle import Handle
-from elastic_dit.surgery import is_new
+from ditdial import FlexiDiT, elastify
+from ditdial.handle import Handle
+from ditdial.runtime.surgery import is_new
 
 STEPS = 4
 PROMPTS = ("red cat", "blue dog")

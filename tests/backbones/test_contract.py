@@ -9,10 +9,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic_dit import FULL, FlexiDiT, Mode, Schedule, elastify
-from elastic_dit.backbones import BACKBONES
-from elastic_dit.mode import Mode as AnyMode
-from elastic_dit.surgery import is_new
+from ditdial import FULL, FlexiDiT, Mode, Schedule, elastify
+from ditdial.backbones import BACKBONES
+from ditdial.plan.mode import Mode as AnyMode
+from ditdial.runtime.surgery import is_new
 
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 batched = pytest.mark.parametrize(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic_dit import FULL, Mode
-from elastic_dit.backbones import BACKBONES, backbone_for
-from elastic_dit.backbones.dit import DiTBackbone
-from elastic_dit.ops.patching import to_grouped
-from elastic_dit.routing import Router
+from ditdial import FULL, Mode
+from ditdial.backbones import BACKBONES, backbone_for
+from ditdial.backbones.dit import DiTBackbone
+from ditdial.layers.state import Router
+from ditdial.ops.patching import to_grouped
 
 BACKBONE = DiTBackbone()
 

@@ -9,8 +9,8 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from tests.backbones import tiny
 from tests.backbones.tiny import CASES
 
-from elastic_dit import FULL, FlexiDiT, Mode, Schedule, elastify
-from elastic_dit.ops.positions import group_centres, real_rotary_centres
+from ditdial import FULL, FlexiDiT, Mode, Schedule, elastify
+from ditdial.ops.positions import group_centres, real_rotary_centres
 
 TIME = 700.0
 

@@ -10,7 +10,7 @@ from tests.backbones.tiny import CASES, noise
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic_dit import FULL, FlexiDiT, Mode, elastify
+from ditdial import FULL, FlexiDiT, Mode, elastify
 
 TIME, GRID, REFERENCE = 700.0, (1, 6, 8), (1, 4, 5)
 

@@ -23,7 +23,7 @@ from tests.backbones.pipes import (
     wan_of_two,
 )
 
-from elastic_dit import FULL, DDiTController, Mode, Schedule, Segment, elastify, handle_of
+from ditdial import FULL, DDiTController, Mode, Schedule, Segment, elastify, handle_of
 
 WEAK = Mode(2)
 cases = pytest.mark.parametrize("case", PIPES.values(), ids=PIPES)

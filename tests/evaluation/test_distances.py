@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from elastic_dit.evaluation.distances import (
+from ditdial.evaluation.distances import (
     FeatureStatistics,
     frechet_distance,
     frechet_from_statistics,

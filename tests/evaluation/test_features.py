@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
-from elastic_dit.evaluation import features
-from elastic_dit.evaluation.features import SmallClassifier, check_images, load_features
+from ditdial.evaluation import features
+from ditdial.evaluation.features import SmallClassifier, check_images, load_features
 
 
 @pytest.fixture
@@ -129,5 +129,5 @@ def test_dinov2_from_a_folder(tmp_path) -> None:
     importlib.util.find_spec("torch_fidelity") is not None, reason="torch-fidelity is installed"
 )
 def test_inception_without_its_extra_names_the_install_line() -> None:
-    with pytest.raises(ImportError, match=r"pip install 'elastic-dit\[eval\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'ditdial\[eval\]'"):
         load_features("inception")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elastic_dit.evaluation.pairwise import psnr, ssim
+from ditdial.evaluation.pairwise import psnr, ssim
 
 
 def test_psnr_known_values() -> None:

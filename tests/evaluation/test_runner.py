@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from elastic_dit.evaluation.distances import FeatureStatistics
-from elastic_dit.evaluation.features import SmallClassifier, load_features
-from elastic_dit.evaluation.runner import Figure, Judge, as_row, save_reference_set
+from ditdial.evaluation.distances import FeatureStatistics
+from ditdial.evaluation.features import SmallClassifier, load_features
+from ditdial.evaluation.runner import Figure, Judge, as_row, save_reference_set
 
 
 @pytest.fixture

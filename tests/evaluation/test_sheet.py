@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from elastic_dit.evaluation.sheet import GAP, GAP_VALUE, contact_sheet, save_png
+from ditdial.evaluation.sheet import GAP, GAP_VALUE, contact_sheet, save_png
 
 
 @pytest.mark.parametrize("channels", [1, 3])

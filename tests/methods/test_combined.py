@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic_dit import (
+from ditdial import (
     FULL,
     Combined,
     DDiT,
@@ -33,9 +33,9 @@ from elastic_dit import (
     handle_of,
     load_adapter,
 )
-from elastic_dit.methods import method_from_config
-from elastic_dit.reference import load_reference, reference_adapter
-from elastic_dit.surgery import is_new
+from ditdial.methods import method_from_config
+from ditdial.reference import load_reference, reference_adapter
+from ditdial.runtime.surgery import is_new
 
 GRIDS = {
     "dit": (1, 8, 8),

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic_dit import FULL, DDiT, FlexiDiT, Mode, elastify
-from elastic_dit.backbones.dit import DiTBackbone
-from elastic_dit.methods import method_from_config
-from elastic_dit.ops.patching import from_base
-from elastic_dit.surgery import is_new
+from ditdial import FULL, DDiT, FlexiDiT, Mode, elastify
+from ditdial.backbones.dit import DiTBackbone
+from ditdial.methods import method_from_config
+from ditdial.ops.patching import from_base
+from ditdial.runtime.surgery import is_new
 
 COARSE = [Mode(2), Mode(4), Mode((1, 1, 2))]
 
@@ -79,7 +79,7 @@ def test_full_mode_is_the_stock_model_and_remove_is_exact(
 
 
 def test_packed_and_split_branches_agree(make_model, make_call, output, perturb):
-    from elastic_dit import Schedule
+    from ditdial import Schedule
 
     handle = elastic(make_model())
     perturb(handle.model, is_new)
@@ -124,7 +124,7 @@ def test_a_layout_only_permutes():
     """`from_base` undoes what `_channel_copy` relies on."""
     kernel = torch.arange(12.0).view(1, 3, 1, 2, 2)
     for layout in ("Cthw", "thwC"):
-        from elastic_dit.ops.patching import to_grouped
+        from ditdial.ops.patching import to_grouped
 
         flat = to_grouped(kernel, (1, 1, 1), layout)
         assert torch.equal(from_base(flat, 3, (1, 2, 2), layout), kernel)

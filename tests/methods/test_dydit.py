@@ -12,7 +12,7 @@ from tests.backbones.pipes import PIPES, STEPS
 from tests.backbones.tiny import CASES
 from tests.elastic_models import call_of, run
 
-from elastic_dit import FULL, DyDiT, Mode, PixelDiTPipeline, Schedule, elastify, handle_of
+from ditdial import FULL, DyDiT, Mode, PixelDiTPipeline, Schedule, elastify, handle_of
 
 ROUTED = ["dit", "pixart", "sd3", "flux", "wan", "latte"]
 HALF = Mode(width=0.5)

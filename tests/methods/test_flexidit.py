@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 
-from elastic_dit import FULL, FlexiDiT, Mode, elastify
-from elastic_dit.backbones.dit import DiTBackbone
-from elastic_dit.methods import METHODS, method_from_config
-from elastic_dit.methods.flexidit import SharedSizes
-from elastic_dit.ops.patching import coarse_grid, resize_embedding, resize_output
-from elastic_dit.routing import Router
-from elastic_dit.surgery import is_new
+from ditdial import FULL, FlexiDiT, Mode, elastify
+from ditdial.backbones.dit import DiTBackbone
+from ditdial.layers.state import Router
+from ditdial.methods import METHODS, method_from_config
+from ditdial.methods.flexidit import SharedSizes
+from ditdial.ops.patching import coarse_grid, resize_embedding, resize_output
+from ditdial.runtime.surgery import is_new
 
 BACKBONE = DiTBackbone()
 both_recipes = pytest.mark.parametrize("recipe", ["lora", "shared"])

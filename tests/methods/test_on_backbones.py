@@ -10,9 +10,9 @@ from tests.backbones.tiny import CASES
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic_dit import FULL, DDiT, Mode, PPFlow, elastify
-from elastic_dit.backbones import BACKBONES
-from elastic_dit.surgery import is_new
+from ditdial import FULL, DDiT, Mode, PPFlow, elastify
+from ditdial.backbones import BACKBONES
+from ditdial.runtime.surgery import is_new
 
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 METHODS = {"ddit": DDiT(rank=3), "ppflow": PPFlow(stages=((0.5, 2), (0.25, (1, 1, 2))))}

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from elastic_dit import FULL, Mode, PPFlow, elastify
-from elastic_dit.methods import method_from_config
-from elastic_dit.methods.ppflow import THREE_LEVELS
-from elastic_dit.surgery import is_new
+from ditdial import FULL, Mode, PPFlow, elastify
+from ditdial.methods import method_from_config
+from ditdial.methods.ppflow import THREE_LEVELS
+from ditdial.runtime.surgery import is_new
 
 WIDE = Mode((1, 1, 2))
 
@@ -73,7 +73,7 @@ def test_the_marker_goes_into_the_conditioning(make_model, make_call, output):
 
 
 def test_packed_rows_keep_their_own_marker(make_model, make_call, output, perturb):
-    from elastic_dit import Schedule
+    from ditdial import Schedule
 
     handle = elastic(make_model())
     perturb(handle.model, is_new)

@@ -14,10 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from elastic_dit import FULL, Mode, Schedule, SparseDiT, elastify
-from elastic_dit.methods import method_from_config
-from elastic_dit.ops.pooling import pool_tokens, spread_tokens
-from elastic_dit.surgery import is_new
+from ditdial import FULL, Mode, Schedule, SparseDiT, elastify
+from ditdial.methods import method_from_config
+from ditdial.ops.pooling import pool_tokens, spread_tokens
+from ditdial.runtime.surgery import is_new
 
 TIME = 700.0
 CALLS = {
@@ -327,7 +327,7 @@ def test_checkpointed_gradients_are_the_same(name):
 
 
 def test_a_whole_pipeline_run_is_what_was_planned():
-    from elastic_dit.reference import load_reference
+    from ditdial.reference import load_reference
 
     pipe = load_reference()
     pipe.set_progress_bar_config(disable=True)
@@ -350,7 +350,7 @@ def test_a_whole_pipeline_run_is_what_was_planned():
 def test_a_copy_has_streams_of_its_own():
     handle, call = elastic("dit"), call_of("dit")
     expected = run(handle, call, Mode(token_grid=2))
-    from elastic_dit import handle_of
+    from ditdial import handle_of
 
     twin = handle_of(copy.deepcopy(handle.model))
     with torch.no_grad():

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from elastic_dit.ops.differences import block_spread, derivative, roughness
+from ditdial.ops.differences import block_spread, derivative, roughness
 
 EVEN = [1.0, 0.75, 0.5, 0.25]
 UNEVEN = [1.0, 0.93, 0.5, 0.41]

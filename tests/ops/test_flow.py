@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from elastic_dit.ops.flow import (
+from ditdial.ops.flow import (
     network_input_and_target,
     path_norm,
     stratified_levels,

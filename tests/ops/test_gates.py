@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic_dit.ops.gates import gate, kept_tokens, logistic_noise, open_mask, open_tokens
+from ditdial.ops.gates import gate, kept_tokens, logistic_noise, open_mask, open_tokens
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 5.0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from elastic_dit.ops.patching import (
+from ditdial.ops.patching import (
     RESIZES,
     coarse_grid,
     embed_resize,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic_dit.ops.pooling import (
+from ditdial.ops.pooling import (
     UPSAMPLES,
     pool_phases,
     pool_tokens,
@@ -13,7 +13,7 @@ from elastic_dit.ops.pooling import (
     spread_tokens,
     window_middles,
 )
-from elastic_dit.ops.positions import real_rotary_centres
+from ditdial.ops.positions import real_rotary_centres
 
 kinds = pytest.mark.parametrize("kind", UPSAMPLES)
 

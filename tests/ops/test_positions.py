@@ -6,7 +6,7 @@ import pytest
 import torch
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
-from elastic_dit.ops.positions import (
+from ditdial.ops.positions import (
     group_centres,
     rotary_centres,
     sincos_1d,

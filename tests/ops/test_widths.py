@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elastic_dit.ops.widths import (
+from ditdial.ops.widths import (
     by_importance,
     channel_importance,
     features_of,

@@ -9,13 +9,13 @@ import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
 
-from elastic_dit import FULL, DDiT, Mode, Schedule, elastify, load_adapter
-from elastic_dit.surgery import is_new
-from elastic_dit.training.adapter import AdapterTask
-from elastic_dit.training.config import load_recipe
-from elastic_dit.training.data import ImageData
-from elastic_dit.training.loop import train
-from elastic_dit.training.state import list_states
+from ditdial import FULL, DDiT, Mode, Schedule, elastify, load_adapter
+from ditdial.runtime.surgery import is_new
+from ditdial.training.adapter import AdapterTask
+from ditdial.training.config import load_recipe
+from ditdial.training.data import ImageData
+from ditdial.training.loop import train
+from ditdial.training.state import list_states
 
 
 @pytest.fixture

@@ -7,14 +7,14 @@ import torch
 from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding, get_2d_sincos_pos_embed
 
-from elastic_dit.training.base import (
+from ditdial.training.base import (
     BaseTask,
     grow,
     place_at_centres,
     set_train_mode,
     zero_modulation,
 )
-from elastic_dit.training.config import load_recipe
+from ditdial.training.config import load_recipe
 
 SAME = {"atol": 1e-5, "rtol": 1e-4}
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from elastic_dit.evaluation.features import SmallClassifier, load_features
-from elastic_dit.training.classifier import ClassifierTask, accuracy, shift_images
-from elastic_dit.training.config import load_recipe
-from elastic_dit.training.data import ImageData
-from elastic_dit.training.loop import train
+from ditdial.evaluation.features import SmallClassifier, load_features
+from ditdial.training.classifier import ClassifierTask, accuracy, shift_images
+from ditdial.training.config import load_recipe
+from ditdial.training.data import ImageData
+from ditdial.training.loop import train
 
 RECIPE = """
 task = "classifier"

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from elastic_dit.training.adapter import AdapterSettings
-from elastic_dit.training.base import BaseSettings
-from elastic_dit.training.config import DataConfig, LoopConfig, OptimConfig, from_table, load_recipe
-from elastic_dit.training.optim import learning_rate
+from ditdial.training.adapter import AdapterSettings
+from ditdial.training.base import BaseSettings
+from ditdial.training.config import DataConfig, LoopConfig, OptimConfig, from_table, load_recipe
+from ditdial.training.optim import learning_rate
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 GOOD = """

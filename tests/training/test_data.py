@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from elastic_dit.training.config import DataConfig
-from elastic_dit.training.data import ImageData, sample_order
+from ditdial.training.config import DataConfig
+from ditdial.training.data import ImageData, sample_order
 
 CPU = torch.device("cpu")
 

@@ -13,14 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from elastic_dit.training.base import BaseTask
-from elastic_dit.training.config import OptimConfig, load_recipe
-from elastic_dit.training.data import ImageData
-from elastic_dit.training.ema import WeightAverage
-from elastic_dit.training.loop import check_output, train
-from elastic_dit.training.optim import build_optimizers
-from elastic_dit.training.state import list_states, load_state, save_state
-from elastic_dit.training.tasks import TASKS, build_task
+from ditdial.training.base import BaseTask
+from ditdial.training.config import OptimConfig, load_recipe
+from ditdial.training.data import ImageData
+from ditdial.training.ema import WeightAverage
+from ditdial.training.loop import check_output, train
+from ditdial.training.optim import build_optimizers
+from ditdial.training.state import list_states, load_state, save_state
+from ditdial.training.tasks import TASKS, build_task
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -68,10 +68,10 @@ def test_a_tiny_run_learns_and_exports_a_stock_model(base_recipe, tmp_path):
 
 WORKER = """
 import os, signal, sys
-from elastic_dit.training.base import BaseTask
-from elastic_dit.training.config import load_recipe
-from elastic_dit.training.data import ImageData
-from elastic_dit.training.loop import train
+from ditdial.training.base import BaseTask
+from ditdial.training.config import load_recipe
+from ditdial.training.data import ImageData
+from ditdial.training.loop import train
 
 class Dying(BaseTask):
     steps = 0

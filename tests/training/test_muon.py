@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from elastic_dit.training.muon import Muon, orthogonal
+from ditdial.training.muon import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (16, 48), (48, 16)])

@@ -8,14 +8,14 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
-from elastic_dit import FULL, Mode, SparseDiT, elastify, load_adapter
-from elastic_dit.ops.flow import level_quantile, level_share, min_snr_weight, stratified_levels
-from elastic_dit.surgery import is_new
-from elastic_dit.training.adapter import AdapterTask
-from elastic_dit.training.config import load_recipe
-from elastic_dit.training.data import ImageData
-from elastic_dit.training.loop import train
-from elastic_dit.training.sparse_stages import draw_stage
+from ditdial import FULL, Mode, SparseDiT, elastify, load_adapter
+from ditdial.ops.flow import level_quantile, level_share, min_snr_weight, stratified_levels
+from ditdial.runtime.surgery import is_new
+from ditdial.training.adapter import AdapterTask
+from ditdial.training.config import load_recipe
+from ditdial.training.data import ImageData
+from ditdial.training.loop import train
+from ditdial.training.sparse_stages import draw_stage
 
 TABLE = """
 [adapter]
@@ -173,13 +173,13 @@ def test_illegal_settings_are_named(recipe, override, words):
 
 
 def test_the_recipe_of_the_reference_model_fits_it():
-    from elastic_dit.reference import load_reference
+    from ditdial.reference import load_reference
 
     path = Path(__file__).parents[2] / "recipes" / "mnist-sparsedit.toml"
     loaded = load_recipe(path)
     settings = dict(loaded.settings)
     assert settings.pop("base") == "runs/mnist-base/export"
-    from elastic_dit.training.adapter import AdapterSettings
+    from ditdial.training.adapter import AdapterSettings
 
     method = AdapterSettings(base="", **settings).build()
     handle = elastify(load_reference().transformer, method)

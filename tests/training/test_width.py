@@ -8,13 +8,13 @@ import torch.distributed as dist
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
 
-from elastic_dit import FULL, Mode, elastify
-from elastic_dit.training.config import load_recipe
-from elastic_dit.training.data import ImageData
-from elastic_dit.training.loop import train
-from elastic_dit.training.objectives import noisy_batch
-from elastic_dit.training.teacher import distilled
-from elastic_dit.training.width import WidthTask
+from ditdial import FULL, Mode, elastify
+from ditdial.training.config import load_recipe
+from ditdial.training.data import ImageData
+from ditdial.training.loop import train
+from ditdial.training.objectives import noisy_batch
+from ditdial.training.teacher import distilled
+from ditdial.training.width import WidthTask
 
 HALF = Mode(width=0.5)
 

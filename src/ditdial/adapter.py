@@ -1,0 +1,283 @@
+"""Adapter folders: ``config.json``, ``adapter.safetensors``, ``calibration.json``; never pickle.
+
+Everything about a file is checked before a model is touched.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ditdial.methods import Combined, Method, method_from_config
+from ditdial.plan.calibration import FILE as CALIBRATION
+from ditdial.plan.calibration import Calibration
+from ditdial.plan.schedule import Schedule
+
+FORMAT = 1
+CONFIG, WEIGHTS = "config.json", "adapter.safetensors"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """The trained weights of a method for one base.
+
+    Args:
+        base: the identity of the base it was trained for.
+        tensors: new tensors by their name in the converted model; retrained base weights under
+            ``base.``.
+        schedule: the default schedule.
+        notes: anything else worth keeping (training facts, recommended guidance scales).
+        calibration: what was measured of these weights, for plans that a budget buys.
+
+    Raises:
+        ValueError: a calibration of another base or method.
+    """
+
+    method: Method
+    base: dict[str, Any]
+    tensors: dict[str, Tensor]
+    schedule: Schedule | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
+
+    def __post_init__(self) -> None:
+        if self.calibration is not None:
+            self.calibration.check(self.base, identity(self.method))
+
+    def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+        """Write the folder in one rename; an old adapter there goes only once the new is whole.
+
+        A calibration goes with the adapter it was measured of; other files in the folder stay.
+
+        Raises:
+            FileExistsError: the folder exists and holds something that is no adapter.
+        """
+        folder = Path(folder).expanduser()
+        if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
+            raise FileExistsError(
+                f"{str(folder)!r} exists and holds no adapter; choose another folder"
+            )
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
+            partial = Path(scratch) / "new"
+            partial.mkdir()
+            self._write(partial, dtype)
+            if folder.exists():
+                for file in folder.iterdir():
+                    if file.name not in (CONFIG, WEIGHTS, CALIBRATION):  # a card, say
+                        copy = shutil.copytree if file.is_dir() else shutil.copy2
+                        copy(file, partial / file.name)
+                os.replace(folder, Path(scratch) / "old")
+            os.replace(partial, folder)
+        return folder
+
+    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
+        tensors = {
+            name: value.detach().to("cpu", dtype or value.dtype).contiguous()
+            for name, value in self.tensors.items()
+        }
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        os.chmod(folder / WEIGHTS, 0o644)  # safetensors makes files private, an adapter is not
+        config = {
+            "format": FORMAT,
+            "method": self.method.name,
+            "settings": self.method.to_config(),
+            "base": self.base,
+            "schedule": json.loads(self.schedule.to_json()) if self.schedule else None,
+            "notes": self.notes,
+        }
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        if self.calibration is not None:
+            self.calibration.save(folder / CALIBRATION)
+
+
+def identity(method: Method) -> dict[str, Any]:
+    """What tells a method and its settings apart from others, as plain data."""
+    return {"name": method.name, "settings": method.to_config()}
+
+
+def load_adapter(source: str | Path) -> Adapter:
+    """Read an adapter from a folder or a hub id.
+
+    Raises:
+        FileNotFoundError: no such folder, and not a hub id; or a file is missing.
+        ValueError: pickled, truncated or foreign weights, NaN, or a config or calibration that is
+            not understood.
+    """
+    folder = _find(source)
+    config = _read_config(folder)
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        pickled = [f.name for f in folder.iterdir() if f.suffix in PICKLES]
+        if pickled:
+            raise ValueError(
+                f"{str(folder)!r} holds pickled weights {pickled}; legal: {WEIGHTS} "
+                "(pickle can run code)"
+            )
+        raise FileNotFoundError(f"{str(folder)!r} has no {WEIGHTS}")
+    try:
+        tensors = load_file(weights)
+    except (SafetensorError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{str(weights)!r} is truncated or no safetensors file: {error}"
+        ) from error
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(
+                f"{str(weights)!r}: tensor {name!r} holds NaN or infinite values; "
+                "legal: finite numbers"
+            )
+    schedule, measured = config.get("schedule"), folder / CALIBRATION
+    return Adapter(
+        method=method_from_config(config["method"], config["settings"]),
+        base=config["base"],
+        tensors=tensors,
+        schedule=Schedule.from_json(json.dumps(schedule)) if schedule else None,
+        notes=config["notes"],
+        calibration=Calibration.load(measured) if measured.is_file() else None,
+    )
+
+
+def check_base(adapter: Adapter, identity: dict[str, Any]) -> None:
+    """Refuse an adapter of another base.
+
+    Raises:
+        ValueError: naming each fact that differs.
+    """
+    differing = [
+        f"{key}: adapter {adapter.base.get(key)!r}, this model {value!r}"
+        for key, value in identity.items()
+        if adapter.base.get(key) != value
+    ]
+    if differing:
+        raise ValueError("the adapter was made for another base; " + "; ".join(differing))
+
+
+def check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
+    """Refuse tensors that are missing, unknown or of another shape.
+
+    Raises:
+        ValueError: naming the first few of each.
+    """
+    missing = sorted(set(expected) - set(tensors))
+    unknown = sorted(set(tensors) - set(expected))
+    wrong = [
+        f"{name} {tuple(tensors[name].shape)} instead of {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    problems = [
+        f"{kind}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
+        for kind, names in (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
+        if names
+    ]
+    if problems:
+        raise ValueError(
+            "adapter weights do not fit its own config and this model; " + "; ".join(problems)
+        )
+
+
+def _find(source: str | Path) -> Path:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_file():
+        kind = "pickled weights" if folder.suffix in PICKLES else "a file"
+        raise ValueError(
+            f"{str(source)!r} is {kind}; legal: a folder with {CONFIG} and {WEIGHTS}, or a hub id"
+        )
+    text = str(source)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"adapter {text!r} is neither a folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS, CALIBRATION]))
+    except OSError as error:  # every error of the hub and of the network
+        raise FileNotFoundError(
+            f"adapter {text!r} is no folder here, and the hub has not got it: {error}"
+        ) from error
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a folder is empty or holds an adapter, hence may be replaced by one."""
+    if not any(folder.iterdir()):
+        return True
+    try:
+        _read_config(folder)
+    except (ValueError, FileNotFoundError):
+        return False
+    return True
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(folder)!r} has no {CONFIG}; it is no adapter folder")
+    try:
+        config = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else config
+        raise ValueError(f"{str(path)!r}: format = {found!r}; legal: {FORMAT}")
+    for name, kind in (("method", str), ("settings", dict), ("base", dict), ("notes", dict)):
+        if not isinstance(config.get(name), kind):
+            raise ValueError(
+                f"{str(path)!r}: {name} = {config.get(name)!r}; legal: a JSON "
+                f"{'text' if kind is str else 'object'}"
+            )
+    return config
+
+
+@dataclass(frozen=True)
+class Composition:
+    """A method, with the adapters that hold weights of it.
+
+    Args:
+        adapters: of the method, or each of another part of it. Parts without one start from the
+            base's weights.
+        schedule: to begin with.
+    """
+
+    method: Method
+    adapters: tuple[Adapter, ...]
+    schedule: Schedule
+
+    @classmethod
+    def of(cls, sources: Sequence[Adapter | Method]) -> Composition:
+        """Methods and adapters joined.
+
+        Raises:
+            ValueError: none, methods that cannot be combined, or two adapters whose parts were
+                trained with base weights of their own.
+        """
+        adapters = tuple(source for source in sources if isinstance(source, Adapter))
+        methods = [x.method if isinstance(x, Adapter) else x for x in sources]
+        if not methods:
+            raise ValueError("adapter = []; legal: at least one adapter or method")
+        trained = [adapter for adapter in adapters if adapter.method.trains_base]
+        if len(trained) > 1:
+            names = " and ".join(repr(adapter.method.name) for adapter in trained)
+            raise ValueError(
+                f"the adapters of {names} each hold base weights of their own, and a model has one "
+                "set; legal: at most one adapter that retrains the base (recipes 'lora', 'td-lora' "
+                "and method 'ddit' leave it as it is)"
+            )
+        method = methods[0] if len(methods) == 1 else Combined(parts=tuple(methods))
+        # Only the part that has retrained the base's weights says where they may be used.
+        told = trained if len(methods) > 1 else adapters
+        schedule = next((x.schedule for x in told if x.schedule is not None), None)
+        return cls(method, adapters, schedule or method.default_schedule)

@@ -1,0 +1,53 @@
+"""`ChromaTransformer2DModel` (Chroma): FLUX with a masked prompt and one network for modulation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from ditdial.backbones.base import Model
+from ditdial.backbones.call import Call
+from ditdial.backbones.flux import FluxFamily
+from ditdial.cost.linears import linear_macs
+from ditdial.cost.shape import TransformerShape
+from ditdial.layers.state import Router
+from ditdial.ops.patching import Triple, group
+from ditdial.plan.mode import Mode
+
+
+class ChromaBackbone(FluxFamily):
+    """The attention mask covers text and picture.
+
+    The pipeline calls twice per step with the same latent and opens no `cache_context`.
+    """
+
+    model_class = "ChromaTransformer2DModel"
+    reads_blocks = True  # modulation by the number of a block
+    condition = ("encoder_hidden_states", "attention_mask", "txt_ids", "joint_attention_kwargs")
+    facts = (
+        "num_layers",
+        "num_single_layers",
+        "num_attention_heads",
+        "attention_head_dim",
+        "in_channels",
+        "joint_attention_dim",
+        "approximator_hidden_dim",
+        "approximator_layers",
+    )
+
+    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
+        call = super().prepare(call, router, mode)
+        mask, text = call.get("attention_mask"), self.text_tokens(call)
+        if mask is None:
+            return call
+        image = group(mask[:, text:].unflatten(1, router.grid)[..., None], mode.patch_scale)
+        return call | {"attention_mask": torch.cat([mask[:, :text], image.amax(dim=2)], dim=1)}
+
+    def shape(
+        self, model: Model, grid: Triple, text_tokens: int, others: int = 0
+    ) -> TransformerShape:
+        shape = super().shape(model, grid, text_tokens, others)
+        vectors = len(model.time_text_embed.mod_proj)  # one per shift, scale and gate of all blocks
+        modulation = vectors * linear_macs(model.distilled_guidance_layer)
+        return replace(shape, picture_macs=shape.picture_macs + modulation)

@@ -1,0 +1,96 @@
+"""`HunyuanVideoTransformer3DModel` (HunyuanVideo, 2412.03603): joint attention over video and text.
+
+The text goes through blocks of its own first (the token refiner), at every call and whatever the
+mode; its padding is masked by count, behind the video's tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from ditdial.backbones.base import COMMON_FACTS, Backbone, Model
+from ditdial.backbones.layers import attention, feed_forward
+from ditdial.cost.linears import linear_macs
+from ditdial.cost.shape import Attention, TransformerShape
+from ditdial.layers.state import Router
+from ditdial.ops.patching import Triple
+from ditdial.ops.positions import real_rotary_centres
+from ditdial.plan.mode import Mode
+
+TEXT = r"\.(attn\.(add_|to_add_out)|ff_context)"
+MODULATION = r"\.norm[^.]*\.linear"
+REFINED_ONCE = r"^time_text_embed|norm_out"
+
+
+class HunyuanVideoBackbone(Backbone):
+    """Double blocks, then single blocks; two calls per step with true CFG; channels-first output.
+
+    Image-to-video by ``latent_concat`` adds channels and works; by ``token_replace`` it does not.
+    """
+
+    model_class = "HunyuanVideoTransformer3DModel"
+    embed = "x_embedder"
+    output = "proj_out"
+    rotary = "rope"
+    condition = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
+    facts = (
+        *COMMON_FACTS,
+        "num_single_layers",
+        "patch_size_t",
+        "text_embed_dim",
+        "guidance_embeds",
+    )
+    output_layout = "Cthw"
+    axes = "thw"
+    conditional_first = None
+    own_sigmas = True
+    low_rank = (
+        ("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),
+        ("single_transformer_blocks", (*attention("attn")[:3], "proj_mlp", "proj_out")),
+    )
+
+    def patch(self, model: Model) -> Triple:
+        return model.config.patch_size_t, model.config.patch_size, model.config.patch_size
+
+    def phases(
+        self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
+    ) -> Any:
+        cos, sin = stock(*args)
+        return real_rotary_centres(cos, sin, router.grid, mode.patch_scale)
+
+    def check(self, model: Model, modes: set[Mode]) -> None:
+        super().check(model, modes)
+        if model.config.image_condition_type == "token_replace":
+            raise ValueError(
+                "image_condition_type = 'token_replace' modulates the first frame's tokens by "
+                "their number, which coarse modes change; legal: None, 'latent_concat'"
+            )
+
+    def default_size(self, model: Model) -> tuple[Triple, int]:
+        return (33, 45, 80), 256
+
+    def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
+        config, refiner = model.config, model.context_embedder
+        d = config.num_attention_heads * config.attention_head_dim
+        double, single = model.transformer_blocks, model.single_transformer_blocks
+        both = linear_macs(single, but=MODULATION)
+        modulation = linear_macs(double, MODULATION) + linear_macs(single, MODULATION)
+        conditioning = linear_macs(model.time_text_embed) + linear_macs(model.norm_out)
+        refining = linear_macs(refiner, REFINED_ONCE)
+        refining += text_tokens * linear_macs(refiner, but=REFINED_ONCE)
+        refining += 2 * config.num_refiner_layers * d * text_tokens**2
+        return TransformerShape(
+            width=d,
+            grid=grid,
+            patch_in=math.prod(self.patch(model)) * config.in_channels,
+            patch_out=model.proj_out.out_features,
+            token_macs=linear_macs(double, but=f"{TEXT}|{MODULATION}") + both,
+            attention=(Attention(config.num_layers + config.num_single_layers, d, "joint"),),
+            text_tokens=text_tokens,
+            text_macs=linear_macs(double, TEXT) + both,
+            picture_macs=modulation + conditioning + refining,
+            adapted=self.adapted_macs(model),
+            adapted_text=self.adapted_macs(model, "^single"),
+        )

@@ -1,0 +1,117 @@
+"""`LTXVideoTransformer3DModel` (LTX-Video, 2501.00103): tokens packed by the pipeline.
+
+One latent vector is a token already (32 x 32 pixels, 8 frames). Rotary positions are seconds and
+pixels, made from the grid's sides or from coordinates of every token. Their highest frequency makes
+many turns between neighbours, so phases are never averaged; coordinates are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ditdial.backbones.base import COMMON_FACTS, Backbone, Model
+from ditdial.backbones.call import Call, grouped_times, has_token_times
+from ditdial.backbones.layers import attention, feed_forward
+from ditdial.cost.linears import linear_macs
+from ditdial.cost.shape import Attention, TransformerShape
+from ditdial.layers.state import Router
+from ditdial.ops.ids import grid_of_coordinates
+from ditdial.ops.patching import Triple
+from ditdial.ops.positions import coordinate_centres, group_centres
+from ditdial.plan.mode import Mode
+
+TEXT = r"attn2\.to_[kv]$"
+
+
+class LTXBackbone(Backbone):
+    """Cross-attention; unconditional rows first; given frames may have times of their own."""
+
+    model_class = "LTXVideoTransformer3DModel"
+    own_sigmas = True
+    embed = "proj_in"
+    output = "proj_out"
+    rotary = "rope"
+    condition = ("encoder_hidden_states", "encoder_attention_mask")
+    facts = (*COMMON_FACTS, "patch_size_t", "caption_channels")
+    output_layout = "Cthw"
+    axes = "thw"
+    low_rank = (("transformer_blocks", (*attention("attn1"), *feed_forward("ff"))),)
+    prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
+
+    def patch(self, model: Model) -> Triple:
+        return model.config.patch_size_t, model.config.patch_size, model.config.patch_size
+
+    def grid(self, model: Model, call: Call) -> Triple:
+        tokens, coordinates = call[self.sample].shape[1], call.get("video_coords")
+        frames, height, width = (call.get(name) or 0 for name in ("num_frames", "height", "width"))
+        if frames * height * width == tokens or coordinates is None:
+            return frames, height, width
+        return grid_of_coordinates(coordinates[0])
+
+    def check_grid(self, grid: Triple, mode: Mode) -> None:
+        if grid[:2] == (1, 1):
+            raise ValueError(
+                f"video_coords name {grid[2]} tokens that form no single grid (given frames among "
+                "them, say); legal: full mode"
+            )
+        super().check_grid(grid, mode)
+
+    def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
+        if type(pipe).__name__ != "LTXConditionPipeline":
+            return super().set_timesteps(scheduler, steps, grid, pipe)
+        from diffusers.pipelines.ltx import pipeline_ltx_condition  # needs transformers
+
+        times = pipeline_ltx_condition.linear_quadratic_schedule(steps) * 1000
+        return scheduler.set_timesteps(timesteps=times)
+
+    def phases(
+        self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
+    ) -> Any:
+        hidden, _, _, _, interpolation, coordinates = args
+        if coordinates is not None:
+            centres = coordinate_centres(coordinates, router.grid, mode.patch_scale)
+            return stock(hidden, video_coords=centres)
+        units = module.base_num_frames, module.base_height, module.base_width
+        if interpolation is not None:
+            patch = module.patch_size_t, module.patch_size, module.patch_size
+            units = [s * p for s, p in zip(interpolation, patch, strict=True)]
+        axes = [
+            group_centres(side, k, hidden.device).float() * unit
+            for side, k, unit in zip(router.grid, mode.patch_scale, units, strict=True)
+        ]
+        return stock(hidden, video_coords=torch.cartesian_prod(*axes).T.expand(len(hidden), -1, -1))
+
+    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
+        if not has_token_times(call):
+            return call
+        return call | {"timestep": grouped_times(call["timestep"], router.grid, mode)}
+
+    def default_size(self, model: Model) -> tuple[Triple, int]:
+        return (21, 16, 22), 128
+
+    def size(self, model: Model, call: Call) -> tuple[Any, ...]:
+        return *super().size(model, call), has_token_times(call)
+
+    def shape(
+        self, model: Model, grid: Triple, text_tokens: int, times_per_token: bool = False
+    ) -> TransformerShape:
+        config, blocks = model.config, model.transformer_blocks
+        d, depth = config.num_attention_heads * config.attention_head_dim, config.num_layers
+        times = linear_macs(model.time_embed)
+        return TransformerShape(
+            width=d,
+            grid=grid,
+            patch_in=config.in_channels,
+            patch_out=model.proj_out.out_features,
+            token_macs=linear_macs(blocks, but=TEXT) + times_per_token * times,
+            attention=(Attention(depth, d), Attention(depth, d, "cross")),
+            text_tokens=text_tokens,
+            text_macs=linear_macs(blocks, TEXT),
+            text_once=linear_macs(blocks, TEXT),
+            picture_macs=(not times_per_token) * times
+            + text_tokens * linear_macs(model.caption_projection),
+            adapted=self.adapted_macs(model),
+        )

@@ -1,0 +1,106 @@
+"""`Lumina2Transformer2DModel` (Lumina-Image 2.0, 2503.21758): one sequence, joined row by row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ditdial.backbones.base import Model, pair
+from ditdial.backbones.call import Call
+from ditdial.backbones.layers import attention
+from ditdial.backbones.refined import RefinedBackbone
+from ditdial.cost.linears import linear_macs
+from ditdial.cost.shape import TransformerShape
+from ditdial.layers.state import Router
+from ditdial.ops.patching import Triple, coarse_grid
+from ditdial.ops.positions import rotary_centres
+from ditdial.plan.mode import Mode
+
+ADAPTED = (*attention("attn"), *(f"feed_forward.linear_{i}" for i in (1, 2, 3)))
+
+
+class Lumina2Backbone(RefinedBackbone):
+    """Refiners of text and of picture, then one sequence of both without the text's padding.
+
+    The rotary module also cuts the latent into patches and tells the rows' lengths. The pipeline
+    calls twice per step with the same latent and opens no `cache_context`.
+    """
+
+    model_class = "Lumina2Transformer2DModel"
+    embed = "x_embedder"
+    output = "norm_out.linear_2"
+    rotary = "rope_embedder"
+    condition = ("encoder_hidden_states", "encoder_attention_mask")
+    facts = (
+        "num_layers",
+        "num_refiner_layers",
+        "num_attention_heads",
+        "num_kv_heads",
+        "hidden_size",
+        "patch_size",
+        "in_channels",
+        "out_channels",
+        "cap_feat_dim",
+    )
+    modulation = r"\.norm1\.linear"
+    once = rf"{modulation}|timestep_embedder|norm_out\.linear_1"
+    prompt = r"^context_refiner|caption_embedder"
+    conditional_first = None
+    low_rank = (("noise_refiner", ADAPTED), ("layers", ADAPTED))
+
+    def phases(
+        self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
+    ) -> Any:
+        (latent, mask), p = args, module.patch_size
+        vectors, text, table, _, lengths, _ = stock(latent, mask)
+        coarse = coarse_grid(router.grid, mode.patch_scale)
+        whole = tuple([n * k for n, k in zip(coarse, mode.patch_scale, strict=True)])
+        if whole != router.grid:  # groups at the border reach beyond it
+            sides = whole[1] * p, whole[2] * p
+            blank = latent.new_empty(1, 1, 1, 1).expand(*latent.shape[:2], *sides)
+            table = stock(blank, mask)[2]
+        table = table.transpose(0, 1).unflatten(0, whole)
+        image = rotary_centres(table, mode.patch_scale).flatten(0, 2).transpose(0, 1)
+        joint = [torch.cat([a[:n], b]) for a, b, n in zip(text, image, lengths, strict=True)]
+        totals = [len(phases) for phases in joint]
+        router.lengths = lengths, totals
+        return vectors, text, image, pad_sequence(joint, batch_first=True), lengths, totals
+
+    def base_vectors(
+        self, router: Router, mode: Mode, stock: Callable[[Tensor], Tensor], hidden: Tensor
+    ) -> Tensor:
+        assert router.lengths is not None
+        (texts, totals), tokens = router.lengths, router.tokens(mode)
+        image = torch.stack([x[n : n + tokens] for x, n in zip(hidden, texts, strict=True)])
+        vectors = super().base_vectors(router, mode, stock, image)
+        base = vectors.shape[1]
+        joint = F.pad(stock(hidden[:, : max(texts)]), (0, 0, 0, base))
+        for row, text in enumerate(texts):
+            joint[row, text : text + base] = vectors[row]
+            # The stock un-patchify reads this very list, which so far counts coarse tokens.
+            totals[row] = text + base
+        return joint
+
+    def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
+        # The pipeline takes the channels of its latent for a number of tokens.
+        channels = 16 if pipe is None else pipe.transformer.config.in_channels
+        super().set_timesteps(scheduler, steps, (1, 1, channels), pipe)
+
+    def default_size(self, model: Model) -> tuple[Triple, int]:
+        return (1, *pair(model.config.sample_size, model.config.patch_size)), 256
+
+    def size(self, model: Model, call: Call) -> tuple[Any, ...]:
+        longest = int(call["encoder_attention_mask"].sum(dim=1).max())
+        return self.grid(model, call), longest, self.text_tokens(call)
+
+    def shape(
+        self, model: Model, grid: Triple, text_tokens: int, padded: int | None = None
+    ) -> TransformerShape:
+        parts = self.sequence(model, grid, text_tokens, padded or text_tokens)
+        parts["text_macs"] += linear_macs(model.norm_out.linear_2)
+        return TransformerShape(**parts)

@@ -1,0 +1,44 @@
+"""What the classes with diffusers' `PatchEmbed` share: DiT, PixArt, SD3, Latte.
+
+The module cuts one frame into patches and adds a position table, either sine-cosine at any size or
+a crop from the middle of a stored one.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ditdial.backbones.base import Backbone, Model
+from ditdial.backbones.layers import attention, feed_forward
+from ditdial.backbones.tables import kept_table
+from ditdial.layers.state import Router
+from ditdial.ops.positions import group_centres, sincos_2d, table_centres
+from ditdial.plan.mode import Mode
+
+SELF_ATTENTION_AND_FEED_FORWARD = (*attention("attn1"), *feed_forward("ff"))
+"""The layers of diffusers' `BasicTransformerBlock` that low-rank updates go to."""
+
+
+class PatchEmbedBackbone(Backbone):
+    """Positions of coarse tokens at the centres of their groups."""
+
+    embed = "pos_embed"
+
+    def positions(self, module: Model, router: Router, mode: Mode) -> Tensor | None:
+        if module.pos_embed is None:
+            return None
+        (_, height, width), scale = router.grid, mode.patch_scale
+        if module.pos_embed_max_size:
+            p = module.patch_size
+            stored = module.cropped_pos_embed(height * p, width * p).unflatten(1, (height, width))
+            return table_centres(stored[0], scale[1:])[None]
+
+        def table() -> Tensor:
+            # Off its native size the stock table squeezes the grid into base_size units; so do the
+            # centres.
+            unit = [module.base_size / n / module.interpolation_scale for n in (height, width)]
+            rows = group_centres(height, scale[1]) * unit[0]
+            columns = group_centres(width, scale[2]) * unit[1]
+            return sincos_2d(rows, columns, len(module.proj.weight))
+
+        return kept_table(router, mode, table)

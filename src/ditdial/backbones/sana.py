@@ -1,0 +1,99 @@
+"""`SanaTransformer2DModel` (SANA 2410.10629, SANA-Sprint 2503.09641): linear attention.
+
+Every token is already 32 x 32 pixels. Self-attention costs the same per token however many there
+are, and the feed-forward is made of convolutions, so blocks are told the grid they work on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from ditdial.backbones.base import COMMON_FACTS, BlockHook, Model, pair
+from ditdial.backbones.call import Call
+from ditdial.backbones.layers import attention
+from ditdial.backbones.patch_embed import PatchEmbedBackbone
+from ditdial.cost.linears import linear_macs
+from ditdial.cost.shape import Attention, TransformerShape
+from ditdial.layers.state import ROUTER
+from ditdial.ops.patching import Triple, coarse_grid
+from ditdial.plan.mode import Mode
+
+TEXT = r"attn2\.to_[kv]$"
+
+
+class SanaBackbone(PatchEmbedBackbone):
+    """Cross-attention to the text; mostly without positions; unconditional rows first.
+
+    Low-rank updates go to self-attention only: convolutions take none.
+    """
+
+    model_class = "SanaTransformer2DModel"
+    embed = "patch_embed"
+    output = "proj_out"
+    condition = ("encoder_hidden_states", "encoder_attention_mask")
+    facts = (*COMMON_FACTS, "caption_channels", "mlp_ratio", "guidance_embeds")
+    residuals = ("controlnet_block_samples",)
+    low_rank = (("transformer_blocks", attention("attn1")),)
+    prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
+
+    def block_hooks(self, model: Model) -> Iterator[tuple[nn.Module, BlockHook]]:
+        for block in model.transformer_blocks:
+            yield block, coarse_sides
+
+    def levels(self, call: Call) -> tuple[float, float]:
+        low, high = super().levels(call)
+        if call.get("guidance") is None:
+            return low, high
+        # Models with embedded guidance (Sprint) are given the level directly.
+        return low * self.time_scale, high * self.time_scale
+
+    def check(self, model: Model, modes: set[Mode]) -> None:
+        super().check(model, modes)
+        config = model.config
+        if config.timestep_scale != 1 and not config.guidance_embeds:
+            raise ValueError(
+                f"timestep_scale = {config.timestep_scale}; legal: 1 (times from 0 to 1000), or "
+                "guidance_embeds = True (times from 0 to 1)"
+            )
+
+    def default_size(self, model: Model) -> tuple[Triple, int]:
+        return (1, *pair(model.config.sample_size, model.config.patch_size)), 300
+
+    def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
+        config, blocks = model.config, model.transformer_blocks
+        depth, head = config.num_layers, config.attention_head_dim
+        d = config.num_attention_heads * head
+        across = config.num_cross_attention_heads * config.cross_attention_head_dim
+        # One weight, one multiply-add per token, for depthwise and for 1 x 1 convolutions.
+        convolutions = sum(
+            layer.weight.numel() for layer in blocks.modules() if isinstance(layer, nn.Conv2d)
+        )
+        # Values and a one, times keys: a state of head x (head + 1), written and read per token.
+        linear_attention = depth * 2 * d * (head + 1)
+        return TransformerShape(
+            width=d,
+            grid=grid,
+            patch_in=config.patch_size**2 * config.in_channels,
+            patch_out=model.proj_out.out_features,
+            token_macs=linear_macs(blocks, but=TEXT) + convolutions + linear_attention,
+            attention=(Attention(depth, across, "cross"),),
+            text_tokens=text_tokens,
+            text_macs=linear_macs(blocks, TEXT),
+            text_once=linear_macs(blocks, TEXT),
+            picture_macs=linear_macs(model.time_embed)
+            + text_tokens * linear_macs(model.caption_projection),
+            adapted=self.adapted_macs(model),
+        )
+
+
+def coarse_sides(
+    block: nn.Module, args: tuple, kwargs: dict[str, Any]
+) -> tuple[tuple, dict[str, Any]] | None:
+    """Blocks get the base grid's height and width last; give them those of a mode."""
+    router = block.__dict__[ROUTER]
+    if not router.sizes.routes(router.mode):
+        return None
+    return (*args[:5], *coarse_grid(router.grid, router.mode.patch_scale)[1:]), kwargs

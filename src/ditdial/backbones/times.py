@@ -1,0 +1,105 @@
+"""What a pipeline tells the model of time, and its scheduler of steps."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ditdial.backbones.call import Call
+from ditdial.ops.patching import Triple
+
+
+class Times:
+    """The part of a backbone that turns times into noise levels, and a number of steps into times.
+
+    Attributes:
+        time: argument of the call that holds the latent's time.
+        time_scale: time of pure noise, as the model is given it.
+        own_sigmas: whether the pipeline gives its scheduler `sigmas`.
+        time_layers: modules that turn a time into sinusoids, and these into the embedding of the
+            time alone, before anything of the prompt or the size is added.
+        time_factor: what the model multiplies a time by before that.
+    """
+
+    time: str = "timestep"
+    time_scale: float = 1000.0
+    own_sigmas: bool = False
+    time_layers: tuple[str, str] = ("", "")
+    time_factor: float = 1.0
+
+    def levels(self, call: Call) -> tuple[float, float]:
+        """Lowest and highest noise level in [0, 1] of the rows of a call.
+
+        Raises:
+            ValueError: the call gives no time.
+        """
+        time = call.get(self.time)
+        if time is None:
+            raise ValueError(
+                f"{self.time} = None; an elastic model chooses its mode by the timestep, so give "
+                "one"
+            )
+        time = torch.as_tensor(time).detach()
+        if time.ndim > 1:  # one per token: first frames that are given have no noise
+            time = time.flatten(1).amax(dim=1)
+        times = time.reshape(-1).tolist()
+        ends = [self.level_of(time) for time in (min(times), max(times))]
+        return min(ends), max(ends)
+
+    def level_of(self, time: float) -> float:
+        """Noise level in [0, 1] of the time the model is given."""
+        return time / self.time_scale
+
+    def time_of(self, level: float) -> float:
+        """The inverse of `level_of`."""
+        return level * self.time_scale
+
+    def time_width(self, model: Any) -> int:
+        """Width of what `time_vector` returns.
+
+        Raises:
+            ValueError: no embedding of the time alone is known.
+        """
+        if not self.time_layers[1]:
+            raise ValueError(
+                f"no embedding of the time alone is known of {type(model).__name__}; legal: a "
+                "class whose backbone names one"
+            )
+        return model.get_submodule(self.time_layers[1]).linear_2.out_features
+
+    def time_vector(self, model: Any, times: Tensor) -> Tensor:
+        """Embedding of the time alone, ``(B, D)``, of times ``(B,)`` as the model is given them."""
+        sinusoids, embedder = (model.get_submodule(name) for name in self.time_layers)
+        weight = embedder.linear_1.weight
+        times = times.to(weight.device, torch.float32) * self.time_factor
+        return embedder(sinusoids(times).to(weight.dtype))
+
+    def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
+        """Timesteps of a run of a latent with this base grid, as a pipeline of the class asks."""
+        facts, given = scheduler.config, {}
+        if facts.get("use_dynamic_shifting", False):
+            given["mu"] = self.shift(facts, math.prod(grid), steps)
+        if self.own_sigmas and not facts.get("use_flow_sigmas", False):
+            scheduler.set_timesteps(sigmas=self.sigmas(steps), **given)
+        else:
+            scheduler.set_timesteps(steps, **given)
+
+    def sigmas(self, steps: int) -> Any:
+        """Noise levels that a pipeline of a class with `own_sigmas` gives its scheduler."""
+        return np.linspace(1.0, 1 / steps, steps)
+
+    def shift(self, scheduler: dict[str, Any], tokens: int, steps: int) -> float:
+        """What pipelines give a scheduler with dynamic shifting as ``mu``.
+
+        Args:
+            scheduler: its config.
+            tokens: base tokens of the picture.
+        """
+        low = scheduler.get("base_image_seq_len", 256)
+        high = scheduler.get("max_image_seq_len", 4096)
+        least, most = scheduler.get("base_shift", 0.5), scheduler.get("max_shift", 1.15)
+        return least + (tokens - low) * (most - least) / (high - low)

@@ -1,0 +1,115 @@
+"""`WanTransformer3DModel` (Wan 2.1 and 2.2): video, cross-attention, rotary positions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from ditdial.backbones.base import COMMON_FACTS, Backbone, Model
+from ditdial.backbones.call import Call, grouped_times, has_token_times
+from ditdial.backbones.layers import attention, feed_forward
+from ditdial.backbones.routed import Routed
+from ditdial.backbones.streamed import Streamed
+from ditdial.cost.linears import linear_macs
+from ditdial.cost.shape import Attention, TransformerShape
+from ditdial.layers.state import Router
+from ditdial.ops.patching import Triple
+from ditdial.ops.positions import real_rotary_centres
+from ditdial.plan.mode import Mode
+
+KEYS = r"attn2\.to_[kv]$"
+TEXT = r"attn2\.(to_[kv]|add_[kv]_proj)$"
+
+
+class WanBackbone(Backbone):
+    """Two calls per step; 2.2 5B gives each token a time of its own (the first frame has none)."""
+
+    model_class = "WanTransformer3DModel"
+    embed = "patch_embedding"
+    output = "proj_out"
+    rotary = "rope"
+    condition = ("encoder_hidden_states", "encoder_hidden_states_image")
+    facts = (*COMMON_FACTS, "ffn_dim", "text_dim")
+    axes = "thw"
+    conditional_first = None
+    low_rank = (("blocks", (*attention("attn1"), *feed_forward("ffn"))),)
+    prompt_only = (("blocks", ("attn2.to_k", "attn2.to_v")),)
+    routed = (
+        Routed(
+            blocks="blocks",
+            attention="attn1",
+            norms=("norm_q", "norm_k"),
+            widen="ffn.net.0.proj",
+            narrow="ffn.net.2",
+            residual="norm3",
+            feed_forward="ffn",
+        ),
+    )
+    time_layers = "condition_embedder.timesteps_proj", "condition_embedder.time_embedder"
+    streamed = Streamed(
+        blocks=("blocks",),
+        arguments=("hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb"),
+        phases="rotary_emb",
+        text="attn2",
+        apart=TEXT,
+    )
+
+    def tokens(self, module: Model, router: Router, mode: Mode, latent: Tensor) -> Tensor:
+        return self.as_volume(super().tokens(module, router, mode, latent), router, mode)
+
+    def phases(
+        self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
+    ) -> Any:
+        cos, sin = (table[0, :, 0] for table in stock(*args))
+        centres = real_rotary_centres(cos.float(), sin.float(), router.grid, mode.patch_scale)
+        return tuple(table[None, :, None].to(cos) for table in centres)
+
+    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
+        if not has_token_times(call):
+            return call
+        return call | {"timestep": grouped_times(call["timestep"], router.grid, mode)}
+
+    def check_call(self, call: Call, mode: Mode) -> None:
+        super().check_call(call, mode)
+        if mode.is_sparse and has_token_times(call):
+            raise ValueError(
+                f"timestep has a time for each base token, and blocks of mode {mode.name!r} see "
+                "others; legal: one time per row, or full mode"
+            )
+
+    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
+        yield model.condition_embedder.time_embedder
+
+    def default_size(self, model: Model) -> tuple[Triple, int]:
+        return (21, 30, 52), 512
+
+    def size(self, model: Model, call: Call) -> tuple[Any, ...]:
+        return *super().size(model, call), has_token_times(call)
+
+    def planned_size(self, grid: Triple, text_tokens: int, pipe: Any) -> tuple[Any, ...]:
+        per_token = pipe is not None and pipe.config.get("expand_timesteps", False)
+        return grid, text_tokens, per_token
+
+    def shape(
+        self, model: Model, grid: Triple, text_tokens: int, times_per_token: bool = False
+    ) -> TransformerShape:
+        config, embedder = model.config, model.condition_embedder
+        d, depth = config.num_attention_heads * config.attention_head_dim, config.num_layers
+        times = linear_macs(embedder, "^time")
+        return TransformerShape(
+            width=d,
+            grid=grid,
+            patch_in=math.prod(self.patch(model)) * config.in_channels,
+            patch_out=model.proj_out.out_features,
+            token_macs=linear_macs(model.blocks, but=TEXT) + times_per_token * times,
+            attention=(Attention(depth, d), Attention(depth, d, "cross")),
+            text_tokens=text_tokens,
+            text_once=linear_macs(model.blocks, KEYS),
+            text_macs=linear_macs(model.blocks, TEXT),
+            picture_macs=(not times_per_token) * times
+            + text_tokens * linear_macs(embedder, "^text_embedder"),
+            adapted=self.adapted_macs(model),
+        )

@@ -1,0 +1,1 @@
+"""What a forward pass multiplies, in closed form."""

@@ -1,0 +1,1 @@
+"""Submodules that look at the present mode."""

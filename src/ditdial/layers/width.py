@@ -1,0 +1,263 @@
+"""What the routed submodules do: linear layers without the closed heads and channels, attention of
+fewer heads, feed-forward of fewer tokens.
+
+They are mixed in front of `ditdial.layers.low_rank.LowRankSeam`, where a layer has both: updates
+narrow with their layer, and tokens that skip the one skip the other.
+
+A stock block calls them as always. Attention processors and activations work on whatever width they
+are given, so that slicing the layers before and after them is enough.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditdial.host.weights import versions
+from ditdial.layers.low_rank import LowRankSeam
+from ditdial.layers.state import PLACE, ROUTER, SLICES, Place, Router
+from ditdial.layers.token_grids import own_tokens
+from ditdial.layers.width_pass import Narrow, Open, per_row
+from ditdial.ops.gates import open_tokens
+
+
+def _narrow(module: nn.Module) -> Narrow | None:
+    router: Router = module.__dict__[ROUTER]
+    return router.narrow
+
+
+def _open(module: nn.Module) -> tuple[Narrow, Open] | None:
+    narrow = _narrow(module)
+    if narrow is None:
+        return None
+    place: Place = module.__dict__[PLACE]
+    return narrow, narrow.opens[place.role][place.block]
+
+
+class RowsSeam(nn.Module):
+    """Mixed into a `torch.nn.Linear` with a row for each head's feature or each channel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., D)`` -> the features that are left in, ``(..., F')``."""
+        found = _open(self)
+        if found is None:
+            return super().forward(x)  # pyrefly: ignore[missing-attribute]
+        narrow, part = found
+        if narrow.mix is None and part.features is None:
+            return super().forward(x)  # pyrefly: ignore[missing-attribute]
+        if part.gates is not None:
+            return super().forward(x) + _update(self, narrow, x)  # pyrefly: ignore[missing-attribute]
+        return _through_slices(self, x, narrow, part, dim=0)
+
+
+class ColumnsSeam(nn.Module):
+    """Mixed into a `torch.nn.Linear` with a column for each of them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The features that are left in, ``(..., F')`` -> ``(..., D)``."""
+        found = _open(self)
+        if found is None:
+            return super().forward(x)  # pyrefly: ignore[missing-attribute]
+        narrow, part = found
+        if part.gates is not None:
+            gates = per_row(part.gates, x.shape[0]).to(x.dtype)
+            x = x * gates.view(len(gates), *[1] * (x.ndim - 2), -1)
+            y = super().forward(x)  # pyrefly: ignore[missing-attribute]
+            return y if narrow.mix is None else y + _update(self, narrow, x)
+        if narrow.mix is None and part.features is None:
+            return super().forward(x)  # pyrefly: ignore[missing-attribute]
+        return _through_slices(self, x, narrow, part, dim=1)
+
+
+def _through_slices(module: Any, x: Tensor, narrow: Narrow, part: Open, *, dim: int) -> Tensor:
+    """A layer without the closed features, with the low-rank updates of the present mode."""
+    mode = module.__dict__[ROUTER].mode
+    updated = isinstance(module, LowRankSeam) and bool(module.coarse_parts(mode))
+    merged = module.coarse_merged(mode) if updated else None
+    y = F.linear(x, *_sliced(module, merged, narrow, part, dim=dim))
+    if not updated or merged is not None:
+        return y
+    if part.features is None:
+        return y + module.coarse_update(x, mode)
+    if dim == 1:
+        return y + module.coarse_update(x, mode, columns=part.features)
+    return y + module.coarse_update(x, mode, rows=_rows(module, part.features))
+
+
+def _sliced(
+    module: Any, merged: tuple[object, Tensor] | None, narrow: Narrow, part: Open, *, dim: int
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias without the closed features; kept for the next call with the same ones.
+
+    Args:
+        merged: the weight with low-rank updates in it, behind its version, instead of its own.
+    """
+    weight = module.weight if merged is None else merged[1]
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _cut(module, weight, narrow, part, dim=dim)
+    used = (module.weight, module.bias, *(() if narrow.mix is None else _experts(module)))
+    version = merged and merged[0], versions(*(x for x in used if x is not None))
+    slices: list[tuple[Any, ...]] = module.__dict__.setdefault(SLICES, [])
+    for known in slices:
+        if known[0] is part.features and known[1] is narrow.mix and known[2] == version:
+            return known[3]
+    made = _cut(module, weight, narrow, part, dim=dim)
+    slices.append((part.features, narrow.mix, version, made))
+    del slices[: max(0, len(slices) - narrow.slices)]
+    return made
+
+
+def _cut(
+    module: Any, weight: Tensor, narrow: Narrow, part: Open, *, dim: int
+) -> tuple[Tensor, Tensor | None]:
+    bias, index = module.bias, part.features
+    if narrow.mix is not None:
+        A, B = _experts(module)
+        mixed = torch.einsum("e,eor->or", narrow.mix[0].to(B.dtype), B)
+        weight = weight + (mixed @ A).to(weight.dtype)
+    if index is None:
+        return weight, bias
+    if dim == 1:
+        return weight[:, index], bias
+    index = _rows(module, index)
+    return weight[index], bias if bias is None else bias[index]
+
+
+def _rows(module: Any, features: Tensor) -> Tensor:
+    """Rows of the weight of some features."""
+    half = module.__dict__[PLACE].features
+    if half < module.out_features:  # a second half gates the first
+        return torch.cat([features, features + half])
+    return features
+
+
+def _experts(module: Any) -> tuple[Tensor, Tensor]:
+    sizes = module.__dict__[ROUTER].sizes.routed
+    return sizes.experts(module.__dict__[PLACE].name)
+
+
+def _update(module: Any, narrow: Narrow, x: Tensor) -> Tensor | float:
+    """The low-rank update of each picture: ``sum_e mix_e B_e A x``."""
+    if narrow.mix is None:
+        return 0.0
+    A, B = _experts(module)
+    mix = per_row(narrow.mix, x.shape[0]).to(x.dtype)
+    inner = F.linear(x, A.to(x.dtype))
+    merged = torch.einsum("be,eor->bor", mix, B.to(x.dtype)).expand(x.shape[0], -1, -1)
+    return torch.einsum("b...r,bor->b...o", inner, merged)
+
+
+class HeadsSeam(nn.Module):
+    """Mixed into attention, whose processor asks it for the number of heads."""
+
+    @property
+    def heads(self) -> int:
+        """Heads of the present forward pass."""
+        found = _open(self)
+        stock: int = self.__dict__["heads"]
+        return stock if found is None or found[1].heads is None else found[1].heads
+
+    @heads.setter
+    def heads(self, heads: int) -> None:
+        self.__dict__["heads"] = heads
+
+
+class HeadsNormSeam(nn.Module):
+    """Mixed into a root-mean-square norm over the features of all heads: of those left in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., F')`` -> ``(..., F')``."""
+        found = _open(self)
+        part = found and found[1]
+        module: Any = self
+        if part and part.features is not None:
+            return F.rms_norm(x, (x.shape[-1],), module.weight[part.features], module.eps)
+        if not part or part.gates is None:
+            return super().forward(x)  # pyrefly: ignore[missing-attribute]
+        gates = per_row(part.gates, x.shape[0]).view(-1, *[1] * (x.ndim - 2), x.shape[-1])
+        eps = torch.finfo(x.dtype).eps if module.eps is None else module.eps
+        squares = (x.float().square() * gates).sum(-1, keepdim=True) / gates.sum(-1, keepdim=True)
+        return (x.float() * torch.rsqrt(squares + eps)).to(x.dtype) * module.weight
+
+
+class ResidualSeam(nn.Module):
+    """Mixed into the norm before a feed-forward: shows the router the stream of tokens."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """What the stock norm returns."""
+        narrow, place = _narrow(self), self.__dict__[PLACE]
+        if narrow is not None and narrow.token_logits is not None:
+            picture = x[:, narrow.text :] if place.role == "both" else x
+            picture = own_tokens(self, picture)
+            narrow.logits[place.block] = narrow.token_logits(place.block, picture)
+        return super().forward(x, *args, **kwargs)  # pyrefly: ignore[missing-attribute]
+
+
+def _of_entering(stock: Callable[..., Tensor], x_BND: Tensor, kept: Tensor, *args: Any) -> Tensor:
+    """What a layer that looks at each token alone makes of some, and zero for the others.
+
+    Args:
+        kept: places of those that enter, in all rows laid end to end.
+    """
+    y = stock(x_BND.flatten(0, 1)[kept][None], *args)[0]
+    zeros = y.new_zeros(x_BND.shape[0] * x_BND.shape[1], y.shape[-1])
+    return zeros.index_copy_(0, kept, y).unflatten(0, x_BND.shape[:2])
+
+
+class SkipRowsSeam(nn.Module):
+    """Mixed into a linear layer that picture tokens may skip, in one sequence with the text.
+
+    The layers of a block that do so come one after the other, and skipped tokens are zero to both,
+    so that only the residual of the block is left to them.
+    """
+
+    def forward(self, x_BND: Tensor) -> Tensor:
+        """``(B, T + N, D)`` -> ``(B, T + N, D')``, zero for skipped tokens."""
+        narrow, place = _narrow(self), self.__dict__[PLACE]
+        stock = super().forward  # pyrefly: ignore[missing-attribute]
+        logits = None if narrow is None else narrow.logits.get(place.block)
+        if narrow is None or logits is None:
+            return stock(x_BND)
+        rows, tokens, _ = x_BND.shape
+        text = narrow.text
+        if narrow.token_gates is not None:
+            if place.role != "both":  # its output is all that counts
+                return stock(x_BND)
+            gates = narrow.token_gates(place.block, logits)
+            narrow.token_shares[place.block] = gates.mean(1)
+            return stock(x_BND) * F.pad(gates, (text, 0), value=1.0)[..., None].to(x_BND.dtype)
+        if place.block not in narrow.entering:
+            kept = open_tokens(logits, narrow.capacity(place.block))
+            narrow.token_shares[place.block] = len(kept) / logits.numel()
+            starts = torch.arange(rows, device=kept.device)[:, None] * tokens
+            words = (starts + torch.arange(text, device=kept.device)).flatten()
+            pictures = kept // logits.shape[1]
+            kept = kept + (pictures + 1) * text  # each picture's tokens come behind its text
+            narrow.entering[place.block] = torch.cat([words, kept])
+        return _of_entering(stock, x_BND, narrow.entering[place.block])
+
+
+class SkipSeam(nn.Module):
+    """Mixed into a feed-forward that tokens may skip; a skipped token gets nothing from it."""
+
+    def forward(self, x_BND: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``(B, N, D)`` -> ``(B, N, D)``, zero for skipped tokens."""
+        narrow, block = _narrow(self), self.__dict__[PLACE].block
+        stock = super().forward  # pyrefly: ignore[missing-attribute]
+        logits = None if narrow is None else narrow.logits.pop(block, None)
+        if narrow is None or logits is None:
+            return stock(x_BND, *args, **kwargs)
+        if narrow.token_gates is not None:
+            gates = narrow.token_gates(block, logits)
+            narrow.token_shares[block] = gates.mean(1)
+            return stock(x_BND, *args, **kwargs) * gates[..., None].to(x_BND.dtype)
+        kept = open_tokens(logits, narrow.capacity(block))
+        narrow.token_shares[block] = len(kept) / logits.numel()
+        if len(kept) == logits.numel():
+            return stock(x_BND, *args, **kwargs)
+        return _of_entering(functools.partial(stock, **kwargs), x_BND, kept, *args)

@@ -1,0 +1,1 @@
+"""Measurements: calibrations, timings, and where a number comes from."""

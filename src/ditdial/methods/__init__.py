@@ -1,0 +1,45 @@
+"""Published systems; one file each with the same parts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ditdial.methods.base import Method
+from ditdial.methods.combined import Combined
+from ditdial.methods.ddit import DDiT
+from ditdial.methods.dydit import DyDiT
+from ditdial.methods.flexidit import FlexiDiT
+from ditdial.methods.ppflow import PPFlow
+from ditdial.methods.sparsedit import SparseDiT
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (FlexiDiT, DDiT, PPFlow, DyDiT, SparseDiT, Combined)
+}
+"""Methods by name."""
+
+
+def method_from_config(name: object, config: dict[str, Any]) -> Method:
+    """Build a method from an adapter's config.
+
+    Raises:
+        ValueError: unknown method or configuration.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; legal: {', '.join(METHODS)}")
+    try:
+        return METHODS[str(name)](**config)
+    except TypeError as error:
+        raise ValueError(f"configuration of method {name!r} is not understood: {error}") from error
+
+
+__all__ = [
+    "METHODS",
+    "Combined",
+    "DDiT",
+    "DyDiT",
+    "FlexiDiT",
+    "Method",
+    "PPFlow",
+    "SparseDiT",
+    "method_from_config",
+]

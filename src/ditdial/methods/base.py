@@ -1,0 +1,114 @@
+"""What every method has: a config, the modules it adds, and how they start."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ditdial.backbones.base import Backbone
+from ditdial.cost.shape import Updates
+from ditdial.layers.new_modules import Sizes
+from ditdial.plan.mode import FULL, Mode
+from ditdial.plan.schedule import Schedule
+
+if TYPE_CHECKING:
+    from ditdial.cost.shape import TransformerShape
+
+
+class Method(ABC):
+    """One published system: its configuration and what it adds to a base.
+
+    Attributes:
+        name: key in `ditdial.methods.METHODS` and in adapter files.
+        paper: where it comes from.
+        recipes: ways to train it.
+        adapts: which of the backbone's layers carry low-rank updates: a regular expression that
+            their names match.
+        conditions: whether coarse modes change the conditioning vector.
+        skips: whether coarse modes have a path from the base patch vectors to the output's.
+        packs: whether branches of different modes may share one packed call, where the class can.
+    """
+
+    name: str
+    paper: str
+    recipes: tuple[str, ...]
+    adapts: str = ""
+    conditions: bool = False
+    skips: bool = False
+    packs: bool = True
+
+    @property
+    def singles(self) -> tuple[Method, ...]:
+        """The published systems it consists of: itself, where it is no combination."""
+        return (self,)
+
+    @property
+    @abstractmethod
+    def modes(self) -> tuple[Mode, ...]:
+        """The coarse modes it adds."""
+
+    def has(self, mode: Mode) -> bool:
+        """Whether it can run a mode."""
+        return mode in (FULL, *self.modes)
+
+    @property
+    @abstractmethod
+    def low_rank(self) -> int:
+        """Rank of the low-rank updates of self-attention and feed-forward; 0 for none."""
+
+    @property
+    @abstractmethod
+    def trains_base(self) -> bool:
+        """Whether the base's own weights are trained, hence part of the adapter."""
+
+    @property
+    def default_schedule(self) -> Schedule:
+        """What a fresh method runs with."""
+        return Schedule.constant(FULL)
+
+    def priced(
+        self, shape: TransformerShape, model: nn.Module, backbone: Backbone
+    ) -> TransformerShape:
+        """What the cost of a model depends on, with what the method changes in its blocks."""
+        return shape
+
+    def updates(
+        self,
+        shape: TransformerShape,
+        model: nn.Module,
+        backbone: Backbone,
+        size: tuple[Any, ...],
+    ) -> tuple[Updates, ...]:
+        """What its low-rank updates cost in a model.
+
+        Args:
+            shape: of the model, with what sparse and routed modes change in its blocks.
+            size: base grid and text tokens, as `Backbone.size` returns them.
+        """
+        if not self.low_rank:
+            return ()
+        backbone = backbone.adapting(self.adapts)
+        whole, layers = backbone.shape(model, *size), dict(backbone.low_rank_layers(model))
+        units = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
+        own, streamed = set(layers.values()), backbone.streamed if shape.sparse else None
+        blocks = backbone.routed_blocks(model) if shape.routable else ()
+        return (
+            Updates(
+                rank=self.low_rank,
+                units=whole.adapted,
+                text_units=whole.adapted_text,
+                modes=frozenset(mode.name for mode in self.modes),
+                blocks=() if streamed is None else tuple(streamed.adapted(model, units)),
+                routed=tuple(block.adapted(own) for block in blocks),
+            ),
+        )
+
+    @abstractmethod
+    def build(self, model: nn.Module, backbone: Backbone) -> Sizes:
+        """New parameters for a base, initialised from it."""
+
+    @abstractmethod
+    def to_config(self) -> dict[str, Any]:
+        """Plain data; the class's constructor takes it back."""

@@ -1,0 +1,485 @@
+"""DyDiT (2410.03456) and DyDiT++ (2504.06803): routed width and tokens.
+
+In every block two routers read the timestep alone and open attention heads and groups of channels
+of the feed-forward; a third reads each token and lets it into the feed-forward or not (section 3).
+A width lambda is the share of the blocks' work that its routers were trained to leave in. One
+adapter may have several widths, each with routers of its own on the same blocks, and coarse patches
+beside them.
+
+Recipes: *full* trains the base's weights with the routers; *td-lora* (DyDiT++) leaves them frozen
+and adds low-rank experts, mixed by the timestep.
+
+Shape legend: B pictures, N tokens, D width, L blocks, H heads, G groups of channels, S slots of
+either, T noise levels, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditdial.backbones.base import Backbone
+from ditdial.backbones.routed import RoutedBlock, has_fused
+from ditdial.host.weights import compute_dtype
+from ditdial.layers.new_modules import Sizes
+from ditdial.layers.width_pass import Narrow, Open
+from ditdial.methods.base import Method
+from ditdial.methods.projections import MarkedProjections, legal_scale
+from ditdial.ops.gates import gate, logistic_noise, open_mask, with_constant
+from ditdial.ops.patching import RESIZES, Triple
+from ditdial.ops.widths import (
+    by_importance,
+    channel_importance,
+    features_of,
+    head_importance,
+    shared_out,
+    slot_of_features,
+)
+from ditdial.plan.mode import FULL, Mode
+
+LEVELS = 10
+"""Bins of noise levels for which the share of kept tokens is recorded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DyDiT(Method):
+    """Configuration.
+
+    Args:
+        widths: share of the blocks' work that each set of routers is trained for; the paper has
+            models at 0.9 to 0.3.
+        recipe: ``full`` or ``td-lora``.
+        tokens: whether tokens may skip the feed-forward.
+        scales: coarse sizes in base patches per axis that are routed as well; none in the paper.
+        groups: of channels; as many as heads by default, as in the paper.
+        rank, experts: of the low-rank experts (td-lora).
+        head_bias, token_bias: with which logits start, far on the open side; 15 and 35 in the
+            paper. Smaller ones close sooner in a short training.
+        resize: how base weights start coarse sizes.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    widths: tuple[float, ...] = (0.5,)
+    recipe: str = "full"
+    tokens: bool = True
+    scales: tuple[int | Triple, ...] = ()
+    groups: int = 0
+    rank: int = 8
+    experts: int = 4
+    head_bias: float = 15.0
+    token_bias: float = 35.0
+    resize: str = "pinv"
+
+    name = "dydit"
+    paper = "DyDiT, arXiv 2410.03456"
+    recipes = ("full", "td-lora")
+    packs = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(self.widths))
+        scales = tuple(tuple(k) if isinstance(k, list) else k for k in self.scales)
+        object.__setattr__(self, "scales", scales)
+        widths = [Mode(width=width) for width in self.widths]  # says what is legal
+        if not widths or FULL in widths or len(set(widths)) < len(widths):
+            raise ValueError(
+                f"widths = {self.widths}; legal: at least one, all different, whole percents in "
+                "(0, 1)"
+            )
+        if self.recipe not in self.recipes:
+            raise ValueError(f"recipe = {self.recipe!r}; legal: {', '.join(self.recipes)}")
+        if not all(legal_scale(k) for k in scales) or len({Mode(k) for k in scales}) < len(scales):
+            raise ValueError(
+                f"scales = {self.scales}; legal: all different, each a whole number >= 2 or three "
+                "whole numbers (t, h, w) >= 1, not all 1"
+            )
+        for name, least in (("groups", 0), ("rank", 1), ("experts", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} = {value!r}; legal: a whole number >= {least}")
+        for name in ("head_bias", "token_bias"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{name} = {value!r}; legal: above 0 (all open at the start)")
+        if self.resize not in RESIZES:
+            raise ValueError(f"resize = {self.resize!r}; legal: {', '.join(RESIZES)}")
+
+    @property
+    def patches(self) -> tuple[Mode, ...]:
+        """Full mode and the coarse sizes, at full width."""
+        return (FULL, *(Mode(k) for k in self.scales))
+
+    @property
+    def routed(self) -> tuple[Mode, ...]:
+        """The modes that have routers."""
+        return tuple(
+            Mode(patch.patch_scale, width=width) for patch in self.patches for width in self.widths
+        )
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        return (*self.patches[1:], *self.routed)
+
+    def has(self, mode: Mode) -> bool:
+        """Besides the trained modes, widths between them and fixed shares of the tokens."""
+        known = mode.patch in self.patches and not mode.is_sparse
+        return known and (self.tokens or mode.token_keep is None)
+
+    def routing(self, mode: Mode) -> Mode:
+        """The patch and width that routers go by in a mode.
+
+        Where another method makes coarse patches, those of base tokens decide.
+        """
+        patch = mode.patch_scale if mode.patch in self.patches else 1
+        return Mode(patch, width=mode.width)
+
+    def trained(self, mode: Mode) -> Mode:
+        """The mode whose routers a routed mode uses: those of the nearest width."""
+        width = min(self.widths, key=lambda each: (abs(each - mode.width), each))
+        return Mode(self.routing(mode).patch_scale, width=width)
+
+    @property
+    def low_rank(self) -> int:
+        return 0
+
+    @property
+    def trains_base(self) -> bool:
+        return self.recipe == "full"
+
+    def build(self, model: nn.Module, backbone: Backbone) -> Sizes:
+        return RoutedSizes(self, model, backbone)
+
+    def to_config(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Routers(nn.Module):
+    """The three routers of every block, for one mode, in float32 whatever surrounds them.
+
+    Logits of 15 and 35 lose their order in bfloat16.
+
+    Args:
+        blocks, heads, groups: how many.
+        time_width, width: of the timestep's embedding, and of the tokens.
+    """
+
+    def __init__(
+        self, blocks: int, heads: int, groups: int, time_width: int, width: int, method: DyDiT
+    ) -> None:
+        super().__init__()
+        inner = width // 16
+        for name, slots in (("head", heads), ("channel", groups)):
+            weight = torch.empty(blocks, slots - 1, time_width)
+            bias = torch.full((blocks, slots - 1), method.head_bias)
+            self._add(name, weight, bias)
+        if method.tokens:
+            self._add("token_in", torch.empty(blocks, inner, width), torch.zeros(blocks, inner))
+            bias = torch.full((blocks, 1), method.token_bias)
+            self._add("token_out", torch.empty(blocks, 1, inner), bias)
+        # What is known of the tokens beforehand: the share that training ended with.
+        self.register_buffer("token_shares", torch.ones(blocks, LEVELS))
+
+    def _add(self, name: str, weight: Tensor, bias: Tensor) -> None:
+        for one in weight:
+            if one.numel():
+                nn.init.xavier_uniform_(one)
+        self.register_parameter(f"{name}_weight", nn.Parameter(weight))
+        self.register_parameter(f"{name}_bias", nn.Parameter(bias))
+
+    def slots(self, name: str, time_BD: Tensor) -> Tensor:
+        """Logits of the slots behind the first, ``(B, L, S - 1)``."""
+        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
+        with torch.autocast(time_BD.device.type, enabled=False):
+            return torch.einsum("bd,lsd->bls", time_BD.float(), weight.float()) + bias.float()
+
+    def tokens(self, block: int, x_BND: Tensor) -> Tensor:
+        """Logits of a block's tokens, ``(B, N)``."""
+        names = ("token_in_weight", "token_in_bias", "token_out_weight", "token_out_bias")
+        into, into_bias, out, out_bias = (getattr(self, name)[block].float() for name in names)
+        with torch.autocast(x_BND.device.type, enabled=False):
+            hidden = F.relu(F.linear(x_BND.float(), into, into_bias))
+            return F.linear(hidden, out, out_bias)[..., 0]
+
+
+class RoutedSizes(MarkedProjections):
+    """Routers by mode, the order of the slots, experts, and projections of coarse sizes.
+
+    Attributes:
+        gated: everything is computed and multiplied by gates, instead of sliced.
+        drawing: what draws the noise of gates, as in training; None for none.
+        offsets: added to the logits of heads and channels in widths between those trained for.
+    """
+
+    def __init__(self, method: DyDiT, model: nn.Module, backbone: Backbone) -> None:
+        super().__init__(method.patches[1:], method.resize, model, backbone)
+        self.method, self.gated = method, False
+        self.drawing: torch.Generator | None = None
+        self.offsets: dict[Mode, float] = {}
+        blocks = list(backbone.routed_blocks(model))
+        self.heads, self.groups = _slots(method, backbone, blocks)
+        time_width = backbone.time_width(model)
+        kernel, _ = backbone.embed_kernel(model)
+        self.routers = nn.ModuleDict()
+        for mode in method.routed:
+            width = blocks[0].narrow.out_features
+            routers = Routers(len(blocks), self.heads, self.groups, time_width, width, method)
+            self.routers[mode.name] = routers.to(kernel.device)
+        for index, block in enumerate(blocks):
+            for role, slots in _slot_tables(block, self.groups).items():
+                self.register_buffer(f"{role}_{index}", slots)
+        self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
+        if method.recipe == "td-lora":
+            self._add_experts(model, blocks, time_width)
+
+    def _add_experts(self, model: nn.Module, blocks: list[RoutedBlock], time_width: int) -> None:
+        method, names = self.method, {module: name for name, module in model.named_modules()}
+        for layer in (layer for block in blocks for layer in block.layers):
+            like: dict[str, Any] = {"device": layer.weight.device, "dtype": compute_dtype(layer)}
+            A = torch.randn(method.rank, layer.in_features).to(**like) / layer.in_features**0.5
+            B = torch.zeros(method.experts, layer.out_features, method.rank).to(**like)
+            key = _key(names[layer])
+            self.A[key], self.B[key] = nn.Parameter(A), nn.Parameter(B)
+        device = blocks[0].narrow.weight.device
+        self.mixer = nn.Linear(time_width, method.experts, device=device)
+
+    @property
+    def routed(self) -> RoutedSizes:
+        return self
+
+    def experts(self, layer: str) -> tuple[Tensor, Tensor]:
+        """``A`` ``(r, in)``, which the experts share, and ``B`` ``(E, out, r)``, of a layer."""
+        return self.A[_key(layer)], self.B[_key(layer)]
+
+    def routes(self, mode: Mode) -> bool:
+        return not mode.has_base_patch
+
+    def embed(self, vectors: Tensor, mode: Mode) -> Tensor:
+        return super().embed(vectors, mode.patch)
+
+    def project(self, hidden: Tensor, mode: Mode, grid: Triple) -> Tensor:
+        return super().project(hidden, mode.patch, grid)
+
+    def mix(self, time_BD: Tensor) -> Tensor | None:
+        """How much of each expert, ``(B, E)``."""
+        if self.method.recipe != "td-lora":
+            return None
+        weight, bias = self.mixer.weight.float(), self.mixer.bias.float()
+        return F.linear(time_BD.float(), weight, bias).softmax(-1)
+
+    @torch.no_grad()
+    def decide(self, mode: Mode, time_TD: Tensor) -> dict[str, Tensor]:
+        """Open slots of each block at T noise levels, ``(T, L, S)`` booleans by role."""
+        opened = {}
+        for role, logits in self.logits(mode, time_TD).items():
+            first = torch.ones_like(logits[..., :1], dtype=torch.bool)
+            opened[role] = torch.cat([first, logits > 0], dim=-1)
+        return opened
+
+    def logits(self, mode: Mode, time_BD: Tensor) -> dict[str, Tensor]:
+        """Of the slots behind the first of each block, ``(B, L, S - 1)`` by role."""
+        routers, offset = self._of(mode), self.offsets.get(self.method.routing(mode), 0.0)
+        return {
+            role: routers.slots(name, time_BD) + offset
+            for role, name in (("heads", "head"), ("channels", "channel"))
+        }
+
+    def sliced(
+        self, mode: Mode, opened: dict[str, Tensor], mix: Tensor | None, known: dict[Any, Tensor]
+    ) -> Narrow:
+        """A forward pass that leaves out what is closed.
+
+        Args:
+            opened: of each block, ``(L, S)`` by role, on the CPU.
+            known: features by block, role and open slots; the same tensor stands for the same ones.
+        """
+        opens: dict[str, list[Open]] = {"heads": [], "channels": [], "both": []}
+        for block in range(len(opened["heads"])):
+            found = {
+                role: self._open(block, role, bits[block], known) for role, bits in opened.items()
+            }
+            for role, part in found.items():
+                opens[role].append(part)
+            opens["both"].append(self._both(block, found, known))
+        return self._narrow(mode, opens, mix)
+
+    def _open(self, block: int, role: str, bits: Tensor, known: dict[Any, Tensor]) -> Open:
+        share = bits.float().mean().item()
+        if bits.all():
+            return Open(1.0)
+        key = (block, role, tuple(bits.tolist()))
+        if key not in known:
+            table = getattr(self, f"{role}_{block}")
+            known[key] = features_of(bits.to(table.device), table)
+        return Open(share, known[key], heads=int(bits.sum()) if role == "heads" else None)
+
+    def _both(self, block: int, found: dict[str, Open], known: dict[Any, Tensor]) -> Open:
+        """Features of a layer that takes those of the heads and then those of the channels."""
+        pieces, key = [], ("both", block, *(id(part.features) for part in found.values()))
+        start = 0
+        for role, part in found.items():
+            table = getattr(self, f"{role}_{block}")
+            every = torch.arange(len(table), device=table.device)
+            pieces.append(start + (every if part.features is None else part.features))
+            start += len(table)
+        if all(part.features is None for part in found.values()):
+            return Open(1.0)
+        return Open(1.0, known.setdefault(key, torch.cat(pieces)))
+
+    def gating(self, mode: Mode, time_BD: Tensor) -> Narrow:
+        """A forward pass that computes everything and multiplies by gates, with gradients."""
+        drawing = self.drawing
+        opens: dict[str, list[Open]] = {"heads": [], "channels": [], "both": []}
+        logits = {role: x.unbind(1) for role, x in self.logits(mode, time_BD).items()}
+        for block in range(len(logits["heads"])):
+            gates = []
+            for role in ("heads", "channels"):
+                each = logits[role][block]
+                slots = with_constant(gate(each, logistic_noise(each, drawing)))
+                table = getattr(self, f"{role}_{block}")
+                gates.append(slots[:, table])
+                opens[role].append(Open(slots.mean(1), gates=gates[-1]))
+            opens["both"].append(Open(1.0, gates=torch.cat(gates, dim=1)))
+        narrow = self._narrow(mode, opens, self.mix(time_BD))
+
+        def token_gates(block: int, logits: Tensor) -> Tensor:
+            if narrow.capacities is not None:
+                return open_mask(logits, narrow.capacities[block])
+            return gate(logits, logistic_noise(logits, drawing))
+
+        narrow.token_gates = token_gates
+        return narrow
+
+    def _narrow(self, mode: Mode, opens: dict[str, list[Open]], mix: Tensor | None) -> Narrow:
+        tokens: Callable[[int, Tensor], Tensor] | None = None
+        if self.method.tokens:
+            tokens = self._of(mode).tokens
+        return Narrow(
+            mode,
+            {role: tuple(parts) for role, parts in opens.items()},
+            token_logits=tokens,
+            mix=mix,
+            capacities=None if mode.token_keep is None else tuple(self.token_shares(mode, None)),
+        )
+
+    def token_shares(self, mode: Mode, level: float | None) -> list[float]:
+        """Share of the tokens that each block is known to keep at a noise level.
+
+        A fixed share is spread over the blocks as training left it, the same at all levels.
+        """
+        table = self._of(mode).token_shares.float()
+        if mode.token_keep is not None:
+            return shared_out(table.mean(1).tolist(), mode.token_keep)
+        if level is None:
+            return table.mean(1).tolist()
+        return table[:, min(int(level * LEVELS), LEVELS - 1)].tolist()
+
+    def _of(self, mode: Mode) -> Any:
+        return self.routers[self.method.trained(mode).name]
+
+    @torch.no_grad()
+    def force(self, mode: Mode, heads: float, channels: float) -> None:
+        """Have a mode's routers open the same shares of the slots at all timesteps.
+
+        For measuring what a share costs without training.
+
+        Raises:
+            ValueError: a share that is not in (0, 1].
+        """
+        for name, share, slots in (
+            ("head", heads, self.heads),
+            ("channel", channels, self.groups),
+        ):
+            if not 0 < share <= 1:
+                raise ValueError(f"{name}s = {share}; legal: (0, 1]")
+            kept = max(1, round(share * slots)) - 1
+            getattr(self._of(mode), f"{name}_weight").zero_()
+            bias = getattr(self._of(mode), f"{name}_bias")
+            bias.fill_(-1.0)[:, :kept] = 1.0
+
+
+def _slots(method: DyDiT, backbone: Backbone, blocks: list[RoutedBlock]) -> tuple[int, int]:
+    """Heads, and groups of channels, of every block.
+
+    Raises:
+        ValueError: blocks that differ, or groups that do not divide the channels.
+    """
+    if not blocks:
+        raise ValueError(
+            f"no routed layers are known of {backbone.model_class}; legal: a class whose backbone "
+            "names them"
+        )
+    heads = {block.heads for block in blocks}
+    if len(heads) > 1:
+        raise ValueError(f"blocks have {sorted(heads)} heads; legal: the same number in all")
+    groups = method.groups or blocks[0].heads
+    for block in blocks:
+        if has_fused(block.attention):
+            raise ValueError(
+                f"the attention of {block.name} has fused projections, from which no heads can be "
+                "taken; legal: unfuse them first (model.unfuse_qkv_projections())"
+            )
+        if groups < 1 or block.channels % groups:
+            raise ValueError(
+                f"groups = {groups} in {block.name}; legal: a divisor of its {block.channels} "
+                "channels"
+            )
+        for layer in block.layers:
+            if not _is_plain(layer):
+                raise ValueError(
+                    f"a layer of {block.name} is a {type(layer).__name__} with weights of type "
+                    f"{type(getattr(layer, 'weight', None)).__name__}, from which no rows can be "
+                    "taken; legal: plain linear layers (fuse a LoRA and unload it; for quantised "
+                    "weights a method that changes patches, flexidit or ddit)"
+                )
+    return blocks[0].heads, groups
+
+
+def _is_plain(layer: Any) -> bool:
+    weight = getattr(layer, "weight", None)
+    plain = isinstance(layer, nn.Linear) and isinstance(weight, nn.Parameter)
+    return plain and type(weight) is nn.Parameter and weight.is_floating_point()
+
+
+@torch.no_grad()
+def _slot_tables(block: RoutedBlock, groups: int) -> dict[str, Tensor]:
+    """The slot of each head feature and of each channel, most important first."""
+    rows = [x.weight for x in (*block.inputs, *block.text_inputs)]
+    columns = [x.weight for x in (*block.outputs, *block.text_outputs)]
+    narrow = block.narrow.weight
+    if block.shared:
+        columns.append(narrow[:, : block.width])
+        narrow = narrow[:, block.width :]
+    heads = by_importance(head_importance(rows, columns, block.heads))
+    slots = slot_of_features(heads, 1).repeat_interleave(block.width // block.heads)
+    channels = by_importance(channel_importance(block.widen.weight, narrow))
+    return {
+        "heads": slots,
+        "channels": slot_of_features(channels, block.channels // groups),
+    }
+
+
+def _key(layer: str) -> str:
+    """A layer's name as a key of a module dictionary."""
+    return layer.replace(".", "__")
+
+
+def work_share(narrow: Narrow, work: Iterable[tuple[float, float]]) -> Tensor:
+    """Share of the blocks' work that each picture's gates leave in, ``(B,)``: F of section 3.3.
+
+    Args:
+        work: of each block, what narrows with its heads and what with its channels and tokens.
+    """
+    total, left = 0.0, torch.zeros(())
+    for index, (heads, channels) in enumerate(work):
+        token = narrow.token_shares.get(index, 1.0)
+        wide = torch.as_tensor(narrow.opens["channels"][index].share) * token
+        left = torch.as_tensor(narrow.opens["heads"][index].share) * heads + wide * channels + left
+        total += heads + channels
+    return left / total

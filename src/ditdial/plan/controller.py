@@ -1,0 +1,101 @@
+"""Controllers choose the mode of each call of a run.
+
+A controller is plain configuration; what it remembers of a run lives in the `Run` that `begin`
+returns, and is gone with it. The simplest controller is a `Schedule`; `DDiTController` looks at the
+latents.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from ditdial.plan.mode import Mode
+from ditdial.plan.schedule import Schedule, Segment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What is known of a run before its first call.
+
+    Args:
+        levels: noise levels of its model calls, one per call of the conditional branch; empty where
+            no scheduler tells them (a bare model).
+        macs: multiply-adds of one forward pass of one picture in a mode at a noise level (None: in
+            the mean).
+        guided: whether there is a guidance branch; None where that is not known yet.
+        packing: what two branches of different modes cost more where they share one packed call.
+    """
+
+    levels: tuple[float, ...]
+    macs: Callable[[Mode, float | None], float]
+    guided: bool | None = None
+    packing: Callable[[Mode, Mode], float] | None = None
+
+    def cost(self, segment: Segment, level: float | None = None) -> float:
+        """Multiply-adds of one picture in one call at a noise level, both branches."""
+        mode, guide = segment.mode, segment.guide_mode
+        if self.guided is False or segment.gain == 0:
+            return self.macs(mode, level)
+        both = self.macs(mode, level) + self.macs(guide, level)
+        return both if self.packing is None or guide == mode else both + self.packing(mode, guide)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """How one picture runs in one call.
+
+    Args:
+        why: what led to it, as plain data: a statistic and its threshold, say.
+    """
+
+    segment: Segment
+    why: dict[str, Any] | None = None
+
+
+class Run(ABC):
+    """A controller at work on one run; pictures keep their place in the batch.
+
+    Attributes:
+        learns: whether it wants to see the predicted clean latents.
+    """
+
+    learns: bool = False
+
+    @abstractmethod
+    def decide(self, level: float, latents: Tensor) -> Sequence[Decision]:
+        """The next call of the conditional branch.
+
+        Args:
+            latents: of the conditional rows on the base grid, ``(B, T, H, W, C, p)`` with ``p``
+                numbers of each channel in one base patch.
+
+        Returns:
+            One decision for each of the B pictures.
+        """
+
+    def learn(self, level: float, clean: Tensor) -> None:
+        """What the call then predicted of the clean latents, of the shape `decide` is given."""
+        return
+
+
+class Controller(ABC):
+    """Chooses modes while sampling."""
+
+    @property
+    @abstractmethod
+    def modes(self) -> set[Mode]:
+        """Every mode it may choose."""
+
+    @abstractmethod
+    def begin(self, facts: Facts) -> Run | Schedule:
+        """Start a run; a schedule where all its choices are made before it.
+
+        Raises:
+            ValueError: the run does not allow what was asked for (a cap that cannot be kept, too
+                few steps).
+        """

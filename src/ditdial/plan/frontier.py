@@ -1,0 +1,109 @@
+"""The best plan for every budget at once, by dynamic programming."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+RESOLUTION = 1e-9
+"""Costs that agree to this share of the full cost count as one, or rounding would multiply them."""
+
+
+ROUNDING = 1e-12
+"""Share of the full cost by which sums of the same numbers in another order may differ."""
+
+
+@dataclass(frozen=True, eq=False)
+class Frontier:
+    """Every plan that no cheaper plan equals, cheapest first.
+
+    Attributes:
+        costs, damages: of the plans, ``(P,)``; costs rise and damages fall.
+    """
+
+    costs: NDArray[np.float64]
+    damages: NDArray[np.float64]
+    _back: tuple[tuple[NDArray[np.int32], NDArray[np.int16]], ...] = field(repr=False)
+
+    @classmethod
+    def of(cls, damage_SK: ArrayLike, cost_SK: ArrayLike, *, limit: float = math.inf) -> Frontier:
+        """Solve for every budget up to a limit.
+
+        Args:
+            damage_SK: what each choice does at each step, ``(S, K)``.
+            cost_SK: what it costs there as a share of the full run, ``(S, K)`` or ``(K,)``.
+            limit: plans that cost more are left out.
+
+        Raises:
+            ValueError: shapes that do not fit, numbers that are negative or not finite, or a limit
+                below the cheapest plan.
+        """
+        damage_SK = np.asarray(damage_SK, dtype=np.float64)
+        if damage_SK.ndim != 2 or not damage_SK.size:
+            raise ValueError(f"damage has shape {damage_SK.shape}; legal: (steps, choices)")
+        cost_SK = np.broadcast_to(np.asarray(cost_SK, dtype=np.float64), damage_SK.shape)
+        for name, values in (("damage", damage_SK), ("cost", cost_SK)):
+            if not (np.isfinite(values).all() and (values >= 0).all()):
+                raise ValueError(f"{name} goes from {values.min()} to {values.max()}; legal: >= 0")
+        least = cost_SK.min(axis=1)
+        if least.sum() > limit + ROUNDING:
+            raise ValueError(
+                f"budget = {limit}; legal: {_up(least.sum())} (the cheapest choice throughout) to 1"
+            )
+        ahead = np.append(least[::-1].cumsum()[::-1][1:], 0.0)
+        costs, damages, back = np.zeros(1), np.zeros(1), []
+        for step in range(len(damage_SK)):
+            # Choice by choice, so that the costs are K sorted runs, which a stable sort merges.
+            cost = (cost_SK[step][:, None] + costs).ravel()
+            damage = (damage_SK[step][:, None] + damages).ravel()
+            kept = _undominated(cost, damage, limit + 2 * ROUNDING - ahead[step])
+            back.append(
+                ((kept % len(costs)).astype(np.int32), (kept // len(costs)).astype(np.int16))
+            )
+            costs, damages = cost[kept], damage[kept]
+        return cls(costs, damages, tuple(back))
+
+    def __len__(self) -> int:
+        return len(self.costs)
+
+    def best(self, budget: float) -> int:
+        """Index of the plan with the least damage within a budget.
+
+        Raises:
+            ValueError: a budget below the cheapest plan.
+        """
+        index = int(np.searchsorted(self.costs, budget + 2 * ROUNDING, side="right")) - 1
+        if index < 0:
+            raise ValueError(
+                f"budget = {budget}; legal: {_up(self.costs[0])} (the cheapest choice throughout) "
+                "to 1"
+            )
+        return index
+
+    def choices(self, index: int) -> NDArray[np.intp]:
+        """The choice of each step of a plan, ``(S,)``."""
+        found = []
+        for parents, choices in reversed(self._back):
+            found.append(choices[index])
+            index = parents[index]
+        return np.array(found[::-1], dtype=np.intp)
+
+
+def _undominated(cost: NDArray, damage: NDArray, limit: float) -> NDArray[np.intp]:
+    """Indices of the labels within a limit that no cheaper one equals, cheapest first."""
+    within = np.flatnonzero(cost <= limit)
+    order = within[np.argsort(cost[within], kind="stable")]
+    lowest = np.minimum.accumulate(damage[order])
+    better = np.append(True, damage[order][1:] < lowest[:-1])
+    kept = order[better]
+    # Of costs that only rounding tells apart, the last one has the least damage.
+    key = np.rint(cost[kept] / RESOLUTION)
+    return kept[np.append(key[1:] != key[:-1], True)]
+
+
+def _up(cost: float) -> float:
+    """A cost as it is told: never rounded below what is legal."""
+    return math.ceil(cost * 1e4 - 1e-6) / 1e4

@@ -1,0 +1,188 @@
+"""What really ran: one record per model call, and their sums."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ditdial.plan.mode import Mode
+
+
+class Stopwatch:
+    """Seconds of device work from creation to `stop`; on CUDA by events, without a wait."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._start = self._mark()
+        self._end: float | torch.cuda.Event = self._start
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def stop(self) -> Stopwatch:
+        """Mark the end; returns itself."""
+        self._end = self._mark()
+        return self
+
+    @property
+    def seconds(self) -> float:
+        """Elapsed seconds; waits for the device if it is still at work."""
+        if isinstance(self._start, float) and isinstance(self._end, float):
+            return self._end - self._start
+        self._end.synchronize()  # pyrefly: ignore[missing-attribute]
+        return self._start.elapsed_time(self._end) / 1000  # pyrefly: ignore[missing-attribute]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallRecord:
+    """One model call that was made.
+
+    Args:
+        mode: of the call, of its conditional branch if it held both; None where a guidance call
+            only repeated the conditional prediction.
+        guide: mode of the guidance branch in the same call, None if there was none.
+        branch: what the pipeline called the branch, if it calls the model once per branch.
+        macs, full_macs: multiply-adds of all rows, as run and as full mode would have cost.
+        pictures: which of the batch ran in this mode, where not all of them did.
+        why: what led to each of their modes, if a controller chose them.
+        guided: the rows hold both branches.
+    """
+
+    level: float | None
+    mode: Mode | None
+    guide: Mode | None
+    branch: str | None = None
+    rows: int
+    macs: float
+    full_macs: float
+    watch: Stopwatch
+    pictures: tuple[int, ...] | None = None
+    why: tuple[dict[str, Any] | None, ...] = ()
+    guided: bool = False
+
+
+@dataclass
+class Trail:
+    """One picture's way through a run, a line per step.
+
+    Args:
+        why: what led to each mode, if a controller chose it.
+        macs, full_macs: multiply-adds of all its branches, as run and in full mode.
+    """
+
+    levels: list[float | None]
+    modes: list[Mode | None]
+    why: list[dict[str, Any] | None]
+    macs: float
+    full_macs: float
+
+    @property
+    def ratio(self) -> float:
+        """Cost over that of the same calls in full mode."""
+        return self.macs / self.full_macs if self.full_macs else 1.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """The calls of one run.
+
+    Args:
+        budget: the share of the full cost that it was allowed, if it was planned for one.
+    """
+
+    calls: tuple[CallRecord, ...]
+    budget: float | None = None
+
+    @property
+    def macs(self) -> float:
+        """Multiply-adds of the run."""
+        return sum(call.macs for call in self.calls)
+
+    @property
+    def ratio(self) -> float:
+        """Cost over that of the same calls in full mode; 1 for an empty run."""
+        full = sum(call.full_macs for call in self.calls)
+        return self.macs / full if full else 1.0
+
+    @property
+    def seconds(self) -> float:
+        """Seconds inside the model."""
+        return sum(call.watch.seconds for call in self.calls)
+
+    def by_picture(self) -> list[Trail]:
+        """The run of each picture of the batch, branches of one step in one line.
+
+        A call of a guidance branch by itself adds to the step of the conditional call before it.
+        """
+        count = max((self._pictures(call) for call in self.calls), default=0)
+        trails = [Trail([], [], [], 0.0, 0.0) for _ in range(count)]
+        for call in self.calls:
+            places = range(count) if call.pictures is None else call.pictures
+            follows = call.branch is not None and call.guide is None and not call.why
+            for row, place in enumerate(places):
+                trail = trails[place]
+                trail.macs += call.macs / len(places)
+                trail.full_macs += call.full_macs / len(places)
+                if follows and trail.levels and trail.levels[-1] == call.level:
+                    continue
+                trail.levels.append(call.level)
+                trail.modes.append(call.mode)
+                trail.why.append(call.why[row] if call.why else None)
+        return trails
+
+    @staticmethod
+    def _pictures(call: CallRecord) -> int:
+        if call.pictures is not None:
+            return max(call.pictures) + 1
+        return call.rows // 2 if call.guided else call.rows
+
+    def to_dict(self) -> dict[str, object]:
+        """Plain data: totals and one row per call."""
+        rows = [
+            {
+                "index": index,
+                "level": call.level,
+                "branch": call.branch,
+                "mode": call.mode.name if call.mode else None,
+                "guide": call.guide.name if call.guide else None,
+                "rows": call.rows,
+                "macs": call.macs,
+                "seconds": call.watch.seconds,
+                "pictures": call.pictures,
+                "why": list(call.why),
+            }
+            for index, call in enumerate(self.calls)
+        ]
+        totals = {"macs": self.macs, "ratio": self.ratio, "seconds": self.seconds}
+        return {**totals, "budget": self.budget, "calls": rows}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        lines = [
+            f"{'call':>4} {'level':>6} {'mode':>8} {'guide':>8} {'rows':>5} {'GMAC':>10} {'ms':>9}"
+        ]
+        for index, call in enumerate(self.calls):
+            level = "-" if call.level is None else f"{call.level:.3f}"
+            guide = call.guide.name if call.guide else "-"
+            mode = call.mode.name if call.mode else "-"
+            lines.append(
+                f"{index:>4} {level:>6} {mode:>8} {guide:>8} {call.rows:>5} "
+                f"{call.macs / 1e9:>10.3f} {call.watch.seconds * 1e3:>9.1f}"
+            )
+        asked = "" if self.budget is None else f" (of {self.budget:.1%} allowed)"
+        lines.append(
+            f"{self.ratio:.1%} of the full cost{asked}, {self.macs / 1e9:.3f} GMAC, "
+            f"{self.seconds:.3f} s in the model"
+        )
+        return "\n".join(lines)

@@ -1,0 +1,45 @@
+"""A device: its name in results, and what a step takes on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ditdial.plan.mode import FULL
+from ditdial.plan.schedule import Segment
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """Seconds of one model call on one device.
+
+    Args:
+        device: as `device_name` tells it.
+        rows: pictures in the batch.
+        alone: of one branch, by name of the mode.
+        together: of both branches in one call of the same mode; None where the pipeline calls the
+            model once per branch.
+
+    Raises:
+        ValueError: seconds that are not above zero, or none of full mode.
+    """
+
+    device: str
+    rows: int
+    alone: Mapping[str, float]
+    together: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("alone", "together"):
+            found = getattr(self, name)
+            if found is not None and (FULL.name not in found or min(found.values()) <= 0):
+                raise ValueError(f"seconds {name} = {found}; legal: > 0, with those of full mode")
+
+    def of(self, step: Segment, *, guided: bool) -> float:
+        """Seconds of one step."""
+        mode, guide = step.mode.name, step.guide_mode.name
+        if not guided or step.gain == 0:
+            return self.alone[mode]
+        if self.together is not None and guide == mode and step.gain == 1:
+            return self.together[mode]
+        return self.alone[mode] + self.alone[guide]

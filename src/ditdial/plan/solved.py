@@ -1,0 +1,134 @@
+"""The dial: a budget and a calibration, solved for the noise levels of each run before it starts.
+
+The plan is found again for every run, so it costs the same share of 10 steps as of 100 and under
+another scheduler, and it is the best plan for just these steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ditdial.plan.budget import Budget, Choice
+from ditdial.plan.calibration import Calibration
+from ditdial.plan.controller import Controller, Facts
+from ditdial.plan.frontier import Frontier
+from ditdial.plan.mode import Mode
+from ditdial.plan.schedule import Schedule
+from ditdial.plan.seconds import Seconds
+
+USUAL_STEPS = 50
+"""Evenly spaced steps to solve for where nobody tells the levels of a run."""
+
+TIE = 1e-6
+"""Weight of plain errors beside the damage: they decide at pure noise and data, where it is 0."""
+
+
+class Offer(NamedTuple):
+    """What a budget buys: the share of the full cost, the damage, and the schedule."""
+
+    ratio: float
+    damage: float
+    schedule: Schedule
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolvedBudget(Controller):
+    """Runs every run at the least damage that its budget allows.
+
+    Args:
+        seconds: what a step takes on the device of the runs; needed for a budget in seconds.
+
+    Raises:
+        ValueError: a budget in seconds without seconds, a criterion that was not measured.
+    """
+
+    calibration: Calibration
+    budget: Budget
+    seconds: Seconds | None = None
+
+    def __post_init__(self) -> None:
+        if self.budget.currency == "seconds" and self.seconds is None:
+            raise ValueError("seconds = None; legal for a budget in seconds: measured ones")
+        self.calibration.damage([0.5], criterion=self.budget.criterion)
+
+    @property
+    def modes(self) -> set[Mode]:
+        """Of all choices."""
+        return self.calibration.modes
+
+    def begin(self, facts: Facts) -> Schedule:
+        """The best schedule for the levels of a run.
+
+        All of the budget buys the calibration's first choice throughout: the base's own run, unless
+        the calibration is one of weak guidance. Where its reference is another and cheaper, less
+        than all buys no more than the reference.
+
+        Raises:
+            ValueError: a budget below the cheapest plan.
+        """
+        if self.budget.share == 1:
+            first = self.calibration.choices[0]
+            return Schedule([first.segment(1, 0)])
+        steps = _Steps(self, facts)
+        frontier = steps.frontier(self.budget.share)
+        return steps.schedule(frontier.choices(frontier.best(self.budget.share)))
+
+    def offers(self, facts: Facts, count: int = 50) -> list[Offer]:
+        """The best plans for a run at evenly spaced budgets, cheapest first.
+
+        Args:
+            count: of the budgets; fewer offers come back where several budgets buy the same.
+        """
+        steps = _Steps(self, facts)
+        frontier = steps.frontier()
+        budgets = np.linspace(frontier.costs[0], frontier.costs[-1], count)
+        found = sorted({frontier.best(budget) for budget in budgets})
+        plans = {index: frontier.choices(index) for index in found}
+        return [
+            Offer(float(frontier.costs[i]), steps.damage_of(plan), steps.schedule(plan))
+            for i, plan in plans.items()
+        ]
+
+
+class _Steps:
+    """The steps of one run, as the solver sees them: one for each of its noise levels.
+
+    Steps of the same level (a solver's second look) cannot differ, since schedules speak of levels.
+    """
+
+    def __init__(self, controller: SolvedBudget, facts: Facts) -> None:
+        calibration, criterion = controller.calibration, controller.budget.criterion
+        guided = facts.guided is not False
+        told = facts.levels or [1 - step / USUAL_STEPS for step in range(USUAL_STEPS)]
+        levels, counts = np.unique(np.clip(told, 0, 1), return_counts=True)
+        self.levels: list[float] = levels[::-1].tolist()
+        self.choices: Sequence[Choice] = calibration.choices
+        if not guided:
+            self.choices = [Choice(mode=mode) for mode in calibration.conditional]
+        self.damage = calibration.damage(self.levels, criterion=criterion, guided=guided)
+        self.ordered = self.damage + TIE * calibration.errors(self.levels, guided=guided)
+        self.segments = segments = [choice.segment(1, 0) for choice in self.choices]
+        full = Choice().segment(1, 0)
+        seconds = controller.seconds
+        if controller.budget.currency == "seconds" and seconds is not None:
+            shares = np.array([seconds.of(segment, guided=guided) for segment in segments])
+            shares /= seconds.of(full, guided=guided)
+        else:
+            rows = [[facts.cost(s, level) for s in segments] for level in self.levels]
+            shares = np.array(rows) / facts.cost(full)
+        self.costs = counts[::-1, None] * shares / counts.sum()
+
+    def frontier(self, limit: float = np.inf) -> Frontier:
+        return Frontier.of(self.ordered, self.costs, limit=limit)
+
+    def damage_of(self, plan: NDArray[np.intp]) -> float:
+        return float(np.take_along_axis(self.damage, plan[:, None], axis=1).sum())
+
+    def schedule(self, plan: NDArray[np.intp]) -> Schedule:
+        """The choices of all steps."""
+        return Schedule.of_steps(self.levels, [self.segments[choice] for choice in plan])

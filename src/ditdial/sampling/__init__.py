@@ -1,0 +1,1 @@
+"""Sampling many pictures, each from a seed of its own."""

@@ -1,0 +1,189 @@
+"""What diffusers lacks: a class-conditional pipeline in pixel space, with a seed per picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor
+
+from ditdial.host.parametrization import Parametrisation
+from ditdial.ops.flow import path_norm, velocity
+
+
+class PixelDiTPipeline(DiffusionPipeline):
+    """Class-conditional sampling without an autoencoder.
+
+    The network predicts the unit-variance target of `ditdial.ops.flow`. Flow-matching
+    schedulers get its velocity; variance-preserving schedulers with
+    ``prediction_type="v_prediction"`` use it as it is.
+
+    Args:
+        transformer: a `DiTTransformer2DModel`.
+        scheduler: a flow-matching or a variance-preserving diffusers scheduler.
+        data_mean, data_std: statistics of pixels in [0, 1] that the training data was normalised
+            with.
+    """
+
+    model_cpu_offload_seq = "transformer"
+
+    def __init__(
+        self, transformer: Any, scheduler: Any, data_mean: float = 0.5, data_std: float = 0.5
+    ) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler)
+        self.register_to_config(data_mean=data_mean, data_std=data_std)
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        class_labels: Sequence[int] | Tensor,
+        guidance_scale: float = 2.0,
+        num_inference_steps: int = 25,
+        seeds: Sequence[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple[Any]:
+        """Sample one picture per label.
+
+        Args:
+            class_labels: ``B`` class numbers.
+            guidance_scale: classifier-free guidance; 1 turns it off.
+            num_inference_steps: of the scheduler.
+            seeds: one seed per picture. A picture depends on its own seed only, not on the batch it
+                is in.
+            generator: diffusers' usual argument, if no seeds are given.
+            output_type: ``pil``, ``np`` (``(B, H, W, C)`` in [0, 1]) or ``pt`` (``(B, C, H, W)`` in
+                [0, 1]).
+
+        Raises:
+            ValueError: labels, seeds, steps, scale or output type out of range.
+        """
+        config = self.transformer.config
+        labels = torch.as_tensor(class_labels).reshape(-1)
+        self._check(labels, guidance_scale, num_inference_steps, seeds, generator, output_type)
+        device, dtype = self._execution_device, self.transformer.dtype
+        if seeds is not None:
+            generator = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
+        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
+        # Solvers run in float32 whatever the network's precision.
+        x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+        do_classifier_free_guidance = guidance_scale != 1
+        labels = labels.to(device)
+        if do_classifier_free_guidance:
+            labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        is_flow = is_flow_scheduler(self.scheduler)
+        x = (
+            x * self.scheduler.init_noise_sigma
+            if hasattr(self.scheduler, "init_noise_sigma")
+            else x
+        )
+        step_arguments = _accepted(self.scheduler.step, generator=generator)
+        timesteps = self.scheduler.timesteps
+        levels = (timesteps / 1000).to(torch.float32)
+        steps = zip(timesteps, levels, path_norm(levels), strict=True)
+        for t, level, norm in self.progress_bar(list(steps)):
+            network_input = x / norm if is_flow else self.scheduler.scale_model_input(x, t)
+            batch = torch.cat([network_input] * (1 + do_classifier_free_guidance))
+            times = t[None].expand(len(batch))
+            prediction = self.transformer(
+                batch.to(dtype), timestep=times, class_labels=labels
+            ).sample.float()
+            if do_classifier_free_guidance:
+                conditional, null = prediction.chunk(2)
+                prediction = null + guidance_scale * (conditional - null)
+            if is_flow:
+                prediction = velocity(network_input, prediction, level, norm)
+            x = self.scheduler.step(prediction, t, x, **step_arguments).prev_sample
+
+        statistics = self.config
+        images = (x * statistics["data_std"] + statistics["data_mean"]).clamp(0, 1)
+        self.maybe_free_model_hooks()
+        if output_type == "pt":
+            with torch.inference_mode(False):
+                images = images.clone()  # to be used where gradients are recorded
+        else:
+            images = images.cpu().permute(0, 2, 3, 1).numpy()
+        if output_type == "pil":
+            images = self.numpy_to_pil(images)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def parametrisation(self) -> Parametrisation:
+        """Of the network: whatever the scheduler, it sees a latent of unit variance."""
+
+        def scales(level: float) -> tuple[float, float]:
+            norm = ((1 - level) ** 2 + level**2) ** 0.5
+            return (1 - level) / norm, level / norm
+
+        return Parametrisation("v_prediction", scales)
+
+    def _check(
+        self,
+        labels: Tensor,
+        scale: float,
+        steps: int,
+        seeds: Sequence[int] | None,
+        generator: Any,
+        output_type: str,
+    ) -> None:
+        classes = self.transformer.config.num_embeds_ada_norm
+        if not len(labels):
+            raise ValueError("class_labels is empty; legal: at least one label")
+        if labels.is_floating_point() or labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"class_labels = {labels.tolist()}; legal: 0..{classes - 1}")
+        if not 0 <= scale < float("inf"):
+            raise ValueError(f"guidance_scale = {scale}; legal: a number >= 0")
+        if steps < 1:
+            raise ValueError(f"num_inference_steps = {steps}; legal: >= 1")
+        if seeds is not None and len(seeds) != len(labels):
+            raise ValueError(
+                f"{len(seeds)} seeds for {len(labels)} labels; legal: one seed per label"
+            )
+        if seeds is not None and generator is not None:
+            raise ValueError("seeds and generator are both given; legal: one of them")
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type = {output_type!r}; legal: 'pil', 'np', 'pt'")
+        if not is_flow_scheduler(self.scheduler):
+            kind = self.scheduler.config.get("prediction_type")
+            if kind != "v_prediction":
+                raise ValueError(
+                    f"scheduler with prediction_type = {kind!r}; "
+                    "legal: 'v_prediction' or a flow scheduler"
+                )
+
+
+def is_flow_scheduler(scheduler: Any) -> bool:
+    """Whether a diffusers scheduler works on the rectified-flow path and expects velocities."""
+    config = scheduler.config
+    return (
+        any("FlowMatch" in cls.__name__ for cls in type(scheduler).__mro__)
+        or config.get("prediction_type") == "flow_prediction"
+    )
+
+
+def flow_matched_betas(count: int = 1000) -> list[float]:
+    """Betas whose step ``t`` has the noise-to-signal ratio of the flow's level ``t / count``.
+
+    With ``trained_betas`` set to them, DDIM, DDPM and DPM-Solver run a flow-trained network at the
+    times it knows. The last levels are kept below pure noise, where these solvers divide by the
+    signal.
+    """
+    level = torch.arange(count, dtype=torch.float64) / count
+    level = level.clamp(1e-3, 0.999)
+    signal = (1 - level) ** 2 / ((1 - level) ** 2 + level**2)
+    betas = 1 - signal / torch.cat([torch.ones(1, dtype=torch.float64), signal[:-1]])
+    return betas.clamp(1e-8, 0.9999).tolist()
+
+
+def _accepted(function: Any, **arguments: Any) -> dict[str, Any]:
+    import inspect
+
+    names = inspect.signature(function).parameters
+    return {key: value for key, value in arguments.items() if key in names}

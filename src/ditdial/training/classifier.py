@@ -1,0 +1,126 @@
+"""Train the small classifier whose features the metrics compare (`evaluation.features`)."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ditdial.checks import require
+from ditdial.evaluation.features import CLASSIFIER_SIDE, SmallClassifier
+from ditdial.training.config import DataConfig, Recipe, from_table
+from ditdial.training.data import ImageData
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierSettings:
+    """Table ``[classifier]``: the network and its objective.
+
+    Args:
+        width, feature_dim: see `SmallClassifier`.
+        shift: images are moved by up to this many pixels along each axis, at random.
+        label_smoothing: share of each label spread over all classes.
+    """
+
+    num_classes: int
+    width: int = 32
+    feature_dim: int = 64
+    shift: int = 2
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        legal = f"0..{CLASSIFIER_SIDE - 1}"
+        require(0 <= self.shift < CLASSIFIER_SIDE, "classifier.shift", self.shift, legal)
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 1, "classifier.label_smoothing", smoothing, "[0, 1)")
+
+
+class ClassifierTask:
+    """Cross-entropy training of a `SmallClassifier`."""
+
+    find_unused_parameters = False
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.settings = settings = from_table(ClassifierSettings, recipe.settings, "classifier")
+        side = recipe.data.image_size
+        require(side == CLASSIFIER_SIDE, "data.image_size", side, f"{CLASSIFIER_SIDE}")
+        torch.manual_seed(recipe.seed)
+        self.module = SmallClassifier(
+            in_channels=recipe.data.channels,
+            num_classes=settings.num_classes,
+            width=settings.width,
+            feature_dim=settings.feature_dim,
+        )
+
+    def to(self, device: torch.device) -> None:
+        """Nothing but the module."""
+
+    def progress(self, share: float) -> None:
+        """Every step is alike."""
+
+    def loss(
+        self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """Cross entropy of shifted images, brought back from the data's statistics to [0, 1]."""
+        data, settings = self.recipe.data, self.settings
+        images = images * data.std + data.mean
+        images = shift_images(images, settings.shift, generator, fill=data.pad_value / 255)
+        logits = model(images).float()
+        return F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
+
+    def export(self, folder: Path, facts: dict[str, object]) -> None:
+        """Save the classifier; its accuracy, if the data has a split ``test``, stands beside it."""
+        self.module.eval().save_pretrained(folder)
+        facts = {**facts, "recipe": json.loads(self.recipe.to_json())}
+        if _has_split(self.recipe.data, "test"):
+            test = ImageData(replace(self.recipe.data, split="test"))
+            facts |= {"test_accuracy": accuracy(self.module, test), "test_images": len(test)}
+        else:
+            logger.warning("%r has no split 'test': no accuracy recorded", self.recipe.data.path)
+        (folder / "training.json").write_text(json.dumps(facts, indent=2))
+
+
+def shift_images(images: Tensor, limit: int, generator: torch.Generator, *, fill: float) -> Tensor:
+    """Move each image by a whole number of pixels of its own.
+
+    Args:
+        images: ``(B, C, H, W)``.
+        limit: most pixels along each axis.
+        generator: draws the moves, on the CPU.
+        fill: value of the pixels that move in.
+    """
+    count, _, height, width = images.shape
+    padded = F.pad(images, (limit, limit, limit, limit), value=fill)
+    top_B, left_B = torch.randint(0, 2 * limit + 1, (2, count), generator=generator)
+    rows_BH1 = (top_B[:, None] + torch.arange(height))[:, :, None].to(images.device)
+    columns_B1W = (left_B[:, None] + torch.arange(width))[:, None, :].to(images.device)
+    sample_B11 = torch.arange(count, device=images.device)[:, None, None]
+    # The indexed axes come first, with a slice between them: (B, H, W, C).
+    return padded[sample_B11, :, rows_BH1, columns_B1W].permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def accuracy(model: SmallClassifier, data: ImageData, *, batch_size: int = 500) -> float:
+    """Share of images that get the right class."""
+    device, right = next(model.parameters()).device, 0
+    for start in range(0, len(data), batch_size):
+        rows = slice(start, start + batch_size)
+        logits = model(data.images[rows].to(device).float() / 255)
+        right += int((logits.argmax(dim=1) == data.labels[rows].to(device)).sum())
+    return right / len(data)
+
+
+def _has_split(config: DataConfig, split: str) -> bool:
+    import datasets
+
+    folder = Path(config.path).expanduser()
+    source = str(folder) if folder.is_dir() else config.path
+    return split in datasets.get_dataset_split_names(source)

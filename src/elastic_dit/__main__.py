@@ -1,5 +1,0 @@
-"""``python -m elastic_dit`` is the command ``elastic-dit``; `accelerate launch -m` needs it."""
-
-from elastic_dit.cli import main
-
-main()
