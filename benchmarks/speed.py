@@ -31,7 +31,6 @@ from diffusers import DiTTransformer2DModel
 
 from ditdial import FULL, Mode, Schedule, elastify
 from ditdial.backbones import backbone_for
-from ditdial.layers.packing import Packing
 from ditdial.measure.bench import beside, in_fresh_processes
 from ditdial.measure.memory import keep_freed_memory
 from ditdial.measure.provenance import write_results
@@ -40,7 +39,7 @@ from ditdial.sampling.pixel_pipeline import PixelDiTPipeline
 
 RESULTS = Path(__file__).parent / "results"
 MIXED = "weak guidance, full conditional"
-PACKED: dict[str, Packing] = {"packed": True, "packed, masked": "masked"}
+PACKED = f"{MIXED}, packed"
 SCHEDULES = {
     "full": Schedule.constant(),
     "weak-first 0.48": Schedule.weak_first(0.48),
@@ -118,7 +117,7 @@ def bench(
             each.transformer.compile(dynamic=False)
     labels, seeds = [i % 10 for i in range(batch)], list(range(batch))
 
-    def run(which, schedule=None, packed: Packing = False):
+    def run(which, schedule=None, packed=False):
         def call():
             if schedule is not None:
                 handle.schedule, handle.packed = schedule, packed
@@ -128,15 +127,14 @@ def bench(
 
     runs = {name: run(each) for name, each in floors.items()}
     runs |= {name: run(pipe, schedule) for name, schedule in SCHEDULES.items()}
-    runs |= {f"{MIXED}, {name}": run(pipe, SCHEDULES[MIXED], how) for name, how in PACKED.items()}
+    runs[PACKED] = run(pipe, SCHEDULES[MIXED], packed=True)
     rows = []
     for name, ratios in beside(run(stock), runs, rounds=rounds).items():
         if name in floors:
             flops_ratio = macs(floors[name]) / macs(stock)
         else:
-            schedule, _, packed = name.partition(f"{MIXED}, ")
-            handle.schedule = SCHEDULES[MIXED if packed else schedule]
-            handle.packed = PACKED.get(packed, False)
+            handle.packed = name == PACKED
+            handle.schedule = SCHEDULES[MIXED if handle.packed else name]
             flops_ratio = handle.plan(steps).ratio
         rows.append({"run": name, "flops_ratio": flops_ratio, "ratios": ratios})
     return rows

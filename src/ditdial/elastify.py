@@ -43,8 +43,7 @@ def elastify(
         schedule: replaces the adapter's default; a method starts with full mode throughout, and
             so does a combination, unless a part of it has retrained the base's weights.
         merge: keep one more copy of the adapted weights per mode, so that coarse modes pay nothing
-            for low-rank updates, and turn `Handle.plan_ahead` on. Both take memory for time, and
-            are equal but for rounding.
+            for low-rank updates; equal but for rounding.
 
     Returns:
         The handle that owns every change. An elastic model that is made elastic again is first
@@ -81,7 +80,6 @@ def elastify(
             previous.install(model)
         raise
     engine.schedule, engine.router.merged = schedule, merge
-    engine.plan_ahead = merge
     engine.calibration = next((x.calibration for x in adapters if x.method == method), None)
     engine.install(model)
     if pipe is not None:

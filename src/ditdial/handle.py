@@ -15,7 +15,6 @@ from ditdial.backbones import Backbone
 from ditdial.cost.shape import TransformerShape
 from ditdial.host.device import device_name
 from ditdial.host.pipelines import called_levels
-from ditdial.layers.packing import MASKED, Packing
 from ditdial.methods import Method
 from ditdial.ops.patching import Triple
 from ditdial.plan.budget import Budget
@@ -236,35 +235,26 @@ class Handle:
         steps = self.plan(num_inference_steps, guidance=guidance, scheduler=scheduler).steps
         levels = tuple(step.level for step in steps)
         shape = self.shape
-        facts = Facts(
-            levels=levels,
-            macs=shape.macs,
-            guided=guidance,
-            packing=self._engine.packing(shape),
-        )
+        facts = Facts(levels=levels, macs=shape.macs, guided=guidance)
         return controller.offers(facts, count)
 
     @property
-    def packed(self) -> Packing:
+    def packed(self) -> bool:
         """Run guidance branches of different modes in one packed call instead of two.
 
-        True runs the attention of each branch by itself, ``"masked"`` that of both at once, under a
-        block-diagonal mask: fewer calls, and more of them multiplied in vain. The results are the
-        same but for rounding.
+        The attention of each branch runs by itself. The results are the same but for rounding.
         """
         return self._engine.packed
 
     @packed.setter
-    def packed(self, packed: Packing) -> None:
+    def packed(self, packed: bool) -> None:
         """Choose how branches of different modes run.
 
         Raises:
-            ValueError: the model's class cannot pack like that.
+            ValueError: the model's class cannot pack.
         """
         engine, backbone = self._live(), self.backbone
-        legal: list[Packing] = [False]
-        if backbone.packs and engine.method.packs:
-            legal += [True, MASKED] if backbone.masks_attention else [True]
+        legal = (False, True) if backbone.packs and engine.method.packs else (False,)
         if packed not in legal:
             raise ValueError(
                 f"packed = {packed!r}; legal for {backbone.model_class} with method "
@@ -294,22 +284,6 @@ class Handle:
                 "change from step to step)"
             )
         self._live().keep_text = keep
-
-    @property
-    def plan_ahead(self) -> bool:
-        """Compute for many steps at once what noise level and label alone decide.
-
-        Steps that are the base's in all branches stay as they are.
-
-        It is on with ``merge=True``, and does something where such layers are known (DiT, SD3,
-        FLUX). The results are equal but for rounding. A run in a pipeline takes up to 64 MiB for
-        it. Compiled models compute them at every step.
-        """
-        return self._engine.plan_ahead
-
-    @plan_ahead.setter
-    def plan_ahead(self, ahead: bool) -> None:
-        self._live().plan_ahead = ahead
 
     @property
     def shape(self) -> TransformerShape:
@@ -368,11 +342,10 @@ class Handle:
         text = usual_text if text_tokens is None else text_tokens
         size = self.backbone.planned_size(grid or usual_grid, text, self._pipe)
         shape = engine.ledger.shape_of(self.model, size)
-        packing = engine.packing(shape)
         keeps = engine.keep_text and engine.compiled is None
         schedule = engine.schedule
         if engine.controller is not None:
-            facts = Facts(levels=tuple(levels), macs=shape.macs, guided=guidance, packing=packing)
+            facts = Facts(levels=tuple(levels), macs=shape.macs, guided=guidance)
             begun = engine.controller.begin(facts)
             if not isinstance(begun, Schedule):
                 raise ValueError(
@@ -386,7 +359,7 @@ class Handle:
             levels,
             shape.macs,
             guidance=guidance,
-            packing=packing,
+            packed=engine.packs,
             kept=shape.text_tokens * shape.text_once if keeps else 0.0,
             together=self.backbone.conditional_first is not None,
             budget=engine.share(),

@@ -17,7 +17,6 @@ WEAK, WEAKER = Mode(2), Mode(4)
 COUNT = 3
 both_recipes = pytest.mark.parametrize("recipe", ["lora", "shared"])
 both_merges = pytest.mark.parametrize("merge", [False, True])
-both_packings = pytest.mark.parametrize("packing", [True, "masked"])
 pairs = pytest.mark.parametrize(
     ("mode", "guide"),
     [(FULL, WEAK), (WEAK, FULL), (WEAK, WEAKER), (WEAKER, WEAK), (FULL, WEAKER)],
@@ -63,17 +62,14 @@ def test_split_equals_two_separate_calls(
 @both_recipes
 @both_merges
 @pairs
-@both_packings
 @pytest.mark.parametrize("guidance", ["cfg", "weak"])
-def test_packed_equals_split(
-    make_elastic, make_call, output, recipe, merge, mode, guide, guidance, packing
-):
+def test_packed_equals_split(make_elastic, make_call, output, recipe, merge, mode, guide, guidance):
     handle, call = make_elastic(recipe=recipe, merge=merge), make_call(COUNT, guided=True)
     for gain in (1.0, 0.4):
         handle.schedule = constant(mode, guide, guidance, gain)
         handle.packed = False
         split = output(handle.model, call)
-        handle.packed = packing
+        handle.packed = True
         packed = output(handle.model, call)
         assert relative(packed, split) < 1e-5
         assert relative(packed[COUNT:], split[COUNT:]) < 1e-5
@@ -83,12 +79,11 @@ def test_packed_equals_split(
 
 
 @both_recipes
-@both_packings
-def test_packed_gradients_are_those_of_split_branches(make_elastic, make_call, recipe, packing):
+def test_packed_gradients_are_those_of_split_branches(make_elastic, make_call, recipe):
     """Even if the call before it left its constants in inference mode."""
     handle, call = make_elastic(recipe=recipe), make_call(COUNT, guided=True)
     handle.schedule, found = constant(FULL, WEAK), []
-    for packed in (False, packing):
+    for packed in (False, True):
         handle.packed = packed
         with torch.inference_mode():
             handle.model(**call)
@@ -101,11 +96,9 @@ def test_packed_gradients_are_those_of_split_branches(make_elastic, make_call, r
         torch.testing.assert_close(together[key], gradient, atol=1e-6, rtol=1e-4, msg=key)
 
 
-@pytest.mark.parametrize(("packed", "calls"), [(False, 2), (True, 2), ("masked", 1)])
-def test_a_masked_call_has_one_call_of_attention_a_block(
-    make_elastic, make_call, output, monkeypatch, packed, calls
-):
-    """Norms and feed-forward are one call each in any packed run."""
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_packed_call_attends_part_by_part(make_elastic, make_call, output, monkeypatch, packed):
+    """Norms and feed-forward are one call each in a packed run."""
     handle, call = make_elastic(), make_call(COUNT, guided=True)
     handle.schedule, handle.packed = constant(FULL, WEAK), packed
     attended, fed = [], []
@@ -120,12 +113,10 @@ def test_a_masked_call_has_one_call_of_attention_a_block(
         block.ff.register_forward_hook(lambda *_: fed.append(None))
     output(handle.model, call)
     depth = len(handle.model.transformer_blocks)
-    assert len(attended) == calls * depth
+    assert len(attended) == 2 * depth
     assert len(fed) == (depth if packed else 2 * depth)
     tokens = [handle._engine.router.tokens(mode) for mode in (FULL, WEAK)]
-    assert set(attended) == (
-        {(sum(tokens), True)} if calls == 1 else {(count, False) for count in tokens}
-    )
+    assert set(attended) == {(count, False) for count in tokens}
 
 
 @pytest.mark.parametrize(("tokens", "strip"), [((64, 16), 16), ((9, 4), 1), ((12, 4, 6), 2)])
@@ -145,11 +136,10 @@ def test_strips_know_their_picture():
     assert layout.pack(pieces)[:, 0, 0].tolist() == layout.owners().tolist()
 
 
-@both_packings
-def test_packed_state_does_not_outlive_an_error(make_elastic, make_call, output, packing):
+def test_packed_state_does_not_outlive_an_error(make_elastic, make_call, output):
     handle, call = make_elastic(), make_call(COUNT, guided=True)
     expected = output(handle.model, call)
-    handle.schedule, handle.packed = constant(FULL, WEAK), packing
+    handle.schedule, handle.packed = constant(FULL, WEAK), True
     bad = {**call, "class_labels": call["class_labels"].clone()}
     bad["class_labels"][1] = 99
     with pytest.raises(IndexError):
@@ -196,7 +186,7 @@ def test_a_gain_of_zero_runs_the_conditional_rows_only(make_elastic, make_call, 
     assert record.full_macs == 2 * COUNT * macs(FULL)
 
 
-@pytest.mark.parametrize("packed", [False, True, "masked"])
+@pytest.mark.parametrize("packed", [False, True])
 def test_weak_guidance_is_the_weak_model_on_the_true_condition(
     make_elastic, make_call, output, packed
 ):
@@ -226,7 +216,7 @@ def test_one_timestep_for_the_whole_batch(make_elastic, make_call, output):
     handle, call = make_elastic(), make_call(COUNT, guided=True)
     handle.schedule = constant(FULL, WEAK)
     expected = output(handle.model, call)
-    for packed in (False, True, "masked"):
+    for packed in (False, True):
         handle.packed = packed
         found = output(handle.model, {**call, "timestep": call["timestep"][:1]})
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -240,7 +230,7 @@ def test_a_single_guided_picture(make_elastic, make_call, output):
     assert relative(output(handle.model, call), split) < 1e-5
 
 
-@pytest.mark.parametrize("packed", [False, True, "masked"])
+@pytest.mark.parametrize("packed", [False, True])
 def test_reported_cost_is_what_was_multiplied(make_elastic, make_call, packed):
     """`CallRecord.macs`: multiply-adds of all rows as run, against torch's own counter."""
     handle, call = make_elastic(), make_call(COUNT, guided=True)

@@ -19,7 +19,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from ditdial.backbones.call import Branches, Call, cut
-from ditdial.backbones.layers import MODULATION, Layers, named, named_like
+from ditdial.backbones.layers import Layers, named
 from ditdial.backbones.routed import Routed, RoutedBlock
 from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
@@ -67,8 +67,6 @@ class Backbone(Times, ABC):
         sample: argument of the call that holds the latent.
         lists: arguments that are lists with an entry for each row.
         condition: arguments that carry the prompt or class; None for one that has none.
-        labels: which of these the time is embedded with, if by nothing else (see `embedded`).
-        embedder: the module that does so, where there is one for all blocks.
         facts: entries of the config that an adapter must share with its base.
         embed_layout, output_layout: order of channels and pixels inside a base patch vector.
         axes: latent axes that coarse patches may cover: ``hw``, or ``thw`` for video.
@@ -83,7 +81,6 @@ class Backbone(Times, ABC):
             coarse modes refuse.
         streamed: where tokens meet in its blocks, if sparse modes are known to work.
         packs: whether branches of different modes can share one packed call.
-        masks_attention: whether the stock attention processors obey an attention mask.
         routed: layers that heads, channels and tokens go through, for each list of blocks.
     """
 
@@ -95,8 +92,6 @@ class Backbone(Times, ABC):
     sample: str = "hidden_states"
     lists: tuple[str, ...] = ()
     condition: tuple[str, ...] = ("encoder_hidden_states",)
-    labels: str = ""
-    embedder: str = ""
     facts: tuple[str, ...] = ()
     direction: float = 1.0
     embed_layout: str = "Cthw"
@@ -111,7 +106,6 @@ class Backbone(Times, ABC):
     reads_blocks: bool = False
     streamed: Streamed | None = None
     packs: bool = False
-    masks_attention: bool = False
     routed: tuple[Routed, ...] = ()
 
     def routed_blocks(self, model: Model) -> Iterator[RoutedBlock]:
@@ -266,14 +260,6 @@ class Backbone(Times, ABC):
     def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
         """Modules whose output is the conditioning vector ``(B, D)``, which drives modulation."""
         return iter(())
-
-    def embedded(self, model: Model) -> Iterator[tuple[nn.Module, list[nn.Linear]]]:
-        """Modules that embed the time, given first, and `labels` alone, ``(B, D)``.
-
-        Each comes with the linear layers that are given SiLU of its output and nothing else.
-        """
-        if self.embedder:
-            yield model.get_submodule(self.embedder), named_like(model, MODULATION)
 
     def text_layers(self, model: Model) -> Iterator[nn.Module]:
         """Layers in the blocks whose input depends on the prompt alone, not on the step."""

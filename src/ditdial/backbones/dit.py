@@ -28,7 +28,6 @@ class DiTBackbone(PatchEmbedBackbone):
     model_class = "DiTTransformer2DModel"
     output = "proj_out_2"
     condition = ("class_labels",)
-    labels = "class_labels"
     facts = (
         "num_layers",
         "num_attention_heads",
@@ -39,7 +38,7 @@ class DiTBackbone(PatchEmbedBackbone):
     conditional_first = True
     low_rank = (("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),)
     streamed = Streamed(apart=r"^norm1\.")
-    packs = masks_attention = reads_blocks = True
+    packs = reads_blocks = True
     routed = (Routed(blocks="transformer_blocks", attention="attn1", residual="norm3"),)
     # Each block has an embedder of its own; the first one's speaks for all.
     time_layers = embedders("transformer_blocks.0.norm1.emb")
@@ -56,11 +55,6 @@ class DiTBackbone(PatchEmbedBackbone):
     def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
         for block in model.transformer_blocks:
             yield block.norm1.emb
-
-    def embedded(self, model: Model) -> Iterator[tuple[nn.Module, list[nn.Linear]]]:
-        for index, block in enumerate(model.transformer_blocks):
-            last = [model.proj_out_1] if index == 0 else []
-            yield block.norm1.emb, [block.norm1.linear, *last]
 
     def branches(self, model: Model, call: Call, pipe: Any) -> Branches | None:
         labels = call.get("class_labels")

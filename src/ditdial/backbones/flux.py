@@ -80,8 +80,6 @@ class FluxBackbone(FluxFamily):
     model_class = "FluxTransformer2DModel"
     # An IP-adapter's picture comes in the last one.
     condition = ("encoder_hidden_states", "pooled_projections", "txt_ids", "joint_attention_kwargs")
-    labels = "pooled_projections"
-    embedder = "time_text_embed"
     routed = (
         Routed(blocks="transformer_blocks", **JOINT, residual="norm2"),
         Routed(blocks="single_transformer_blocks", **SINGLE, residual="norm"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,11 +27,6 @@ def feed_forward(name: str) -> tuple[str, ...]:
 def embedders(owner: str) -> tuple[str, str]:
     """Layers of a combined embedding of time and something else that see the time alone."""
     return f"{owner}.time_proj", f"{owner}.timestep_embedder"
-
-
-def named_like(model: nn.Module, names: str) -> list[Any]:
-    """Layers whose names a regular expression is found in."""
-    return [layer for name, layer in model.named_modules() if re.search(names, f".{name}")]
 
 
 def named(model: Any, layers: Layers) -> Iterator[tuple[str, nn.Linear]]:

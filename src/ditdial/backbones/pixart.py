@@ -28,7 +28,7 @@ class PixArtBackbone(PatchEmbedBackbone):
     low_rank = (("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),)
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
     streamed = Streamed(text="attn2")
-    packs = masks_attention = True
+    packs = True
     routed = (Routed(blocks="transformer_blocks", attention="attn1", residual="norm2"),)
     time_layers = embedders("adaln_single.emb")
 

@@ -26,8 +26,6 @@ class SD3Backbone(PatchEmbedBackbone):
     model_class = "SD3Transformer2DModel"
     output = "proj_out"
     condition = ("encoder_hidden_states", "pooled_projections", "joint_attention_kwargs")
-    labels = "pooled_projections"
-    embedder = "time_text_embed"
     facts = (*COMMON_FACTS, "joint_attention_dim", "dual_attention_layers")
     low_rank = (("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),)
     residuals = ("block_controlnet_hidden_states",)

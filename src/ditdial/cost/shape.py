@@ -318,11 +318,6 @@ class TransformerShape:
             units += linear.of(tokens, block.entering(tokens, share), text, share)
         return units
 
-    def packing_macs(self, a: Mode, b: Mode) -> float:
-        """What self-attention multiplies in vain where two modes share one masked sequence."""
-        wasted = sum(2 * 2 * x.blocks * x.width for x in self.attention if x.kind == "self")
-        return wasted * self.tokens(a) * self.tokens(b)
-
     def with_low_rank(self, rank: int) -> TransformerShape:
         """The same network with unmerged low-rank updates of this rank in all coarse modes."""
         updates = Updates(rank=rank, units=self.adapted, text_units=self.adapted_text)

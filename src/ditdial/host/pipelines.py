@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any
 
 import torch
@@ -18,12 +17,6 @@ TRANSFORMERS = ("transformer", "transformer_2")
 GUIDED = ("do_classifier_free_guidance", "do_true_cfg")
 """What pipelines call the fact that guidance is on."""
 
-CALLBACKS = ("callback_on_step_end", "callback")
-"""What pipelines call that which a user lets run between two steps."""
-
-KNOWN = ("diffusers.pipelines.", "diffusers.schedulers.", "ditdial.")
-"""Where those pipelines and schedulers are that leave the model as it is between two steps."""
-
 
 def is_guided(pipe: Any) -> bool | None:
     """Whether guidance is on in the present call of a pipeline; None where nothing tells.
@@ -34,7 +27,7 @@ def is_guided(pipe: Any) -> bool | None:
     """
     told = getattr(pipe, GUIDED[0], None)
     frames = _calls_of(pipe, sys._getframe()) if told is None else ()
-    for frame, _ in frames:
+    for frame in frames:
         facts = frame.f_locals
         told = next((facts[name] for name in GUIDED if name in facts), None)
         if told is None and "guidance_scale" in facts:  # DiTPipeline
@@ -44,58 +37,12 @@ def is_guided(pipe: Any) -> bool | None:
     return told
 
 
-def _calls_of(pipe: Any, frame: FrameType | None) -> Iterator[tuple[FrameType, int]]:
-    """Calls of a pipeline that a frame lies in, the inmost first, and how far up they are."""
-    depth = 0
+def _calls_of(pipe: Any, frame: FrameType | None) -> Iterator[FrameType]:
+    """Calls of a pipeline that a frame lies in, the inmost first."""
     while frame is not None and pipe is not None:
         if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:
-            yield frame, depth
-        frame, depth = frame.f_back, depth + 1
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """A call of a pipeline between whose steps nobody can change the model.
-
-    Its code and its scheduler's are known, and no callback runs in it. Its frame is known by where
-    it is: to hold it would keep alive all that the call has made.
-
-    Attributes:
-        depth: how far up the frame is from the method that asks.
-        frame: its identity, as long as it lives.
-        code: that it runs.
-        timesteps: of the run.
-    """
-
-    depth: int
-    frame: int
-    code: CodeType
-    timesteps: Tensor
-
-    @classmethod
-    def at_work(cls, pipe: Any) -> Undisturbed | None:
-        """The present one; None if there is none, or others' code may run in it."""
-        frame, depth = next(_calls_of(pipe, sys._getframe()), (None, 0))
-        if frame is None:
-            return None
-        scheduler = pipe.scheduler
-        origins = frame.f_globals["__name__"], type(scheduler).__module__
-        known = all(origin.startswith(KNOWN) for origin in origins)
-        callbacks = [x for x in map(frame.f_locals.get, CALLBACKS) if x is not None]
-        replaced = not scheduler.__dict__.keys().isdisjoint(("step", "set_timesteps"))
-        if not known or replaced or callbacks:
-            return None
-        return cls(depth, id(frame), frame.f_code, scheduler.timesteps)
-
-    def goes_on(self, timesteps: Tensor) -> bool:
-        """Whether it is what calls the model now."""
-        if timesteps is not self.timesteps:
-            return False
-        try:
-            frame = sys._getframe(self.depth)
-        except ValueError:  # not that many
-            return False
-        return id(frame) == self.frame and frame.f_code is self.code
+            yield frame
+        frame = frame.f_back
 
 
 def transformers(pipe: Any) -> dict[str, nn.Module]:

@@ -28,13 +28,13 @@ def remembered_in_checkpoints(model: nn.Module, router: Router) -> Iterator[None
 
     def remembering(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
         def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            then = (router.mode, router.layout, router.joined, router.grid, router.narrow)
+            then = (router.mode, router.layout, router.grid, router.narrow)
             # The forward pass goes on with what a block makes of its streams.
             present, streams = router.streams, copy.copy(router.streams)
             first = [True]
 
             def again(*inner: Any, **named: Any) -> Any:
-                now = (router.mode, router.layout, router.joined, router.grid, router.narrow)
+                now = (router.mode, router.layout, router.grid, router.narrow)
                 outside = router.streams
                 _return_to(router, then)
                 router.streams = present if first else streams
@@ -59,4 +59,4 @@ def remembered_in_checkpoints(model: nn.Module, router: Router) -> Iterator[None
 
 
 def _return_to(router: Router, state: tuple[Any, ...]) -> None:
-    router.mode, router.layout, router.joined, router.grid, router.narrow = state
+    router.mode, router.layout, router.grid, router.narrow = state

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 
 from ditdial.host.pickling import MADE_OF
 from ditdial.host.weights import is_summable, versions
-from ditdial.layers.packing import Layout
 from ditdial.layers.state import MERGED, PARTS, ROUTER, Router
 from ditdial.plan.mode import FULL, Mode
 
@@ -33,62 +31,17 @@ class LowRankSeam(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Stock linear layer plus the update of each token's mode."""
         router: Router = self.__dict__[ROUTER]
-        layout = router.layout
-        if layout is None:
-            return self._at(router, x, router.mode)
-        if router.joined is None:
-            return self._spread(router, layout, x, x.split(layout.strips), dim=0)
-        joined, pieces = router.joined  # (pictures, tokens of all parts, D)
-        if x is not joined:
-            pieces = x.split(layout.tokens, dim=1)
-        return self._spread(router, layout, x, pieces, dim=1)
-
-    def _at(self, router: Router, x: Tensor, mode: Mode) -> Tensor:
-        merged = None if mode is FULL else self.coarse_merged(mode)
+        mode = router.mode
+        if router.layout is not None:
+            run = functools.partial(LowRankSeam.forward, self)
+            return torch.cat(router.each(run, x.split(router.layout.strips)))
+        stock = super().forward  # pyrefly: ignore[missing-attribute]
+        if mode is FULL:
+            return stock(x)
+        merged = self.coarse_merged(mode)
         if merged is not None:
             return F.linear(x, merged[1], self.bias)
-        if mode is FULL or not self.coarse_parts(mode):
-            return super().forward(x)  # pyrefly: ignore[missing-attribute]
-        return super().forward(x) + self.coarse_update(x, mode)  # pyrefly: ignore[missing-attribute]
-
-    def _spread(
-        self, router: Router, layout: Layout, x: Tensor, pieces: Sequence[Tensor], dim: int
-    ) -> Tensor:
-        """Each part in its own mode; ``x`` is the parts joined along ``dim``."""
-        if any(self.coarse_merged(mode) is not None for mode in layout.modes):
-            casts = torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type)
-            if dim == 0 and not casts:
-                return self._written(layout, x)
-            # Of what is not contiguous torch would make a product, and a sum for the bias.
-            each = zip(pieces, layout.modes, strict=True)
-            return torch.cat([self._at(router, x.contiguous(), m) for x, m in each], dim=dim)
-        base = super().forward(x)  # pyrefly: ignore[missing-attribute]
-        parts = base.split([piece.shape[dim] for piece in pieces], dim=dim)
-        updates = [
-            self.coarse_update(piece, mode) if self.coarse_parts(mode) else None
-            for piece, mode in zip(pieces, layout.modes, strict=True)
-        ]
-        each = zip(parts, updates, strict=True)
-        if torch.is_grad_enabled():  # autograd does not let parts be written to
-            return torch.cat([y if own is None else y + own for y, own in each], dim=dim)
-        for y, own in each:
-            if own is not None:
-                y.add_(own)
-        return base
-
-    def _written(self, layout: Layout, x: Tensor) -> Tensor:
-        """Tokens of each part times the weight of its mode, with no copy of what comes out."""
-        tokens = x.flatten(0, -2)
-        out = tokens.new_empty(len(tokens), self.weight.shape[0])
-        pieces = tokens.split(layout.lengths), out.split(layout.lengths)
-        for mode, piece, own in zip(layout.modes, *pieces, strict=True):
-            merged = self.coarse_merged(mode)
-            weight = self.weight if merged is None else merged[1]
-            if self.bias is None:
-                torch.mm(piece, weight.T, out=own)
-            else:
-                torch.addmm(self.bias, piece, weight.T, out=own)
-        return out.view(*x.shape[:-1], -1)
+        return stock(x) + self.coarse_update(x, mode) if self.coarse_parts(mode) else stock(x)
 
     def coarse_parts(self, mode: Mode) -> list[str]:
         """Keys of a mode's pairs."""

@@ -1,8 +1,7 @@
 """Weights with a mode's low-rank updates added in: one copy per layer and mode.
 
 They are made outside any compiled region, and made anew as soon as anything they were made of has
-changed. Whether it has is asked for all layers at once, before each call but those that nobody can
-have changed anything before: the later steps of a pipeline's call.
+changed. Whether it has is asked for all layers at once, before each call.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ class Merges:
     Attributes:
         run: number of the run that ``prints`` belong to.
         prints: of each layer's weight, as it was when that run started.
-        looked: when each mode was last looked after: run, stretch of calls, and device.
         current: what the copies of each mode were made of.
         places: where that is held. Parameters that are put there later are found too.
     """
@@ -44,28 +42,23 @@ class Merges:
     warned: bool = False
     run: int | None = None
     prints: tuple[object, ...] = ()
-    looked: dict[Mode, object] = field(default_factory=dict)
     current: dict[Mode, object] = field(default_factory=dict)
     places: dict[Mode, Places] = field(default_factory=dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        forgotten = {"run": None, "prints": (), "looked": {}, "current": {}, "places": {}}
+        forgotten = {"run": None, "prints": (), "current": {}, "places": {}}
         return self.__dict__ | forgotten
 
     def forget(self) -> None:
         """The copies are gone: layers lose them with their class."""
-        self.looked.clear()
         self.current.clear()
 
     def ready(self, mode: Mode, router: Router) -> None:
         """Make or renew what a mode needs, where that is allowed; warn once where it is not.
 
         Args:
-            router: of the model; tells the run, the stretch of calls and the latent's device.
+            router: of the model; tells the run and the latent's device.
         """
-        now = router.run, router.stretch, router.device
-        if self.looked.get(mode) == now:
-            return
         if self.run != router.run:
             weights = [x.weight for x in self.layers]
             self.run, self.prints = router.run, fingerprints(weights, router.device)
@@ -74,7 +67,6 @@ class Merges:
         if sources is None or self.current.get(mode) != made_of:
             self._renew(mode, router.device)
             self.current[mode] = made_of
-        self.looked[mode] = now
 
     def _renew(self, mode: Mode, device: torch.device) -> None:
         apart = 0

@@ -1,7 +1,8 @@
 """Branches of different modes in one call: where the tokens of each lie.
 
 Tokens are laid out in strips, ``(strips of all, strip, D)``, whose length divides the token counts
-of all parts: 64 and 16 tokens make strips of 16. What works token by token needs no change.
+of all parts: 64 and 16 tokens make strips of 16. What works token by token needs no change; every
+other layer runs part by part (`ditdial.layers.state.Router.each`).
 """
 
 from __future__ import annotations
@@ -9,18 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ditdial.plan.mode import Mode
-
-MASKED: Literal["masked"] = "masked"
-"""Packed, with one call of attention under a block-diagonal mask."""
-
-Packing = bool | Literal["masked"]
-"""Whether, and how, branches of different modes share one call."""
 
 
 @dataclass(frozen=True)
@@ -37,36 +31,33 @@ class Layout:
     """The parts of a packed batch, in their order.
 
     Attributes:
-        masked: attention runs once for all parts, under a mask.
-        labels: of each part.
-        modes: of each part, as are the following, which all layers of a call ask for.
-        rows: pictures.
-        tokens: of a picture.
-        lengths: tokens of all pictures.
-        strips: rows of the packed batch.
         strip: tokens of one row of the packed batch.
+        strips: rows of the packed batch, of each part.
     """
 
     parts: tuple[Part, ...]
-    masked: bool = False
-    labels: tuple[Any, ...] = field(default=(), compare=False)
-    modes: tuple[Mode, ...] = field(init=False, compare=False)
-    rows: tuple[int, ...] = field(init=False, compare=False)
-    tokens: tuple[int, ...] = field(init=False, compare=False)
-    lengths: tuple[int, ...] = field(init=False, compare=False)
-    strips: tuple[int, ...] = field(init=False, compare=False)
     strip: int = field(init=False, compare=False)
+    strips: tuple[int, ...] = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
-        modes, rows, tokens = zip(*((x.mode, x.rows, x.tokens) for x in self.parts), strict=True)
-        strip = math.gcd(*tokens)
-        lengths = tuple(x.rows * x.tokens for x in self.parts)
-        facts = {"modes": modes, "rows": rows, "tokens": tokens, "lengths": lengths, "strip": strip}
-        for name, fact in (facts | {"strips": tuple(n // strip for n in lengths)}).items():
-            object.__setattr__(self, name, fact)
+        # Every layer of a call asks for these: they are worked out once.
+        strip = math.gcd(*(part.tokens for part in self.parts))
+        object.__setattr__(self, "strip", strip)
+        strips = tuple(part.rows * part.tokens // strip for part in self.parts)
+        object.__setattr__(self, "strips", strips)
+
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """Of each part."""
+        return tuple([part.mode for part in self.parts])
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Pictures of each part."""
+        return tuple([part.rows for part in self.parts])
 
     def pack(self, pieces: Sequence[Tensor]) -> Tensor:
-        """``(pictures, tokens, D)`` per part -> ``(strips of all, strip, D)``."""
+        """``(pictures, tokens, D)`` of each part -> ``(strips of all, strip, D)``."""
         return torch.cat([piece.reshape(-1, self.strip, piece.shape[-1]) for piece in pieces])
 
     def unpack(self, packed: Tensor) -> list[Tensor]:
@@ -81,8 +72,3 @@ class Layout:
         """The row of the batch that each strip belongs to."""
         strips = [n // self.strip for part in self.parts for n in [part.tokens] * part.rows]
         return torch.arange(len(strips)).repeat_interleave(torch.tensor(strips))
-
-    def apart(self, dtype: torch.dtype) -> Tensor:
-        """What keeps one picture of each part apart in a sequence: added to scores, ``(n, n)``."""
-        same = torch.block_diag(*[torch.ones(n, n, dtype=torch.bool) for n in self.tokens])
-        return torch.zeros(same.shape, dtype=dtype).masked_fill(~same, -torch.inf)

@@ -8,7 +8,7 @@ does). What its ``forward`` does stands in `ditdial.layers.tokens` and its neigh
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,6 @@ from ditdial.plan.mode import FULL, Mode
 if TYPE_CHECKING:
     from ditdial.backbones.base import Backbone
     from ditdial.layers.new_modules import Sizes
-    from ditdial.layers.steps_ahead import BatchTables
     from ditdial.layers.token_grids import Streams
     from ditdial.layers.width_pass import Narrow
 
@@ -38,7 +37,6 @@ PLACE = "_elastic_place"
 SLICES = "_elastic_slices"
 ROLE = "_elastic_role"
 MERGE = "_elastic_merge"
-SOURCE = "_elastic_source"
 
 
 @dataclass(frozen=True)
@@ -91,13 +89,9 @@ class Router:
         patch: latent frames, rows and columns of one base token.
         mode: of the present forward pass, when all rows share one.
         layout: of a packed batch, else None.
-        joined: inside such attention, packed tokens regrouped by picture, and the parts that they
-            were made of.
         grid: base grid ``(frames, height, width)`` of the present call.
         unit: base tokens per axis in which a compiled forward is told the grid.
         run: number of the present run; what was computed in another may be stale.
-        stretch: number of the present stretch of calls, between which nobody can have changed the
-            model.
         streams: of the present forward pass, in a sparse mode.
         running: the engine has started the present forward pass.
         device: of the latent; weights may be elsewhere until their module's hooks bring them.
@@ -105,7 +99,6 @@ class Router:
             row.
         text: what the text layers' outputs depend on, if they are to be kept for a whole run.
         narrow: what the present forward pass leaves out; None for nothing.
-        ahead: outputs that depend on the noise level and labels alone, if they are in tables.
         merged: use weights with the low-rank update added in (one more copy per mode) instead of
             unmerged updates.
     """
@@ -115,11 +108,9 @@ class Router:
     patch: Triple = (1, 1, 1)
     mode: Mode = FULL
     layout: Layout | None = None
-    joined: tuple[Tensor, list[Tensor]] | None = None
     streams: Streams | None = None
     running: bool = False
     run: int = 0
-    stretch: int = 0
     text: TextKey | None = None
     lengths: tuple[list[int], list[int]] | None = None
     grid: Triple = (1, 0, 0)
@@ -129,11 +120,23 @@ class Router:
     tables: dict[Any, Tensor] = field(default_factory=dict)
     device: Any = None
     narrow: Narrow | None = None
-    ahead: BatchTables | None = None
 
     def tokens(self, mode: Mode) -> int:
         """Tokens of one picture of the present grid."""
         return math.prod(coarse_grid(self.grid, mode.patch_scale))
+
+    def each(self, run: Callable[[Any], Any], pieces: Iterable[Any]) -> list[Any]:
+        """What a layer makes of each part of a packed batch, in the mode of that part."""
+        layout, mode, made = self.layout, self.mode, []
+        assert layout is not None
+        self.layout = None
+        try:
+            for part, piece in zip(layout.parts, pieces, strict=True):
+                self.mode = part.mode
+                made.append(run(piece))
+        finally:
+            self.layout, self.mode = layout, mode
+        return made
 
     def constant(self, key: object, make: Callable[[], Tensor]) -> Tensor:
         """A tensor that only ``key`` decides, made once for each device."""

@@ -8,7 +8,7 @@ import types
 from torch import nn
 
 from ditdial.host.pickling import MADE_OF, pickled_as
-from ditdial.layers.state import MERGED, PARTS, PLACE, ROUTER, SLICES, SOURCE, TEXT, Router
+from ditdial.layers.state import MERGED, PARTS, PLACE, ROUTER, SLICES, TEXT, Router
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def restore_class(module: nn.Module) -> None:
     """Undo `swap_class` exactly."""
     was = type(module)
     module.__class__ = was.__bases__[1]
-    for key in (ROUTER, MERGED, PARTS, TEXT, PLACE, SLICES, SOURCE):
+    for key in (ROUTER, MERGED, PARTS, TEXT, PLACE, SLICES):
         module.__dict__.pop(key, None)
     rebind_hooks(module, was)
 

@@ -4,12 +4,13 @@ Each seam is mixed in front of a stock class by `ditdial.layers.state.swap_class
 router and either calls the stock ``forward`` or takes the coarse way.
 
 Of a packed call (`ditdial.layers.packing`), modulation repeats the vector of each picture for its
-strips, and attention takes the parts one by one, or regroups them by picture under a mask.
+strips, and other seams take the parts one by one.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,12 +20,7 @@ from torch import Tensor, nn
 
 from ditdial.backbones.call import cut
 from ditdial.host.weights import check_latent, versions
-from ditdial.layers.packing import Layout
 from ditdial.layers.state import ROUTER, TEXT, Router, TextKey
-from ditdial.plan.mode import Mode
-
-Stock = Callable[..., Any]
-"""A stock forward."""
 
 DELEGATING = Attention.forward
 """Does what its processor does, and reads the processor's signature first, to tell which of the
@@ -52,14 +48,10 @@ class EmbedSeam(nn.Module):
                 "this model's forward was replaced after elastify, so that no mode is chosen; "
                 "replace it before elastify, or on the diffusers class"
             )
-        if router.layout is None:
-            return self._tokens(router, router.mode, *inputs)
-        layout, pieces = router.layout, inputs[-1].split(router.layout.rows)
-        return layout.pack(
-            [self._tokens(router, m, x) for m, x in zip(layout.modes, pieces, strict=True)]
-        )
-
-    def _tokens(self, router: Router, mode: Mode, *inputs: Tensor) -> Tensor:
+        layout, mode = router.layout, router.mode
+        if layout is not None:
+            run = functools.partial(EmbedSeam.forward, self)
+            return layout.pack(router.each(run, inputs[-1].split(layout.rows)))
         if not router.sizes.routes(mode):
             return super().forward(*inputs)  # pyrefly: ignore[missing-attribute]
         if not torch.compiler.is_compiling():
@@ -86,16 +78,13 @@ class OutputSeam(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """``(B, n, D)`` of the present mode -> ``(B, N, c)`` on the base grid."""
         router: Router = self.__dict__[ROUTER]
-        if router.layout is None:
-            return self._vectors(router, hidden, router.mode)
-        modes, pieces = router.layout.modes, router.layout.unpack(hidden)
-        return torch.cat([self._vectors(router, x, m) for x, m in zip(pieces, modes, strict=True)])
-
-    def _vectors(self, router: Router, hidden: Tensor, mode: Mode) -> Tensor:
-        if not router.sizes.routes(mode):
-            return super().forward(hidden)  # pyrefly: ignore[missing-attribute]
         stock = super().forward  # pyrefly: ignore[missing-attribute]
-        return router.backbone.base_vectors(router, mode, stock, hidden)
+        if router.layout is not None:
+            run = functools.partial(OutputSeam.forward, self)
+            return torch.cat(router.each(run, router.layout.unpack(hidden)))
+        if not router.sizes.routes(router.mode):
+            return stock(hidden)
+        return router.backbone.base_vectors(router, router.mode, stock, hidden)
 
 
 class ModulationSeam(nn.Module):
@@ -115,11 +104,7 @@ class ModulationSeam(nn.Module):
 
 
 class AttentionSeam(nn.Module):
-    """Mixed into attention: lets packed tokens see those of their own picture alone.
-
-    It runs part by part, or, where the router says so and there is no text, once for all parts
-    under a block-diagonal mask.
-    """
+    """Mixed into attention: packed tokens see those of their own part alone."""
 
     processor: Callable[..., Any]
 
@@ -130,7 +115,7 @@ class AttentionSeam(nn.Module):
         attention_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """Stock attention unless the batch is packed."""
+        """Stock attention, part by part if the batch is packed; returns what the layer returns."""
         router: Router = self.__dict__[ROUTER]
         stock = super().forward  # pyrefly: ignore[missing-attribute]
         compiling = torch.compiler.is_compiling()  # a graph cannot tell whose forward this is
@@ -138,47 +123,21 @@ class AttentionSeam(nn.Module):
             nothing = {"encoder_hidden_states": None, "attention_mask": None}
             stock = functools.partial(self.processor, self, **nothing)
         given = {"encoder_hidden_states": encoder_hidden_states, "attention_mask": attention_mask}
-        given = {name: value for name, value in given.items() if value is not None}
-        if router.layout is None:
-            return stock(hidden_states, **given, **kwargs)
-        if encoder_hidden_states is None and router.layout.masked:
-            return _under_a_mask(router, router.layout, stock, hidden_states, kwargs)
-        return _part_by_part(router, router.layout, stock, hidden_states, given | kwargs)
-
-
-def _under_a_mask(
-    router: Router, layout: Layout, stock: Stock, packed: Tensor, kwargs: dict[str, Any]
-) -> Tensor:
-    """Attention of all parts at once, each picture's tokens in a row under a mask."""
-    pieces = layout.unpack(packed)
-    joined = torch.cat(pieces, dim=1)
-    key = "apart", layout.tokens, joined.dtype
-    mask = router.constant(key, lambda: layout.apart(joined.dtype))
-    router.joined = joined, pieces
-    try:
-        out = stock(joined, attention_mask=mask.expand(len(joined), -1, -1), **kwargs)
-    finally:
-        router.joined = None
-    return layout.pack(out.split(layout.tokens, dim=1))
-
-
-def _part_by_part(
-    router: Router, layout: Layout, stock: Stock, packed: Tensor, kwargs: dict[str, Any]
-) -> Any:
-    """Attention of each part by itself; returns what the stock layer returns."""
-    mode, outputs, first, count = router.mode, [], 0, sum(layout.rows)
-    router.layout = None
-    try:
-        for part, x in zip(layout.parts, layout.unpack(packed), strict=True):
-            router.mode = part.mode
-            rows = slice(first, first := first + part.rows)
-            outputs.append(stock(x, **cut(kwargs, rows, count)))
-    finally:
-        router.layout, router.mode = layout, mode
-    if isinstance(outputs[0], tuple):  # joint attention returns the text's tokens too
-        images, texts = zip(*outputs, strict=True)
-        return layout.pack(images), torch.cat(texts)
-    return layout.pack(outputs)
+        given = {name: value for name, value in given.items() if value is not None} | kwargs
+        layout = router.layout
+        if layout is None:
+            return stock(hidden_states, **given)
+        starts = itertools.accumulate(layout.rows, initial=0)
+        rows = [slice(first, first + n) for first, n in zip(starts, layout.rows, strict=False)]
+        pieces = [
+            (x, cut(given, own, sum(layout.rows)))
+            for x, own in zip(layout.unpack(hidden_states), rows, strict=True)
+        ]
+        outputs = router.each(lambda piece: stock(piece[0], **piece[1]), pieces)
+        if isinstance(outputs[0], tuple):  # joint attention returns the text's tokens too
+            images, texts = zip(*outputs, strict=True)
+            return layout.pack(images), torch.cat(texts)
+        return layout.pack(outputs)
 
 
 class TextSeam(nn.Module):
@@ -213,6 +172,5 @@ class ConditioningSeam(nn.Module):
         vector = super().forward(*args, **kwargs)  # pyrefly: ignore[missing-attribute]
         if router.layout is None:
             return router.sizes.condition(vector, router.mode)
-        modes, pieces = router.layout.modes, vector.split(router.layout.rows)
-        own = [router.sizes.condition(x, mode) for x, mode in zip(pieces, modes, strict=True)]
-        return torch.cat(own)
+        pieces = vector.split(router.layout.rows)
+        return torch.cat(router.each(lambda x: router.sizes.condition(x, router.mode), pieces))

@@ -28,21 +28,18 @@ class Facts:
         macs: multiply-adds of one forward pass of one picture in a mode at a noise level (None: in
             the mean).
         guided: whether there is a guidance branch; None where that is not known yet.
-        packing: what two branches of different modes cost more where they share one packed call.
     """
 
     levels: tuple[float, ...]
     macs: Callable[[Mode, float | None], float]
     guided: bool | None = None
-    packing: Callable[[Mode, Mode], float] | None = None
 
     def cost(self, segment: Segment, level: float | None = None) -> float:
         """Multiply-adds of one picture in one call at a noise level, both branches."""
         mode, guide = segment.mode, segment.guide_mode
         if self.guided is False or segment.gain == 0:
             return self.macs(mode, level)
-        both = self.macs(mode, level) + self.macs(guide, level)
-        return both if self.packing is None or guide == mode else both + self.packing(mode, guide)
+        return self.macs(mode, level) + self.macs(guide, level)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ class Plan:
         macs: Callable[[Mode, float], float],
         *,
         guidance: bool,
-        packing: Callable[[Mode, Mode], float] | None = None,
+        packed: bool = False,
         kept: float = 0.0,
         together: bool = False,
         budget: float | None = None,
@@ -68,7 +68,7 @@ class Plan:
         Args:
             macs: multiply-adds of one forward pass of one picture in a mode at a noise level.
             guidance: whether the run has a guidance branch.
-            packing: what two branches of different modes cost more in one packed call.
+            packed: whether branches of different modes share one call, which keeps no text.
             kept: what a branch saves whose prompt was seen before, where text layers are kept.
             together: whether branches of the same mode share one call.
             budget: the share of the full cost that the run is allowed.
@@ -84,9 +84,7 @@ class Plan:
             guide = segment.guide_mode if guidance and segment.gain > 0 else None
             branches = [segment.mode] if guide is None else [segment.mode, guide]
             cost = sum(macs(mode, level) for mode in branches)
-            if packing is not None and guide is not None and guide != segment.mode:
-                cost += packing(segment.mode, guide)
-            else:  # a packed call keeps no text
+            if not packed or guide in (None, segment.mode):
                 for prompt in _prompts(segment, guided=guide is not None, together=together):
                     cost -= kept * len(prompt) * (prompt in seen)
                     seen.add(prompt)

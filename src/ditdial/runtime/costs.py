@@ -69,7 +69,6 @@ class Ledger:
         guide: Mode | None = None,
         *,
         branch: str | None,
-        masked: bool = False,
         guided: bool = False,
         pictures: tuple[int, ...] | None = None,
         why: tuple[dict[str, Any] | None, ...] = (),
@@ -81,7 +80,6 @@ class Ledger:
             count: rows.
             mode, guide: of the branches; ``mode`` is None where it only repeated a prediction.
             branch: that the pipeline called the model for, if it tells.
-            masked: branches of different modes share one call of attention.
             guided: both branches are in the call.
             pictures: that the rows belong to; None for all.
             why: what a controller chose by, picture by picture.
@@ -91,8 +89,6 @@ class Ledger:
         spent = self._spent(shape, mode, level) if mode is not None else 0.0
         if mode is not None and guide is not None:
             spent += self._spent(shape, guide, level)
-            if masked and guide != mode:
-                spent += shape.packing_macs(mode, guide)
         self.calls.append(
             CallRecord(
                 level=level,

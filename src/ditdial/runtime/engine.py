@@ -26,9 +26,7 @@ from ditdial.host.parametrization import parametrisation
 from ditdial.host.pipelines import is_guided
 from ditdial.host.weights import onloaded
 from ditdial.layers.checkpointing import remembered_in_checkpoints
-from ditdial.layers.packing import MASKED, Packing
 from ditdial.layers.state import Router, TextKey
-from ditdial.layers.steps_ahead import BatchTables, RunTables
 from ditdial.methods import Method
 from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
@@ -59,12 +57,9 @@ class Engine:
         calibration: what each choice of modes loses at each noise level, if that was measured.
         forced: the mode of all calls, whatever their noise level.
         packed, keep_text: as in the handle.
-        plan_ahead: compute what noise level and labels alone decide for many steps at once.
-        ahead: the tables of that, where such layers are known.
         allowed: share of the full FLOPs that the present run was planned for, if it has a budget.
         chosen: what the controller is at work on in the present run; the schedule of a run whose
             choices were made before it.
-        level: noise level of the present call, as planned, if all its rows share one.
         groups: how the pictures of the present step run.
         remembered: the conditional call of the present step, if its guidance call needs it.
         prompts: those of the present run, if text layers are kept.
@@ -83,13 +78,10 @@ class Engine:
     budget: float | Budget | None = None
     calibration: Calibration | None = None
     forced: Mode | None = None
-    packed: Packing = False
+    packed: bool = False
     keep_text: bool = False
-    plan_ahead: bool = False
-    ahead: RunTables | None = None
     allowed: float | None = None
     chosen: Run | Schedule | None = None
-    level: float | None = None
     groups: list[Group] = field(default_factory=list)
     remembered: Remembered | None = None
     prompts: list[TextKey] = field(default_factory=list)
@@ -105,10 +97,7 @@ class Engine:
         """An engine for a stock model, which is only read; see `Surgery.build`."""
         surgery = Surgery.build(model, backbone, method, adapters)
         modes = tuple(mode for mode in method.modes if backbone.fits(model, mode))
-        engine = cls(surgery, Timeline(backbone), Ledger(surgery), modes)
-        if backbone.labels:
-            engine.ahead = RunTables(backbone, model, by_mode=method.conditions)
-        return engine
+        return cls(surgery, Timeline(backbone), Ledger(surgery), modes)
 
     @property
     def router(self) -> Router:
@@ -133,15 +122,9 @@ class Engine:
         return self.surgery.adapter(model, self.schedule, **notes)
 
     @property
-    def packs(self) -> Packing:
-        """Whether, and how, branches of different modes share one packed call."""
-        return self.packed if self.router.backbone.packs and self.method.packs else False
-
-    def packing(self, shape: TransformerShape) -> Callable[[Mode, Mode], float] | None:
-        """What two branches of different modes cost more in one call; None if they have two."""
-        if self.packs == MASKED:
-            return shape.packing_macs
-        return (lambda a, b: 0.0) if self.packs else None
+    def packs(self) -> bool:
+        """Whether branches of different modes share one packed call."""
+        return self.packed and self.router.backbone.packs and self.method.packs
 
     def __getstate__(self) -> dict[str, Any]:
         # A copied model must not call the compiled forward of the original.
@@ -161,9 +144,7 @@ class Engine:
         count, size = len(sample), backbone.size(model, call)
         router.grid, shape = size[0], self.ledger.shape_of(model, size)
         self.ledger.repeated = 0
-        if self.surgery.away or not self.timeline.is_undisturbed(model):
-            router.stretch += 1
-            self.surgery.look_over(model)
+        self.surgery.look_over(model)
         with remembered_in_checkpoints(model, router):
             if self.forced is not None:
                 watch, output = Stopwatch(sample.device), self._forward(model, call, self.forced)
@@ -187,9 +168,8 @@ class Engine:
         self.remembered = self.timeline.previous = self.chosen = None
         self.allowed = self.share()
         self.router.run += 1
-        for tables in (self.surgery.widths, self.ahead):
-            if tables is not None:
-                tables.begin(self.timeline.levels_ahead(model))
+        if self.surgery.widths is not None:
+            self.surgery.widths.begin(self.timeline.levels_ahead(model))
 
     def _guidance(self, model: nn.Module, call: Call, shape: TransformerShape, level: float) -> Any:
         """The guidance call of a pipeline that makes one per branch."""
@@ -235,8 +215,7 @@ class Engine:
             part: Call, group: Group, own: Branches | None, rows: tuple[int, ...] | None
         ) -> Any:
             watch, segment = Stopwatch(backbone.stack(part[backbone.sample]).device), group.segment
-            packed = self.packs
-            output = run_batch(self.router, forward, part, segment, own, packed=packed)
+            output = run_batch(self.router, forward, part, segment, own, packed=self.packs)
             guide = None if own is None or segment.gain == 0 else segment.guide_mode
             self.ledger.record(
                 shape,
@@ -246,7 +225,6 @@ class Engine:
                 segment.mode,
                 guide,
                 branch=self.timeline.branch,
-                masked=packed == MASKED,
                 guided=own is not None,
                 pictures=group.pictures,
                 why=group.why,
@@ -290,7 +268,6 @@ class Engine:
                     levels=self.timeline.levels_ahead(model),
                     macs=shape.macs,
                     guided=guided,
-                    packing=self.packing(shape),
                 )
             )
         if isinstance(self.chosen, Schedule):
@@ -375,7 +352,6 @@ class Engine:
             level = self.timeline.as_planned(model, router.backbone.levels(call)[1])
             router.narrow = self.surgery.widths.of(model, call, mode, level)
         router.text = self._prompt(call) if self._keeps_text() else None
-        router.ahead = self._ahead(model, call, mode)
         router.streams = router.sizes.begin(model, router, mode)
         router.running = True
         try:
@@ -394,26 +370,8 @@ class Engine:
                 self.ledger.kept[mode] = router.narrow.kept()
             return output
         finally:
-            router.running, router.text, router.ahead = False, None, None
+            router.running, router.text = False, None
             router.narrow = router.streams = None
-
-    def _ahead(self, model: nn.Module, call: Call, mode: Mode) -> BatchTables | None:
-        """Tables of what the call's noise level and labels decide; none in a step of the base."""
-        if self.ahead is None or not self.plan_ahead or self.compiling or torch.is_grad_enabled():
-            return None
-        chooses = self.controller is not None and not isinstance(self.chosen, Schedule)
-        level = self.level
-        if self.forced is not None or level is None or chooses:
-            return None
-        segment, layout = self.schedule.at(level), self.router.layout
-        if segment.modes == {FULL}:
-            return None
-
-        def is_alike(other: float) -> bool:
-            return self.schedule.at(other).work == segment.work
-
-        labels = (call.get(self.router.backbone.labels),) if layout is None else layout.labels
-        return self.ahead.of(model, labels, mode, level, self.router, is_alike)
 
     def share(self) -> float | None:
         """The budget of the next runs as a share of the full FLOPs; None for another or none."""
@@ -518,5 +476,4 @@ class Engine:
                 f"noise levels of a batch go from {low} to {level}, and modes change between them; "
                 "legal: rows of one segment (handle.using(mode) sets a mode for all)"
             )
-        self.level = None if low != level else self.timeline.as_planned(model, level)
-        return level if self.level is None else self.level
+        return level if low != level else self.timeline.as_planned(model, level)

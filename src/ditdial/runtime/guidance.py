@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ditdial.backbones.call import Branches, Call
-from ditdial.layers.packing import MASKED, Layout, Packing, Part
+from ditdial.layers.packing import Layout, Part
 from ditdial.layers.state import Router
 from ditdial.plan.mode import Mode
 from ditdial.plan.schedule import Segment
@@ -45,14 +45,13 @@ def run_batch(
     segment: Segment,
     branches: Branches | None,
     *,
-    packed: Packing,
+    packed: bool,
 ) -> Any:
     """One model call that holds all branches, in the modes of a segment.
 
     Args:
         branches: which rows guide which; None if all rows are conditional.
-        packed: run branches of different modes in one packed call instead of two; ``"masked"`` has
-            one call of attention for both of them too.
+        packed: run branches of different modes in one packed call instead of two.
 
     Returns:
         What the stock forward returns, for all rows in their order.
@@ -70,8 +69,7 @@ def run_batch(
     if segment.weak_guidance:
         guide = router.backbone.give_condition(guide, conditional)
     if packed and not same:
-        masked = packed == MASKED
-        c, g = _packed(router, forward, (conditional, guide), segment, masked=masked)
+        c, g = _packed(router, forward, (conditional, guide), segment)
     else:
         c = _sample(router, forward, conditional, segment.mode, CONDITIONAL)
         g = _sample(router, forward, guide, segment.guide_mode, GUIDANCE)
@@ -107,7 +105,7 @@ def run_guidance(
 
 
 def _packed(
-    router: Router, forward: Forward, calls: tuple[Call, Call], segment: Segment, *, masked: bool
+    router: Router, forward: Forward, calls: tuple[Call, Call], segment: Segment
 ) -> tuple[Tensor, Tensor]:
     """Predictions of a conditional and a guidance call that run as one."""
     count = len(calls[0][router.backbone.sample])
@@ -124,8 +122,7 @@ def _packed(
     joined = join(*calls)
     modes = (segment.mode, segment.guide_mode)
     parts = tuple(Part(mode, count, router.tokens(mode)) for mode in modes)
-    labels = tuple(call.get(router.backbone.labels) for call in calls)
-    router.layout = Layout(parts, masked, labels)
+    router.layout = Layout(parts)
     try:
         sample = _sample(router, forward, joined, segment.mode)
     finally:

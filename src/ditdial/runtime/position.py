@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ditdial.backbones import Backbone
-from ditdial.host.pipelines import TRANSFORMERS, Undisturbed, called_levels
+from ditdial.host.pipelines import TRANSFORMERS, called_levels
 from ditdial.host.weights import versions
 
 ROUNDING = 2**-7
@@ -31,7 +31,6 @@ class Timeline:
         exact_levels: the scheduler's timesteps, and their noise levels, by what is told of them.
         previous: latent, its state and noise level of the call before, where only that tells the
             branch.
-        pipeline_call: that which the call before was part of, if nobody can change the model in it.
     """
 
     backbone: Backbone
@@ -40,10 +39,9 @@ class Timeline:
     seen_timesteps: Any = None
     exact_levels: tuple[Any, dict[float, float]] = (None, {})
     previous: tuple[weakref.ref[Tensor], Any] | None = None
-    pipeline_call: Undisturbed | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "previous": None, "pipeline_call": None}
+        return {**self.__dict__, "previous": None}
 
     @property
     def branch(self) -> str | None:
@@ -84,19 +82,6 @@ class Timeline:
             return levels[level]
         told = min(levels, key=lambda each: abs(each - level))
         return levels[told] if abs(told - level) <= ROUNDING * level else level
-
-    def is_undisturbed(self, model: nn.Module) -> bool:
-        """Whether nobody can have changed the model since the call before.
-
-        So it is between the steps of a pipeline's call. What a model has on it is looked for at
-        every other call: it takes a twentieth of a small model's coarsest step.
-        """
-        _, timesteps = self._scheduler(model)
-        before = self.pipeline_call
-        if timesteps is not None and before is not None and before.goes_on(timesteps):
-            return True
-        self.pipeline_call = None if timesteps is None else Undisturbed.at_work(self.pipe_of(model))
-        return False
 
     def starts_run(self, model: nn.Module, level: float, last: float | None) -> bool:
         """A run starts when the scheduler has new timesteps, or the noise level goes up again.

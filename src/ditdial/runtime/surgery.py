@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.embeddings import Timesteps
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -30,8 +29,7 @@ from ditdial.host.weights import (
 )
 from ditdial.layers.low_rank import FusedSeam, LowRankSeam
 from ditdial.layers.merged_weights import Merges
-from ditdial.layers.state import MERGE, PARTS, PLACE, ROLE, ROUTER, SOURCE, Router
-from ditdial.layers.steps_ahead import EmbeddedSeam, EmbedderSeam, TimesSeam
+from ditdial.layers.state import MERGE, PARTS, PLACE, ROLE, ROUTER, Router
 from ditdial.layers.swap import rebind_hooks, restore_class, swap_class
 from ditdial.layers.tokens import (
     AttentionSeam,
@@ -210,14 +208,6 @@ class Surgery:
             self._swap(module, TextSeam)
         for module in backbone.conditioning_layers(model) if self.method.conditions else ():
             self._swap(module, ConditioningSeam)
-        for embedder, layers in backbone.embedded(model):
-            self._swap(embedder, EmbedderSeam)
-            for module in embedder.modules():
-                if isinstance(module, Timesteps):
-                    self._swap(module, TimesSeam)
-            for layer in layers:
-                layer.__dict__[SOURCE] = embedder
-                self._swap(layer, EmbeddedSeam)
         for module in backbone.modulation_layers(model):
             self._swap(module, ModulationSeam)  # in front of tables, which have a row per picture
         for layer, A, B in self.pairs.values():
