@@ -38,6 +38,7 @@ from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.controller import Facts
 from ditdial.plan.ddit import settled
+from ditdial.plan.execution import Execution
 from ditdial.plan.weak_first import weak_first_for_budget
 from ditdial.reference import reference_adapter
 from ditdial.sampling.batches import cyclic_labels, sample
@@ -99,7 +100,7 @@ class Frontier(Bench):
         self.handle = None
         if adapter is not None:
             folder = reference_adapter(adapter, self.name)
-            self.handle = elastify(self.pipe, folder, merge=True)
+            self.handle = elastify(self.pipe, folder, execution=Execution(merge=True))
 
     def draw(self, scale: float, steps: int, first_seed: int, count: int) -> Tensor:
         self.costs = Costs()

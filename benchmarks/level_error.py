@@ -16,6 +16,7 @@ import torch
 from ditdial import elastify
 from ditdial.measure.provenance import write_results
 from ditdial.ops.flow import network_input_and_target
+from ditdial.plan.execution import Execution
 from ditdial.reference import load_reference, reference_adapter
 from ditdial.training.config import DataConfig
 from ditdial.training.data import ImageData
@@ -35,7 +36,9 @@ def main() -> None:
     rows = []
     for adapter in arguments.adapters:
         pipe = load_reference(arguments.name)
-        handle = elastify(pipe, reference_adapter(adapter, arguments.name), merge=True)
+        handle = elastify(
+            pipe, reference_adapter(adapter, arguments.name), execution=Execution(merge=True)
+        )
         model, statistics = pipe.transformer, pipe.config
         config = DataConfig(
             path=arguments.data,

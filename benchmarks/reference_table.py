@@ -31,6 +31,7 @@ from ditdial.evaluation.pareto import plot_pareto
 from ditdial.evaluation.runner import Figure, Judge, as_row
 from ditdial.measure.bench import interleave
 from ditdial.measure.provenance import provenance, write_results
+from ditdial.plan.execution import Execution
 from ditdial.reference import load_reference, reference_adapter, reference_judge
 from ditdial.sampling.batches import cyclic_labels, sample
 
@@ -175,7 +176,9 @@ def main() -> None:
     base = keep("base", lambda: bench.row(STEPS, 1.3, ratio=1.0, time_ratio=1.0, series="base"))
     bench.full = bench.draw(base["scale"], STEPS, REPORT_SEED, bench.images)
     for recipe in arguments.recipes:
-        handle = elastify(bench.pipe, reference_adapter(recipe, arguments.name), merge=True)
+        handle = elastify(
+            bench.pipe, reference_adapter(recipe, arguments.name), execution=Execution(merge=True)
+        )
         for guidance in ("cfg", "weak"):
             start = base["scale"]
             for fraction in FRACTIONS:

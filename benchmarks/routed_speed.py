@@ -77,7 +77,7 @@ def bench(stock: Any, batch: int, arguments: Any, device: str) -> dict[str, Any]
     """One table: ratios over the stock model at one batch size."""
     width = arguments.width
     handle = elastify(copy.deepcopy(stock), DyDiT(widths=(width,), tokens=False))
-    handle.sizes.force(Mode(width=width), width, width)
+    handle._engine.wiring.new.force(Mode(width=width), width, width)
     call = call_of(batch, device, stock.dtype)
     if arguments.compile:
         torch._dynamo.reset()
@@ -90,7 +90,7 @@ def bench(stock: Any, batch: int, arguments: Any, device: str) -> dict[str, Any]
                 if mode is None:
                     model(**call)
                     return
-                handle.widths.slices = slices
+                handle._engine.surgery.widths.slices = slices
                 with handle.using(mode):
                     model(**call)
 

@@ -121,7 +121,7 @@ def draw_widths(handle: Any, path: Path) -> None:
         len(modes), 3, figsize=(11, 2.6 * len(modes)), layout="constrained", squeeze=False
     )
     for row, mode in zip(panels, modes, strict=True):
-        kept = [handle.widths.kept(handle.model, mode, level) for level in levels]
+        kept = [handle._engine.surgery.widths.kept(handle.model, mode, level) for level in levels]
         for panel, name in zip(row, ("heads", "channels", "tokens"), strict=True):
             table = torch.tensor([[getattr(each, name) for each in level] for level in kept])
             image = panel.imshow(
@@ -147,7 +147,7 @@ def draw_tokens(bench: Frontier, path: Path) -> None:
     mode = min(handle.method.routed, key=lambda each: each.width)
     handle.schedule = Schedule.constant(mode)
     masks: list[torch.Tensor] = []
-    routers = handle.sizes.routers[mode.name]
+    routers = handle._engine.wiring.new.routers[mode.name]
     stock = routers.tokens
 
     def watching(block: int, x: torch.Tensor) -> torch.Tensor:

@@ -28,12 +28,14 @@ from typing import Any
 
 import torch
 from diffusers import DiTTransformer2DModel
+from tests.elastic_models import run_as
 
 from ditdial import FULL, Mode, Schedule, elastify
 from ditdial.backbones import backbone_for
 from ditdial.measure.bench import beside, in_fresh_processes
 from ditdial.measure.memory import keep_freed_memory
 from ditdial.measure.provenance import write_results
+from ditdial.plan.execution import Execution
 from ditdial.reference import load_reference, reference_adapter
 from ditdial.sampling.pixel_pipeline import PixelDiTPipeline
 
@@ -110,7 +112,7 @@ def bench(
     floors = {f"stock, patch {size}": of_patch(stock, size) for size in (8, 16)}
     for each in (stock, pipe, *floors.values()):
         each.set_progress_bar_config(disable=True)
-    handle = elastify(pipe, reference_adapter("lora"), merge=True)
+    handle = elastify(pipe, reference_adapter("lora"), execution=Execution(merge=True))
     if compiled:
         torch._dynamo.reset()
         for each in (stock, pipe, *floors.values()):
@@ -120,7 +122,8 @@ def bench(
     def run(which, schedule=None, packed=False):
         def call():
             if schedule is not None:
-                handle.schedule, handle.packed = schedule, packed
+                handle.schedule = schedule
+                run_as(handle, packed=packed)
             which(labels, seeds=seeds, num_inference_steps=steps, output_type="pt")
 
         return call
@@ -133,8 +136,8 @@ def bench(
         if name in floors:
             flops_ratio = macs(floors[name]) / macs(stock)
         else:
-            handle.packed = name == PACKED
-            handle.schedule = SCHEDULES[MIXED if handle.packed else name]
+            run_as(handle, packed=name == PACKED)
+            handle.schedule = SCHEDULES[MIXED if name == PACKED else name]
             flops_ratio = handle.plan(steps).ratio
         rows.append({"run": name, "flops_ratio": flops_ratio, "ratios": ratios})
     return rows

@@ -17,6 +17,7 @@ from diffusers import FlowMatchHeunDiscreteScheduler
 
 from ditdial import FULL, Handle, elastify
 from ditdial.measure.provenance import write_results
+from ditdial.plan.execution import Execution
 from ditdial.reference import load_reference, reference_adapter
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,7 +31,9 @@ def main() -> None:
     parser.add_argument("--name", default="mnist")
     arguments = parser.parse_args()
     pipe = load_reference(arguments.name)
-    handle = elastify(pipe, reference_adapter("lora", arguments.name), merge=True)
+    handle = elastify(
+        pipe, reference_adapter("lora", arguments.name), execution=Execution(merge=True)
+    )
     euler = pipe.scheduler
     heun = FlowMatchHeunDiscreteScheduler.from_config(euler.config)
     runs = {f"{steps} steps": (euler, steps) for steps in STEPS} | {"50 steps, Heun": (heun, USUAL)}

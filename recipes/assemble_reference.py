@@ -18,7 +18,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-from ditdial.adapter import load_adapter
+from ditdial.adapter import Adapter
 from ditdial.evaluation.features import load_features
 from ditdial.evaluation.runner import save_reference_set
 from ditdial.measure.provenance import provenance
@@ -57,11 +57,11 @@ def main() -> None:
         export = runs / f"{name}-{method}" / "export"
         start = runs / f"{name}-{method}-start" / "export"
         if start.is_dir():  # trained in two parts
-            facts[f"{method}-start"] = _facts(load_adapter(start).notes["training"])
+            facts[f"{method}-start"] = _facts(Adapter.from_pretrained(start).notes["training"])
         if export.is_dir():
-            adapter = load_adapter(export)
+            adapter = Adapter.from_pretrained(export)
             facts[method] = _facts(adapter.notes.pop("training"))
-            adapter.save(target / method, dtype=torch.float16)
+            adapter.save_pretrained(target / method, dtype=torch.float16)
 
     data = card["recipe"]["data"] | {"path": arguments.data, "split": "test"}
     held_out = ImageData(DataConfig(**data))

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ditdial import FlexiDiT, elastify
 from ditdial.handle import Handle
 from ditdial.measure.memory import keep_freed_memory
-from ditdial.runtime.surgery import is_new
+from ditdial.plan.execution import Execution
+from ditdial.runtime.tensors import is_new
 from ditdial.training.state import list_states
 
 keep_freed_memory()  # as the command line does
@@ -79,7 +80,9 @@ def make_elastic(make_model) -> Callable[..., Handle]:
     def make(target: Any = None, *, merge: bool = False, **method: Any) -> Handle:
         target = make_model() if target is None else target
         torch.manual_seed(2)
-        handle = elastify(target, FlexiDiT(**{"rank": 4, **method}), merge=merge)
+        handle = elastify(
+            target, FlexiDiT(**{"rank": 4, **method}), execution=Execution(merge=merge)
+        )
         _perturb(handle.model, lambda name: is_new(name) and "flex_" not in name, seed=3)
         return handle
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from tests.backbones.tiny import CASES
 from torch import Tensor
 
-from ditdial import FULL, FlexiDiT, Mode, elastify, handle_of
+from ditdial import FULL, Execution, FlexiDiT, Mode, elastify, handle_of
 from ditdial.handle import Handle
-from ditdial.runtime.surgery import is_new
+from ditdial.runtime.tensors import is_new
 
 WEAK = Mode(2)
+MERGED = Execution(merge=True)
 
 
 def checkpointed_gradients(handle: Handle, call: dict[str, Any], mode: Mode) -> set[str]:
@@ -70,3 +72,8 @@ def run(handle_or_model: Any, call: dict[str, Any], mode: Mode | None = None) ->
         return model(**call).sample
     with handle_of(model).using(mode):
         return model(**call).sample
+
+
+def run_as(handle: Any, **changes: Any) -> None:
+    """Change how a handle's calls are run, and leave the rest of its execution as it is."""
+    handle.execution = replace(handle.execution, **changes)

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ditdial import FlexiDiT, Mode, Schedule, elastify, load_adapter
-from ditdial.adapter import CONFIG, WEIGHTS, Adapter, check_base
+from ditdial import Adapter, FlexiDiT, Mode, Schedule, elastify
+from ditdial.adapter import CONFIG, WEIGHTS, check_base
 
 both_recipes = pytest.mark.parametrize("recipe", ["lora", "shared"])
 
@@ -21,7 +21,7 @@ def saved(make_elastic, tmp_path):
     """A sound adapter folder, to be damaged."""
     handle = make_elastic()
     handle.schedule = Schedule.weak_first(0.4)
-    return handle.adapter(scale=2.5).save(tmp_path / "adapter")
+    return handle.adapter(scale=2.5).save_pretrained(tmp_path / "adapter")
 
 
 def edit_config(folder, **changes):
@@ -44,9 +44,9 @@ def test_round_trip(make_model, make_elastic, make_call, output, perturb, tmp_pa
     if recipe == "shared":  # a trained one: its base weights are its own
         perturb(handle.model, seed=9)
     handle.schedule = Schedule.weak_first(0.4)
-    folder = handle.adapter(scale=2.5).save(tmp_path / "deep" / "adapter")
+    folder = handle.adapter(scale=2.5).save_pretrained(tmp_path / "deep" / "adapter")
     assert sorted(p.name for p in folder.iterdir()) == [WEIGHTS, CONFIG]
-    adapter = load_adapter(folder)
+    adapter = Adapter.from_pretrained(folder)
     assert adapter.notes == {"scale": 2.5}
     assert adapter.method == handle.method
     again = elastify(make_model(), folder)
@@ -62,7 +62,7 @@ def test_round_trip(make_model, make_elastic, make_call, output, perturb, tmp_pa
 
 def test_a_lora_adapter_holds_new_tensors_only(saved, make_model):
     stock = set(make_model().state_dict())
-    tensors = load_adapter(saved).tensors
+    tensors = Adapter.from_pretrained(saved).tensors
     assert not stock & set(tensors)
     assert not any(name.startswith("base.") for name in tensors)
 
@@ -77,9 +77,9 @@ def test_a_narrower_dtype_is_half_as_large_and_close(
     make_elastic, make_model, make_call, output, tmp_path
 ):
     handle, call = make_elastic(), make_call(2)
-    full = handle.adapter().save(tmp_path / "full")
-    half = handle.adapter().save(tmp_path / "half", dtype=torch.bfloat16)
-    assert all(t.dtype == torch.bfloat16 for t in load_adapter(half).tensors.values())
+    full = handle.adapter().save_pretrained(tmp_path / "full")
+    half = handle.adapter().save_pretrained(tmp_path / "half", dtype=torch.bfloat16)
+    assert all(t.dtype == torch.bfloat16 for t in Adapter.from_pretrained(half).tensors.values())
     assert (half / WEIGHTS).stat().st_size < 0.6 * (full / WEIGHTS).stat().st_size
     again = elastify(make_model(), half)
     with handle.using(Mode(2)), again.using(Mode(2)):
@@ -88,14 +88,14 @@ def test_a_narrower_dtype_is_half_as_large_and_close(
 
 
 def test_saving_replaces_an_adapter(saved, make_elastic):
-    make_elastic(scales=(2,)).adapter(new=True).save(saved)
-    assert load_adapter(saved).notes == {"new": True}
+    make_elastic(scales=(2,)).adapter(new=True).save_pretrained(saved)
+    assert Adapter.from_pretrained(saved).notes == {"new": True}
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
 
 def test_saving_into_an_empty_folder(make_elastic, tmp_path):
     (tmp_path / "empty").mkdir()
-    load_adapter(make_elastic().adapter().save(tmp_path / "empty"))
+    Adapter.from_pretrained(make_elastic().adapter().save_pretrained(tmp_path / "empty"))
 
 
 def test_saving_over_something_else_is_refused(make_elastic, tmp_path):
@@ -103,7 +103,7 @@ def test_saving_over_something_else_is_refused(make_elastic, tmp_path):
     folder.mkdir()
     (folder / "chapter.txt").write_text("all of it")
     with pytest.raises(FileExistsError, match="thesis' exists and holds no adapter"):
-        make_elastic().adapter().save(folder)
+        make_elastic().adapter().save_pretrained(folder)
     assert contents(folder) == {"chapter.txt": b"all of it"}
 
 
@@ -113,7 +113,7 @@ def test_saving_over_a_diffusers_model_is_refused(make_model, make_elastic, tmp_
     make_model().save_pretrained(folder)
     before = contents(folder)
     with pytest.raises(FileExistsError, match="base' exists and holds no adapter"):
-        make_elastic().adapter().save(folder)
+        make_elastic().adapter().save_pretrained(folder)
     assert contents(folder) == before
 
 
@@ -121,21 +121,21 @@ def test_saving_onto_a_file_is_refused(make_elastic, tmp_path):
     file = tmp_path / "adapter"
     file.write_text("mine")
     with pytest.raises(OSError):  # noqa: PT011
-        make_elastic().adapter().save(file)
+        make_elastic().adapter().save_pretrained(file)
     assert file.read_text() == "mine"
 
 
 def test_an_adapter_survives_a_failed_save(saved, make_elastic):
     before = contents(saved)
     with pytest.raises(TypeError):
-        make_elastic().adapter(thing=object()).save(saved)
+        make_elastic().adapter(thing=object()).save_pretrained(saved)
     assert contents(saved) == before
-    load_adapter(saved)
+    Adapter.from_pretrained(saved)
 
 
 def test_a_failed_save_leaves_no_litter(saved, make_elastic):
     with pytest.raises(TypeError):
-        make_elastic().adapter(thing=object()).save(saved)
+        make_elastic().adapter(thing=object()).save_pretrained(saved)
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
 
@@ -297,16 +297,16 @@ def test_damage_is_named_and_the_model_untouched(saved, make_model, assert_stock
 
 def test_missing_files_are_named(saved, tmp_path):
     with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
-        load_adapter(tmp_path / "nowhere")
+        Adapter.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="'nowhere' is neither a folder nor a hub id"):
-        load_adapter("nowhere")
+        Adapter.from_pretrained("nowhere")
     shutil.copytree(saved, tmp_path / "b")
     (saved / CONFIG).unlink()
     with pytest.raises(FileNotFoundError, match=r"has no config.json; it is no adapter folder"):
-        load_adapter(saved)
+        Adapter.from_pretrained(saved)
     (tmp_path / "b" / WEIGHTS).unlink()
     with pytest.raises(FileNotFoundError, match=r"has no adapter.safetensors"):
-        load_adapter(tmp_path / "b")
+        Adapter.from_pretrained(tmp_path / "b")
 
 
 @pytest.mark.parametrize("name", ["adapter.bin", "adapter.pt", "model.ckpt", "adapter.pkl"])
@@ -317,13 +317,13 @@ def test_a_pickle_is_refused_unread(tmp_path, name):
 
     (tmp_path / name).write_bytes(pickle.dumps(Bomb()))
     with pytest.raises(ValueError, match=r"is pickled weights; legal: a folder with config.json"):
-        load_adapter(tmp_path / name)
+        Adapter.from_pretrained(tmp_path / name)
     assert not (tmp_path / "exploded").exists()
 
 
 def test_a_lone_file_is_refused(saved):
     with pytest.raises(ValueError, match=r"is a file; legal: a folder with config.json and"):
-        load_adapter(saved / WEIGHTS)
+        Adapter.from_pretrained(saved / WEIGHTS)
 
 
 def test_an_adapter_folder_survives_being_moved_and_read_only(saved, make_model, tmp_path):

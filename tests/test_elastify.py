@@ -12,6 +12,7 @@ from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 from diffusers.hooks import HookRegistry
 from diffusers.hooks import ModelHook as DiffusersHook
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from tests.elastic_models import run_as
 
 from ditdial import FULL, FlexiDiT, Mode, Schedule, Segment, elastify, handle_of
 from ditdial.adapter import Adapter
@@ -109,7 +110,7 @@ def test_applying_twice_replaces(make_model, make_elastic, make_call, output, as
     first = make_elastic(model, recipe=recipe)
     second = make_elastic(model, scales=(2,))
     assert second.modes == (FULL, WEAK)
-    assert type(model).__mro__[1] is type(stock)
+    assert stock_class(model) is type(stock)
     assert torch.equal(output(model, call), output(stock, call))
     for use in (
         lambda: setattr(first, "schedule", Schedule.constant()),
@@ -197,11 +198,11 @@ def test_a_copy_is_elastic_and_independent(
     for mode, value in expected.items():
         assert torch.equal(forced(other, mode, call, output), value)
     assert torch.equal(output(twin, call), expected[WEAK])
+    assert handle.schedule != Schedule.constant(WEAK)
     handle.remove()
     assert torch.equal(output(twin, call), expected[WEAK])
     other.remove()
     assert_stock(twin, make_model())
-    assert handle.schedule != Schedule.constant(WEAK)
 
 
 def test_handle_of(make_model, make_elastic):
@@ -317,7 +318,7 @@ def test_a_latent_smaller_than_a_coarse_patch_is_refused(make_elastic, make_call
     handle.schedule = Schedule.constant(FULL, guide=WEAKER)
     guided = make_call(side=12, guided=True)
     for packed in (False, True):
-        handle.packed = packed
+        run_as(handle, packed=packed)
         with pytest.raises(ValueError, match="'patch4' does not fit the 1x3x3"):
             output(handle.model, guided)
     assert forced(handle, WEAK, call, output).isfinite().all()
@@ -361,7 +362,7 @@ def test_a_forward_that_somebody_put_on_attention_runs(make_elastic, make_call, 
     stock = Attention.forward
 
     def forward(self, *args, **kwargs):
-        ran.append(handle._engine.router.mode)
+        ran.append(handle._engine.wiring.state.mode)
         return stock(self, *args, **kwargs)
 
     monkeypatch.setattr(Attention, "forward", forward)
@@ -374,15 +375,15 @@ def test_a_forward_that_somebody_put_on_attention_runs(make_elastic, make_call, 
 
 def test_a_class_that_cannot_pack_refuses_to(make_elastic):
     handle = make_elastic()
-    handle.packed = True
-    with pytest.raises(ValueError, match=r"packed = 'mask'; legal for .*: False, True \("):
-        handle.packed = "mask"
-    assert handle.packed is True
-    handle.backbone.packs = False
+    run_as(handle, packed=True)
+    with pytest.raises(ValueError, match="packed = 'mask' is out of range; legal: True, False"):
+        run_as(handle, packed="mask")
+    assert handle.execution.packed is True
+    handle.backbone.packed = None
     with pytest.raises(ValueError, match="packed = True; legal for DiTTransformer2DModel with"):
-        handle.packed = True
-    handle.packed = False
-    assert not handle.packed
+        run_as(handle, packed=True)
+    run_as(handle, packed=False)
+    assert not handle.execution.packed
 
 
 def test_plans_of_another_size_cost_what_it_costs(make_elastic):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.elastic_models import run_as
 
 from ditdial import FULL, Mode, Schedule, elastify
+from ditdial.plan.execution import Execution
 from ditdial.reference import load_reference, reference_adapter
 
 pytestmark = [
@@ -40,7 +42,7 @@ def test_packed_equals_split(call):
     handle = elastify(model, reference_adapter("lora"))
     handle.schedule = Schedule.constant(FULL, guide=Mode(2), guidance="weak")
     split = model(**call).sample
-    handle.packed = True
+    run_as(handle, packed=True)
     torch.testing.assert_close(model(**call).sample, split, atol=0.05, rtol=0.05)
 
 
@@ -48,7 +50,7 @@ def test_packed_equals_split(call):
 def test_compiled_equals_eager(call):
     model = load_reference().transformer.to("cuda")
     call["hidden_states"] = call["hidden_states"].float()
-    handle = elastify(model, reference_adapter("lora"), merge=True)
+    handle = elastify(model, reference_adapter("lora"), execution=Execution(merge=True))
     for mode in handle.modes:
         with handle.using(mode):
             eager = model(**call).sample
@@ -58,7 +60,7 @@ def test_compiled_equals_eager(call):
 
 def test_report_times_device_work(call):
     pipe = load_reference().to("cuda")
-    handle = elastify(pipe, reference_adapter("lora"), merge=True)
+    handle = elastify(pipe, reference_adapter("lora"), execution=Execution(merge=True))
     handle.schedule = Schedule.weak_first(0.5)
     pipe([1, 2], seeds=[0, 1], num_inference_steps=4, output_type="pt")
     report = handle.report()

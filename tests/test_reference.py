@@ -7,6 +7,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from ditdial import FULL, Mode, Schedule, elastify
+from ditdial.plan.execution import Execution
 from ditdial.reference import (
     load_reference,
     reference_adapter,
@@ -34,7 +35,7 @@ def test_accuracy_and_cheap_run():
     steps, (at_full, at_weak) = settings["steps"], (row["scale"] for row in settings["demo"][:2])
     full = sample(pipe, labels, seeds, guidance_scale=at_full, steps=steps, batch_size=100)
     assert judge.judge(full.images, labels, sets=1)["accuracy"].value >= 0.95
-    handle = elastify(pipe, reference_adapter("lora"), merge=True)
+    handle = elastify(pipe, reference_adapter("lora"), execution=Execution(merge=True))
     handle.schedule = Schedule.weak_first(0.48)
     weak = sample(pipe, labels, seeds, guidance_scale=at_weak, steps=steps, batch_size=100)
     figures = judge.judge(weak.images, labels, sets=1, full=full.images)

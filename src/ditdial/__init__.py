@@ -8,7 +8,7 @@
 >>> handle.remove()
 """
 
-from ditdial.adapter import Adapter, load_adapter
+from ditdial.adapter import Adapter
 from ditdial.backbones import BACKBONES
 from ditdial.elastify import elastify, handle_of
 from ditdial.handle import Handle
@@ -16,6 +16,7 @@ from ditdial.methods import METHODS, Combined, DDiT, DyDiT, FlexiDiT, PPFlow, Sp
 from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.ddit import Account, DDiTController
+from ditdial.plan.execution import Execution
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.plan import Plan
 from ditdial.plan.report import Report
@@ -36,6 +37,7 @@ __all__ = [
     "DDiT",
     "DDiTController",
     "DyDiT",
+    "Execution",
     "FlexiDiT",
     "Handle",
     "Mode",
@@ -48,5 +50,4 @@ __all__ = [
     "SparseDiT",
     "elastify",
     "handle_of",
-    "load_adapter",
 ]

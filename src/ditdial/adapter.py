@@ -56,10 +56,37 @@ class Adapter:
         if self.calibration is not None:
             self.calibration.check(self.base, identity(self.method))
 
-    def save(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        subfolder: str | None = None,
+    ) -> Adapter:
+        """Read an adapter from a folder or from the hub.
+
+        Args:
+            source: the folder, or a hub id (``owner/name``).
+            revision: branch, tag or commit of the hub's repository.
+            token: for private repositories; that of ``hf auth login`` by default.
+            subfolder: of the folder or repository, which holds the adapter.
+
+        Raises:
+            FileNotFoundError: no such folder, and not a hub id; or a file is missing.
+            ValueError: pickled, truncated or foreign weights, NaN, or a config or calibration that
+                is not understood.
+        """
+        return _read(_find(source, revision=revision, token=token, subfolder=subfolder))
+
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
         """Write the folder in one rename; an old adapter there goes only once the new is whole.
 
         A calibration goes with the adapter it was measured of; other files in the folder stay.
+
+        Args:
+            dtype: of the stored weights; their own by default.
 
         Raises:
             FileExistsError: the folder exists and holds something that is no adapter.
@@ -82,6 +109,39 @@ class Adapter:
                 os.replace(folder, Path(scratch) / "old")
             os.replace(partial, folder)
         return folder
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload adapter",
+    ) -> str:
+        """Upload the adapter to the hub; the repository is made if there is none.
+
+        Args:
+            repo_id: ``owner/name``.
+            private: of a new repository; the owner's default if None.
+            revision: branch to commit to.
+
+        Returns:
+            The address of the commit.
+        """
+        from huggingface_hub import HfApi  # it comes with diffusers, and takes a while to import
+
+        api = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = self.save_pretrained(Path(scratch) / "adapter")
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+            )
+        return commit.commit_url
 
     def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
         tensors = {
@@ -108,15 +168,7 @@ def identity(method: Method) -> dict[str, Any]:
     return {"name": method.name, "settings": method.to_config()}
 
 
-def load_adapter(source: str | Path) -> Adapter:
-    """Read an adapter from a folder or a hub id.
-
-    Raises:
-        FileNotFoundError: no such folder, and not a hub id; or a file is missing.
-        ValueError: pickled, truncated or foreign weights, NaN, or a config or calibration that is
-            not understood.
-    """
-    folder = _find(source)
+def _read(folder: Path) -> Adapter:
     config = _read_config(folder)
     weights = folder / WEIGHTS
     if not weights.is_file():
@@ -189,10 +241,13 @@ def check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> No
         )
 
 
-def _find(source: str | Path) -> Path:
-    folder = Path(source).expanduser()
+def _find(
+    source: str | Path, *, revision: str | None, token: str | bool | None, subfolder: str | None
+) -> Path:
+    """The folder of an adapter, from the hub if it is not here."""
+    folder, inside = Path(source).expanduser(), subfolder or ""
     if folder.is_dir():
-        return folder
+        return folder / inside
     if folder.is_file():
         kind = "pickled weights" if folder.suffix in PICKLES else "a file"
         raise ValueError(
@@ -201,14 +256,16 @@ def _find(source: str | Path) -> Path:
     text = str(source)
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise FileNotFoundError(f"adapter {text!r} is neither a folder nor a hub id (owner/name)")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import snapshot_download  # it takes a while to import
 
+    wanted = [str(Path(inside) / name) for name in (CONFIG, WEIGHTS, CALIBRATION)]
     try:
-        return Path(snapshot_download(text, allow_patterns=[CONFIG, WEIGHTS, CALIBRATION]))
+        found = snapshot_download(text, revision=revision, token=token, allow_patterns=wanted)
     except OSError as error:  # every error of the hub and of the network
         raise FileNotFoundError(
             f"adapter {text!r} is no folder here, and the hub has not got it: {error}"
         ) from error
+    return Path(found) / inside
 
 
 def _is_ours(folder: Path) -> bool:

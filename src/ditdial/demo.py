@@ -14,6 +14,7 @@ from ditdial.evaluation.picture import Row, comparison
 from ditdial.evaluation.runner import as_row
 from ditdial.evaluation.sheet import save_png
 from ditdial.measure.provenance import write_results
+from ditdial.plan.execution import Execution
 from ditdial.plan.schedule import Schedule
 from ditdial.reference import (
     load_reference,
@@ -67,7 +68,7 @@ def run_demo(
     settings, judge = reference_settings(), reference_judge()
     steps = settings["steps"]
     pipe = load_reference()
-    handle = elastify(pipe, reference_adapter("lora"), merge=True)
+    handle = elastify(pipe, reference_adapter("lora"), execution=Execution(merge=True))
     rows = demo_rows(settings)
     labels = cyclic_labels(images, pipe.transformer.config.num_embeds_ada_norm)
     seeds = list(range(FIRST_SEED, FIRST_SEED + images))

@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import nn
 
-from ditdial.adapter import Adapter, Composition, check_base, load_adapter
-from ditdial.backbones import Backbone, backbone_for
-from ditdial.handle import Handle, check_modes
+from ditdial.adapter import Adapter
+from ditdial.checks import require
+from ditdial.handle import Handle
 from ditdial.host.pickling import Weak
 from ditdial.host.pipelines import transformers
-from ditdial.layers.swap import check_forward
-from ditdial.methods import Method
+from ditdial.methods import METHODS, Method
+from ditdial.plan.execution import Execution
 from ditdial.plan.schedule import Schedule
 from ditdial.runtime.engine import Engine
-from ditdial.runtime.model_class import ENGINE
+from ditdial.runtime.model_class import engine_of, make_elastic
 
 Source = str | Path | Adapter | Method
 """A trained adapter (folder, hub id or object), or a method to start one."""
@@ -29,7 +29,9 @@ def elastify(
     *,
     component: str | None = None,
     schedule: Schedule | None = None,
-    merge: bool = False,
+    execution: Execution | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
 ) -> Handle:
     """Make a diffusers pipeline or transformer elastic, in place.
 
@@ -42,8 +44,9 @@ def elastify(
             ``transformer_2``; each has a handle of its own. The only one by default.
         schedule: replaces the adapter's default; a method starts with full mode throughout, and
             so does a combination, unless a part of it has retrained the base's weights.
-        merge: keep one more copy of the adapted weights per mode, so that coarse modes pay nothing
-            for low-rank updates; equal but for rounding.
+        execution: how calls are run, as ``Execution(merge=True)``.
+        revision, token: of adapters that come from the hub, as `Adapter.from_pretrained` takes
+            them.
 
     Returns:
         The handle that owns every change. An elastic model that is made elastic again is first
@@ -55,36 +58,14 @@ def elastify(
             has been changed then.
         FileNotFoundError: no such adapter.
     """
+    legal = "a Schedule, or None for the adapter's own"
+    require(schedule is None or isinstance(schedule, Schedule), "schedule", schedule, legal)
+    legal = "an Execution, as Execution(merge=True)"
+    require(execution is None or isinstance(execution, Execution), "execution", execution, legal)
     model, pipe = _resolve(target, component)
-    backbone = backbone_for(model)
-    sources = [adapter] if isinstance(adapter, Source) else adapter
-    parts = [x if isinstance(x, Adapter | Method) else load_adapter(x) for x in sources]
-    composition = Composition.of(parts)
-    method, adapters = composition.method, composition.adapters
-    for single in method.singles:
-        backbone.check(model, set(single.modes))
-        _check_method(model, backbone, single)
-    for loaded in adapters:
-        check_base(loaded, backbone.identity(model))
-    schedule = schedule or composition.schedule
-    check_modes(model, backbone, method, schedule.modes, "schedule")
-    previous: Engine | None = model.__dict__.get(ENGINE)
-    if previous:
-        previous.uninstall(model)
-    else:
-        check_forward(model)
-    try:
-        engine = Engine.build(model, backbone, method, adapters)
-    except Exception:
-        if previous:
-            previous.install(model)
-        raise
-    engine.schedule, engine.router.merged = schedule, merge
-    engine.calibration = next((x.calibration for x in adapters if x.method == method), None)
-    engine.install(model)
-    if pipe is not None:
-        engine.timeline.pipe = Weak(pipe)
-    return Handle(model, engine)
+    parts = [_loaded(source, revision, token) for source in _sources(adapter)]
+    engine = make_elastic(model, parts, schedule=schedule, execution=execution)
+    return _handle(model, engine, pipe)
 
 
 def handle_of(target: Any, *, component: str | None = None) -> Handle | None:
@@ -100,18 +81,24 @@ def handle_of(target: Any, *, component: str | None = None) -> Handle | None:
         ValueError: a component that is missing or not named.
     """
     model, pipe = _resolve(target, component)
-    engine: Engine | None = model.__dict__.get(ENGINE)
+    engine = engine_of(model)
     if engine is None:
         return None
-    if pipe is not None and engine.timeline.pipe_of(model) is None:  # the pipeline itself is a copy
-        engine.timeline.pipe = Weak(pipe)
-    return Handle(model, engine)
+    known = engine.position.pipe_of(model) is not None
+    return _handle(model, engine, None if known else pipe)  # else the pipeline itself is a copy
 
 
 def stock_class(model: nn.Module) -> type:
     """The diffusers class of a model, elastic or not."""
-    engine = model.__dict__.get(ENGINE)
+    engine = engine_of(model)
     return type(model) if engine is None else engine.surgery.stock
+
+
+def _handle(model: nn.Module, engine: Engine, pipe: Any) -> Handle:
+    """The handle of an elastic model that is called by a pipeline from now on."""
+    if pipe is not None:
+        engine.position.pipe = Weak(pipe)
+    return Handle(model, engine)
 
 
 def _resolve(target: Any, component: str | None) -> tuple[nn.Module, Any]:
@@ -131,15 +118,22 @@ def _resolve(target: Any, component: str | None) -> tuple[nn.Module, Any]:
     return models[component], target
 
 
-def _check_method(model: nn.Module, backbone: Backbone, method: Method) -> None:
-    layers = backbone.adapting(method.adapts).low_rank_layers(model)
-    if method.low_rank and not any(True for _ in layers):
-        raise ValueError(
-            f"method {method.name!r} adapts feed-forward layers, and those of "
-            f"{backbone.model_class} are not linear; legal: a method that adapts attention too"
-        )
-    if method.conditions and not any(True for _ in backbone.conditioning_layers(model)):
-        raise ValueError(
-            f"method {method.name!r} marks the conditioning vector, and none is known of "
-            f"{backbone.model_class}; legal: a method that marks tokens (flexidit, ddit)"
-        )
+def _sources(adapter: Source | Sequence[Source]) -> list[Source]:
+    """What was given, one by one.
+
+    Raises:
+        ValueError: something that is no source.
+    """
+    sources: list[Any] = list(adapter) if isinstance(adapter, list | tuple) else [adapter]
+    legal = f"an adapter (folder, hub id or object), or a method ({', '.join(METHODS)})"
+    for source in sources:
+        if isinstance(source, type) and issubclass(source, Method):
+            legal = f"an object of the class, {source.__name__}()"
+        require(isinstance(source, Source), "adapter", source, legal)
+    return sources
+
+
+def _loaded(source: Source, revision: str | None, token: str | bool | None) -> Adapter | Method:
+    if isinstance(source, Adapter | Method):
+        return source
+    return Adapter.from_pretrained(source, revision=revision, token=token)

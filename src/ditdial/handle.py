@@ -3,119 +3,119 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from ditdial.adapter import Adapter, identity
 from ditdial.backbones import Backbone
+from ditdial.checks import require
 from ditdial.cost.shape import TransformerShape
-from ditdial.host.device import device_name
-from ditdial.host.pipelines import called_levels
+from ditdial.measure.calibrate import calibrate, time_modes
 from ditdial.methods import Method
 from ditdial.ops.patching import Triple
 from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
-from ditdial.plan.controller import Controller, Facts
+from ditdial.plan.controller import Controller
+from ditdial.plan.execution import Execution
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.plan import Plan
 from ditdial.plan.report import Report
 from ditdial.plan.schedule import Schedule
-from ditdial.plan.solved import Offer, SolvedBudget
-from ditdial.plan.weak_first import WeakFirstBudget
+from ditdial.plan.solved import Offer
 from ditdial.runtime.engine import Engine
-from ditdial.runtime.model_class import ENGINE
-from ditdial.runtime.widths import Widths
+from ditdial.runtime.model_class import check_modes, engine_of, uninstall
+from ditdial.runtime.planning import Planning
 
 
 class Handle:
-    """Owns what `elastify` changed. Use it as a context manager to undo at the end of a block."""
+    """Owns what `elastify` changed. Use it as a context manager to undo at the end of a block.
+
+    A handle that was removed, or whose model was made elastic again, answers nothing but `remove`.
+
+    Attributes:
+        model: the elastic transformer.
+    """
+
+    __slots__ = ("__weakref__", "_engine", "model")
 
     def __init__(self, model: nn.Module, engine: Engine) -> None:
         self.model = model
         self._engine = engine
 
     def _live(self) -> Engine:
-        if self.model.__dict__.get(ENGINE) is not self._engine:
+        if engine_of(self.model) is not self._engine:
             raise RuntimeError("this handle was removed or replaced; elastify again")
         return self._engine
+
+    @property
+    def _planning(self) -> Planning:
+        return Planning(self._live(), self.model)
 
     def _check_modes(self, modes: set[Mode], who: str) -> None:
         check_modes(self.model, self.backbone, self.method, modes, who)
 
     @property
-    def _pipe(self) -> Any:
-        """The pipeline that the model is part of, if it was given with one."""
-        return self._engine.timeline.pipe_of(self.model)
-
-    @property
     def method(self) -> Method:
         """The method in use."""
-        return self._engine.method
+        return self._live().method
 
     @property
     def modes(self) -> tuple[Mode, ...]:
         """Full mode and the method's coarse modes, as far as they fit the model."""
-        return (FULL, *self._engine.modes)
+        return (FULL, *self._live().chooser.modes)
 
     @property
     def backbone(self) -> Backbone:
         """What is known of the model's class."""
-        return self._engine.router.backbone
+        return self._live().wiring.backbone
 
     @property
-    def sizes(self) -> nn.Module:
-        """The parameters that belong to no stock module."""
-        return self._engine.router.sizes
-
-    @property
-    def widths(self) -> Widths:
-        """How much routed modes leave in; ``buckets`` and ``slices`` are for the user to set.
-
-        Raises:
-            ValueError: a method without routed modes.
-        """
-        if self._engine.surgery.widths is None:
-            raise ValueError(
-                f"method {self.method.name!r} has no routed modes; legal: dydit, or a combination "
-                "with it"
-            )
-        return self._engine.surgery.widths
+    def shape(self) -> TransformerShape:
+        """What the cost of a pass depends on, at the model's usual size."""
+        return self._live().shape(self.model)
 
     @property
     def schedule(self) -> Schedule:
-        """Noise level -> mode of the next runs."""
-        return self._engine.schedule
+        """Noise level -> mode of the next runs.
+
+        Setting one replaces a controller or a budget.
+
+        Raises:
+            ValueError: no schedule, or one that asks for a mode the adapter lacks.
+        """
+        return self._live().chooser.schedule
 
     @schedule.setter
     def schedule(self, schedule: Schedule) -> None:
-        self._live()
+        engine = self._live()
+        legal = "a Schedule, as Schedule.constant(Mode(2)) makes one"
+        require(isinstance(schedule, Schedule), "schedule", schedule, legal)
         self._check_modes(schedule.modes, "schedule")
-        self._engine.schedule, self._engine.budget = schedule, None
-        self._engine.controller = None
+        engine.chooser.use(schedule)
 
     @property
     def controller(self) -> Controller | None:
-        """What chooses the modes of the next runs; None if that is the schedule.
+        """What chooses the modes of the next runs while they sample; None if the schedule does.
 
         Setting a schedule or a budget replaces it.
+
+        Raises:
+            ValueError: no controller, or one that may choose a mode the adapter lacks.
         """
-        return self._engine.controller
+        return self._live().chooser.controller
 
     @controller.setter
     def controller(self, controller: Controller | None) -> None:
-        """Choose what chooses.
-
-        Raises:
-            ValueError: it may choose a mode the adapter lacks.
-        """
         engine = self._live()
         if controller is not None:
+            legal = "a Controller, or None to leave the choice to the schedule"
+            require(isinstance(controller, Controller), "controller", controller, legal)
             self._check_modes(controller.modes, "controller")
-        engine.controller, engine.budget = controller, None
+        engine.chooser.use(controller)
 
     @property
     def budget(self) -> float | Budget | None:
@@ -132,57 +132,35 @@ class Handle:
         will take beside the ``budget`` it is allowed, and so does its report.
 
         Raises:
-            ValueError: outside (0, 1], below the cheapest plan, or one that asks for what was not
-                measured, or not on this device.
+            ValueError: no number in (0, 1], below the cheapest plan, or one that asks for what was
+                not measured, or not on this device.
         """
-        return self._engine.budget
+        return self._live().chooser.budget
 
     @budget.setter
     def budget(self, budget: float | Budget) -> None:
-        engine, macs = self._live(), self.shape.macs
-        asked = budget if isinstance(budget, Budget) else Budget(budget)
-        if engine.calibration is None:
-            if asked != Budget(asked.share):
-                raise ValueError(
-                    f"budget = {asked} needs a calibration, and this adapter has none; legal: a "
-                    "share of the FLOPs (handle.calibrate measures one)"
-                )
-            controller = WeakFirstBudget(share=asked.share, coarse=engine.modes)
-            schedule = controller.begin(Facts(levels=(), macs=macs))
-            if len(schedule.modes) == 1:  # whatever the levels
-                controller = None
-        else:
-            controller = self._solved(asked)
-            schedule = controller.begin(Facts(levels=(), macs=macs))
-        engine.controller, engine.schedule, engine.budget = controller, schedule, budget
-
-    def _solved(self, budget: Budget) -> SolvedBudget:
-        calibration, pipe = self._engine.calibration, self._pipe
-        if calibration is None:
-            raise ValueError("this adapter has no calibration; handle.calibrate measures one")
-        seconds = None
-        if budget.currency == "seconds":
-            own = next(self.model.parameters()).device
-            device = own if pipe is None else pipe._execution_device  # offloaded weights lie idle
-            seconds = calibration.seconds_on(device_name(device))
-        return SolvedBudget(calibration=calibration, budget=budget, seconds=seconds)
+        number = isinstance(budget, int | float) and not isinstance(budget, bool)
+        legal = "a share of the full cost in (0, 1], or a Budget (a schedule replaces a budget)"
+        require(number or isinstance(budget, Budget), "budget", budget, legal)
+        self._planning.spend(budget)
 
     @property
     def calibration(self) -> Calibration | None:
-        """What was measured of the present weights, None if nothing was."""
-        return self._engine.calibration
+        """What was measured of the present weights, for the budgets that are set from now on.
+
+        Raises:
+            ValueError: no calibration, or one of another base or method.
+        """
+        return self._live().chooser.calibration
 
     @calibration.setter
     def calibration(self, calibration: Calibration | None) -> None:
-        """Use a calibration for the budgets that are set from now on.
-
-        Raises:
-            ValueError: it is of another base or method.
-        """
         engine = self._live()
         if calibration is not None:
+            legal = "a Calibration, or None"
+            require(isinstance(calibration, Calibration), "calibration", calibration, legal)
             calibration.check(self.backbone.identity(self.model), identity(self.method))
-        engine.calibration = calibration
+        engine.chooser.calibration = calibration
 
     def calibrate(
         self, sample: Callable[[int], object], *, only_seconds: bool = False, **settings: Any
@@ -192,22 +170,21 @@ class Handle:
         Args:
             sample: calls the pipeline for a batch: ``sample(0)``, ``sample(1)``, ...
             only_seconds: keep the errors, and measure what each mode takes on this device.
-            settings: of `ditdial.measure.calibrate.calibrate`; its ``guidance_scale`` is
-                needed, and its ``reference`` says what the choices are compared with at each noise
-                level.
+            settings: of `ditdial.measure.calibrate.calibrate`; its ``guidance_scale`` is needed,
+                and its ``reference`` says what the choices are compared with at each noise level.
 
         Raises:
             ValueError: a setting out of range, or only seconds without a calibration.
         """
-        from ditdial.measure.calibrate import calibrate, time_modes  # it measures with handles
-
-        known = self.calibration
+        engine, known = self._live(), self.calibration
+        pipe = self._planning.pipe
         if not only_seconds:
-            measured = calibrate(self, sample, **settings)
+            measured = calibrate(engine, self.model, pipe, sample, **settings)
         elif known is None:
             raise ValueError("only_seconds = True; legal with a calibration: this adapter has none")
         else:
-            measured = known.with_seconds(time_modes(self, sample, **settings))
+            seconds = time_modes(engine, self.model, sample, **settings)
+            measured = known.with_seconds(seconds)
         self.calibration = measured
         return measured
 
@@ -231,64 +208,28 @@ class Handle:
         Raises:
             ValueError: no calibration, or one without what is asked for.
         """
-        controller = self._solved(Budget(1.0, currency, criterion=criterion))
-        steps = self.plan(num_inference_steps, guidance=guidance, scheduler=scheduler).steps
-        levels = tuple(step.level for step in steps)
-        shape = self.shape
-        facts = Facts(levels=levels, macs=shape.macs, guided=guidance)
-        return controller.offers(facts, count)
+        planning = self._planning
+        levels = planning.levels(num_inference_steps, scheduler)
+        return planning.offers(
+            levels, guidance=guidance, currency=currency, criterion=criterion, count=count
+        )
 
     @property
-    def packed(self) -> bool:
-        """Run guidance branches of different modes in one packed call instead of two.
+    def execution(self) -> Execution:
+        """How calls are run: time for memory, with the same results but for rounding.
 
-        The attention of each branch runs by itself. The results are the same but for rounding.
-        """
-        return self._engine.packed
-
-    @packed.setter
-    def packed(self, packed: bool) -> None:
-        """Choose how branches of different modes run.
+        ``handle.execution = Execution(merge=True)`` replaces all of it.
 
         Raises:
-            ValueError: the model's class cannot pack.
+            ValueError: what the model's class or the method does not allow.
         """
-        engine, backbone = self._live(), self.backbone
-        legal = (False, True) if backbone.packs and engine.method.packs else (False,)
-        if packed not in legal:
-            raise ValueError(
-                f"packed = {packed!r}; legal for {backbone.model_class} with method "
-                f"{engine.method.name!r}: {', '.join(map(repr, legal))} (False runs its branches "
-                "one after the other)"
-            )
-        engine.packed = packed
+        return self._live().execution
 
-    @property
-    def keep_text(self) -> bool:
-        """Compute layers that only see the prompt (keys and values of cross-attention) once a run.
-
-        The results are the same. Compiled models compute them at every step.
-        """
-        return self._engine.keep_text
-
-    @keep_text.setter
-    def keep_text(self, keep: bool) -> None:
-        """Choose whether text layers are kept.
-
-        Raises:
-            ValueError: the model's class has no layers that only see the prompt.
-        """
-        if keep and not any(True for _ in self.backbone.text_layers(self.model)):
-            raise ValueError(
-                f"keep_text = True; legal for {self.backbone.model_class}: False (its text tokens "
-                "change from step to step)"
-            )
-        self._live().keep_text = keep
-
-    @property
-    def shape(self) -> TransformerShape:
-        """What the cost depends on."""
-        return self._live().ledger.shape_of(self.model)
+    @execution.setter
+    def execution(self, execution: Execution) -> None:
+        legal = "an Execution, as Execution(merge=True)"
+        require(isinstance(execution, Execution), "execution", execution, legal)
+        self._live().execution = execution
 
     def plan(
         self,
@@ -312,20 +253,7 @@ class Handle:
         Raises:
             ValueError: no scheduler, fewer than one step, or none at which this model is called.
         """
-        pipe = self._pipe
-        scheduler = scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
-        if scheduler is None:
-            raise ValueError("scheduler = None; a bare model has none of its own, so pass one")
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps = {num_inference_steps}; legal: >= 1")
-        scheduler = copy.deepcopy(scheduler)
-        self.backbone.set_timesteps(scheduler, num_inference_steps, grid or self.shape.grid, pipe)
-        levels = called_levels(pipe, self.model, scheduler)
-        if not levels:
-            raise ValueError(
-                f"num_inference_steps = {num_inference_steps}; at none of them does the pipeline "
-                "call this transformer (boundary_ratio gives them all to the other one)"
-            )
+        levels = self._planning.levels(num_inference_steps, scheduler, grid)
         return self.plan_levels(levels, guidance=guidance, grid=grid, text_tokens=text_tokens)
 
     def plan_levels(
@@ -337,38 +265,12 @@ class Handle:
         text_tokens: int | None = None,
     ) -> Plan:
         """`plan` for given noise levels, one per step."""
-        engine = self._live()
-        usual_grid, usual_text = self.backbone.default_size(self.model)
-        text = usual_text if text_tokens is None else text_tokens
-        size = self.backbone.planned_size(grid or usual_grid, text, self._pipe)
-        shape = engine.ledger.shape_of(self.model, size)
-        keeps = engine.keep_text and engine.compiled is None
-        schedule = engine.schedule
-        if engine.controller is not None:
-            facts = Facts(levels=tuple(levels), macs=shape.macs, guided=guidance)
-            begun = engine.controller.begin(facts)
-            if not isinstance(begun, Schedule):
-                raise ValueError(
-                    f"{type(engine.controller).__name__} chooses while sampling, so there is no "
-                    "plan; legal: a schedule or a budget (its cap bounds the cost, and the report "
-                    "tells it)"
-                )
-            schedule = begun
-        return Plan.bind(
-            schedule,
-            levels,
-            shape.macs,
-            guidance=guidance,
-            packed=engine.packs,
-            kept=shape.text_tokens * shape.text_once if keeps else 0.0,
-            together=self.backbone.conditional_first is not None,
-            budget=engine.share(),
-        )
+        return self._planning.plan(levels, guidance=guidance, grid=grid, text_tokens=text_tokens)
 
     def report(self) -> Report:
         """What the last run really did."""
         engine = self._live()
-        return Report(tuple(engine.ledger.calls), budget=engine.allowed)
+        return Report(tuple(engine.costs.calls), budget=engine.chooser.allowed)
 
     @contextlib.contextmanager
     def using(self, mode: Mode) -> Iterator[None]:
@@ -378,48 +280,38 @@ class Handle:
             ValueError: a mode the adapter lacks.
         """
         engine = self._live()
+        require(isinstance(mode, Mode), "mode", mode, "a Mode")
         if not engine.method.has(mode):
             raise ValueError(f"mode {mode.name!r}; legal: {', '.join(m.name for m in self.modes)}")
         self.backbone.check(self.model, {mode})
-        engine.ledger.calls.clear()
-        engine.router.run += 1
-        previous, engine.forced = engine.forced, mode
+        engine.costs.calls.clear()
+        engine.wiring.state.run += 1
+        previous, engine.chooser.forced = engine.chooser.forced, mode
         try:
             yield
         finally:
-            engine.forced = previous
+            engine.chooser.forced = previous
+
+    def disabled(self) -> contextlib.AbstractContextManager[None]:
+        """Run every call as the base does, for a block, and go on as before then."""
+        return self.using(FULL)
 
     def adapter(self, **notes: Any) -> Adapter:
         """The present weights as an adapter, with the calibration that is in use."""
         adapter = self._live().adapter(self.model, **notes)
         return replace(adapter, calibration=self.calibration)
 
+    def save(self, folder: str | Path, **notes: Any) -> Path:
+        """Write the present weights as an adapter; see `Adapter.save_pretrained`."""
+        return self.adapter(**notes).save_pretrained(folder)
+
     def remove(self) -> None:
         """Restore the stock model, bit for bit. Safe to call twice."""
-        if self.model.__dict__.get(ENGINE) is self._engine:
-            self._engine.uninstall(self.model)
+        if engine_of(self.model) is self._engine:
+            uninstall(self.model)
 
     def __enter__(self) -> Handle:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.remove()
-
-
-def check_modes(
-    model: nn.Module, backbone: Backbone, method: Method, modes: set[Mode], who: str
-) -> None:
-    """Refuse modes that an adapter or its model lacks.
-
-    Args:
-        who: asks for them.
-
-    Raises:
-        ValueError: naming them, and the legal ones.
-    """
-    unknown = sorted(mode.name for mode in modes if not method.has(mode))
-    if unknown:
-        fitting = (mode.name for mode in method.modes if backbone.fits(model, mode))
-        names = ", ".join(["full", *fitting])
-        raise ValueError(f"{who} asks for {', '.join(unknown)}; legal for this adapter: {names}")
-    backbone.check(model, modes)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ditdial import FlexiDiT, elastify
 from ditdial.handle import Handle
-from ditdial.runtime.surgery import is_new
+from ditdial.runtime.tensors import is_new
 
 STEPS = 4
 PROMPTS = ("red cat", "blue dog")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.backbones.tiny import CASES, Case
+from tests.elastic_models import run_as
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ditdial import FULL, FlexiDiT, Mode, Schedule, elastify
 from ditdial.backbones import BACKBONES
 from ditdial.plan.mode import Mode as AnyMode
-from ditdial.runtime.surgery import is_new
+from ditdial.runtime.tensors import is_new
 
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 batched = pytest.mark.parametrize(
@@ -69,7 +70,7 @@ def test_one_patch_per_token_through_the_coarse_path_is_the_stock_model(case):
     """Patch order, positions, un-grouping and rewritten arguments, all at once."""
     stock = case.model()
     handle = elastify(case.model(), FlexiDiT(recipe="shared", scales=case.scales))
-    handle.sizes.live = True
+    handle._engine.wiring.new.live = True
     for grid in case.grids:
         call = case.call(2, grid, TIME)
         expected, found = output(stock, call), output(handle.model, call)
@@ -110,7 +111,7 @@ def test_a_coarse_mode_depends_on_every_base_token(case):
     call = case.call(1, case.grids[0], TIME)
     latent = stacked(call[case.sample]).clone().requires_grad_()
     for mode in modes(case):
-        given = handle.backbone.unstack(latent)
+        given = handle.backbone.arguments.unstack(latent)
         with handle.using(mode):
             sample = stacked(handle.model(**{**call, case.sample: given}).sample)
         gradient = torch.autograd.grad(sample.square().sum(), latent)[0]
@@ -121,7 +122,7 @@ def test_a_coarse_mode_depends_on_every_base_token(case):
 def test_branches_in_one_batch_equal_two_calls(case):
     handle, grid, count = elastic(case), case.grids[0], 2
     call = case.guided(count, grid, TIME)
-    branches = handle.backbone.branches(handle.model, call, None)
+    branches = handle.backbone.arguments.branches(handle.model, call, None)
     assert branches is not None
     weak = modes(case)[0]
     handle.schedule = Schedule.constant(FULL, guide=weak)
@@ -136,17 +137,17 @@ def test_branches_in_one_batch_equal_two_calls(case):
 @pytest.mark.parametrize("merge", [False, True])
 def test_packed_equals_split(case, merge):
     handle, grid = elastic(case), case.grids[1]
-    handle._engine.router.merged = merge
-    if not handle.backbone.packs:
+    handle._engine.wiring.state.merged = merge
+    if handle.backbone.packed is None:
         with pytest.raises(ValueError, match=r"packed = True; legal for .*: False"):
-            handle.packed = True
+            run_as(handle, packed=True)
         return
     call = case.guided(2, grid, TIME)
     for weak in modes(case):
         handle.schedule = Schedule.constant(FULL, guide=weak, guidance="weak")
-        handle.packed = False
+        run_as(handle, packed=False)
         split = output(handle.model, call)
-        handle.packed = True
+        run_as(handle, packed=True)
         torch.testing.assert_close(output(handle.model, call), split, atol=2e-5, rtol=2e-5)
 
 
@@ -194,7 +195,7 @@ def test_remove_is_exact(case, assert_stock):
 @pytest.mark.parametrize("recipe", ["lora", "shared"])
 def test_adapters_survive_the_disk(case, recipe, tmp_path):
     handle = elastic(case, recipe=recipe)
-    folder = handle.adapter().save(tmp_path / "adapter")
+    folder = handle.adapter().save_pretrained(tmp_path / "adapter")
     again = elastify(case.model(), folder)
     call = case.call(1, case.grids[0], TIME)
     for mode in (FULL, *modes(case)):
@@ -222,7 +223,7 @@ def test_the_closed_form_is_what_the_counter_counts_on_the_meta_device(case, rec
                 handle.model(**call)  # the shared recipe projects its weights once
                 with FlopCounterMode(display=False) as counter:
                     handle.model(**call)
-            shape = handle._engine.ledger.shape_of(handle.model, size)
+            shape = handle._engine.costs.shape_of(handle.model, size)
             assert shape.macs(mode) == counter.get_total_flops() / 2, (mode, grid)
 
 

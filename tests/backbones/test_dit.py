@@ -8,7 +8,7 @@ import torch
 from ditdial import FULL, Mode
 from ditdial.backbones import BACKBONES, backbone_for
 from ditdial.backbones.dit import DiTBackbone
-from ditdial.layers.state import Router
+from ditdial.backbones.forward import Forward
 from ditdial.ops.patching import to_grouped
 
 BACKBONE = DiTBackbone()
@@ -33,12 +33,12 @@ def test_vectors_are_what_the_embedding_convolves(make_model, sides):
     model = make_model(in_channels=3)
     x = torch.randn(2, 3, *sides)
     grid = BACKBONE.grid(model, {"hidden_states": x})
-    router = Router(BACKBONE, torch.nn.Module(), grid=grid, patch=BACKBONE.patch(model))
-    vectors = BACKBONE.vectors(model.pos_embed, x, router)
+    forward = Forward(grid=grid, patch=BACKBONE.patches.size(model))
+    vectors = BACKBONE.vectors(x, forward)
     assert grid == (1, sides[0] // 4, sides[1] // 4) == tuple(vectors.shape[1:4])
-    weight, bias = BACKBONE.embed_kernel(model)
+    weight, bias = BACKBONE.patches.kernel(model)
     assert weight.shape == (32, 3, 1, 4, 4)
-    found = vectors @ to_grouped(weight, (1, 1, 1), BACKBONE.embed_layout).T + bias
+    found = vectors @ to_grouped(weight, (1, 1, 1), BACKBONE.patches.embed_layout).T + bias
     expected = model.pos_embed.proj(x).permute(0, 2, 3, 1)[:, None]
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -49,10 +49,10 @@ def test_output_rows_and_load_patch_are_inverse(make_model):
     with torch.no_grad():
         for parameter in (*other.pos_embed.parameters(), *other.proj_out_2.parameters()):
             parameter.zero_()
-    weight, bias = BACKBONE.output_rows(model)
+    weight, bias = BACKBONE.patches.rows(model)
     assert weight.shape == (32, 6, 1, 4, 4)
     assert bias.shape == (1, 6, 1, 4, 4)
-    BACKBONE.load_patch(other, BACKBONE.embed_kernel(model), (weight, bias))
+    BACKBONE.patches.load(other, BACKBONE.patches.kernel(model), (weight, bias))
     state, expected = other.state_dict(), model.state_dict()
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
@@ -60,19 +60,19 @@ def test_output_rows_and_load_patch_are_inverse(make_model):
 @pytest.mark.parametrize("side", [8, 12, 5])
 def test_positions_at_scale_one_are_the_stock_table(model, side):
     embed = model.pos_embed
-    router = Router(BACKBONE, torch.nn.Module(), grid=(1, side, side))
+    forward = Forward(grid=(1, side, side))
     zero = torch.zeros(1, 1, side * 4, side * 4)
     expected = embed(zero) - embed.proj.bias
-    found = BACKBONE.positions(embed, router, FULL)
+    found = BACKBONE.positions(embed, forward, FULL)
     torch.testing.assert_close(found.expand_as(expected), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_coarse_positions_are_between_the_fine_ones(model):
-    router = Router(BACKBONE, torch.nn.Module(), grid=(1, 8, 8))
-    table = BACKBONE.positions(model.pos_embed, router, Mode(2))
+    forward = Forward(grid=(1, 8, 8))
+    table = BACKBONE.positions(model.pos_embed, forward, Mode(2))
     assert table.shape == (1, 16, 32)
     # Sine of the lowest frequencies is nearly linear: centre = mean of the four covered.
-    fine = BACKBONE.positions(model.pos_embed, router, FULL).reshape(4, 2, 4, 2, 32).mean((1, 3))
+    fine = BACKBONE.positions(model.pos_embed, forward, FULL).reshape(4, 2, 4, 2, 32).mean((1, 3))
     slow = [6, 7, 22, 23]
     found, expected = table.reshape(4, 4, 32)[..., slow], fine[..., slow]
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
@@ -86,14 +86,14 @@ def test_low_rank_layers_are_all_linear_layers_of_attention_and_feed_forward(mod
 
 
 def test_branches_are_recognised_by_the_null_class(model, make_call):
-    guided = BACKBONE.branches(model, make_call(3, guided=True), None)
+    guided = BACKBONE.arguments.branches(model, make_call(3, guided=True), None)
     assert guided is not None
     assert (guided.conditional, guided.guidance) == (slice(0, 3), slice(3, 6))
     for labels in ([1, 2, 3, 4], [10, 10, 1, 2], [10, 10, 10, 10], [1, 10, 2, 10], [1, 2, 3, 10]):
         call = make_call(4) | {"class_labels": torch.tensor(labels)}
-        assert BACKBONE.branches(model, call, None) is None
-    assert BACKBONE.branches(model, make_call(3), None) is None
-    assert BACKBONE.branches(model, make_call(2) | {"class_labels": None}, None) is None
+        assert BACKBONE.arguments.branches(model, call, None) is None
+    assert BACKBONE.arguments.branches(model, make_call(3), None) is None
+    assert BACKBONE.arguments.branches(model, make_call(2) | {"class_labels": None}, None) is None
 
 
 def test_the_level_is_the_time_over_a_thousand(make_call):

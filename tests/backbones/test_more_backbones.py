@@ -101,8 +101,8 @@ class TestLTX:
         with handle.using(Mode(2)):
             flat = output(handle.model, call | {"timestep": torch.full((2,), TIME)})
             assert torch.equal(output(handle.model, column), flat)
-        assert handle.backbone.levels(column) == (0.7, 0.7)
-        assert handle.backbone.levels(call) == (0.7, 0.7)
+        assert handle.backbone.times.levels(column) == (0.7, 0.7)
+        assert handle.backbone.times.levels(call) == (0.7, 0.7)
 
     def test_times_of_tokens_may_have_an_axis_of_their_own(self):
         """The long multi-prompt pipeline: times ``(B, N, 1)``, sides of 1, coordinates once."""
@@ -115,7 +115,7 @@ class TestLTX:
         }
         size = handle.backbone.size(handle.model, other)
         assert size == handle.backbone.size(handle.model, call) == ((3, 7, 6), 6, True)
-        assert handle.backbone.levels(other) == (0.7, 0.7)
+        assert handle.backbone.times.levels(other) == (0.7, 0.7)
         with handle.using(FULL):
             assert torch.equal(output(handle.model, other), output(stock, other))
         for mode in handle.modes[1:]:
@@ -143,11 +143,11 @@ def without_sides(call):
 class TestCogVideoX:
     def test_sine_cosine_positions_are_those_of_the_centres(self):
         handle, grid = elastic("cogvideox-2b"), (4, 8, 8)
-        module, router = handle.model.patch_embed, handle._engine.router
-        router.grid = grid
+        module, forward = handle.model.patch_embed, handle._engine.wiring.state
+        forward.grid = grid
         stored = module.pos_embedding[:, module.max_text_seq_length :].float()
-        torch.testing.assert_close(handle.backbone.positions(module, router, FULL), stored)
-        coarse = handle.backbone.positions(module, router, Mode((1, 3, 3)))
+        torch.testing.assert_close(handle.backbone.positions(module, forward, FULL), stored)
+        coarse = handle.backbone.positions(module, forward, Mode((1, 3, 3)))
         middle = stored.unflatten(1, grid)[:, :, 1::3, 1::3][:, :, :2, :2]
         torch.testing.assert_close(coarse.unflatten(1, (4, 3, 3))[:, :, :2, :2], middle)
 
@@ -172,9 +172,9 @@ class TestSana:
 
     def test_noise_levels_of_both_generations(self):
         backbone = elastic("sana").backbone
-        assert backbone.levels(tiny.sana_call(1, (1, 8, 8), TIME)) == (0.7, 0.7)
+        assert backbone.times.levels(tiny.sana_call(1, (1, 8, 8), TIME)) == (0.7, 0.7)
         sprint = tiny.sana_sprint_call(1, (1, 8, 8), TIME)
-        assert backbone.levels(sprint) == pytest.approx((0.7, 0.7))
+        assert backbone.times.levels(sprint) == pytest.approx((0.7, 0.7))
 
     def test_another_time_scale_is_refused(self):
         model = diffusers.SanaTransformer2DModel(**CASES["sana"].config, timestep_scale=0.001)

@@ -22,6 +22,7 @@ from tests.backbones.pipes import (
     sd3,
     wan_of_two,
 )
+from tests.elastic_models import run_as
 
 from ditdial import FULL, DDiTController, Mode, Schedule, Segment, elastify, handle_of
 
@@ -129,7 +130,7 @@ def test_modes_that_change_in_a_run_act_as_if_forced_call_by_call(case):
     rest = iter(modes)
 
     def force(*_):
-        forced._engine.forced = next(rest)[0]
+        forced._engine.chooser.forced = next(rest)[0]
 
     other.transformer.register_forward_pre_hook(force)
     assert torch.equal(case.draw(other), found)
@@ -243,11 +244,11 @@ def test_a_schedule_set_in_the_middle_of_a_run_acts_from_the_next_call(case):
 def test_packed_branches_give_the_same_picture(case, guidance):
     pipe = case.pipe()
     handle = case.elastic(pipe)
-    if not handle.backbone.packs:
+    if handle.backbone.packed is None:
         pytest.skip("its branches run one after the other")
     handle.schedule = Schedule.weak_first(0.2, guide_fraction=0.7, guidance=guidance)
     split = case.draw(pipe)
-    handle.packed = True
+    run_as(handle, packed=True)
     packed = case.draw(pipe)
     assert_kept(case, handle)
     scale = max(1.0, split.std().item())
@@ -369,7 +370,7 @@ def test_a_saved_pipeline_is_the_stock_one(case, tmp_path):
     handle.schedule = Schedule.weak_first(0.5)
     elastic_picture = case.draw(pipe)
     pipe.save_pretrained(tmp_path / "while")
-    folder = handle.adapter().save(tmp_path / "adapter")
+    folder = handle.adapter().save_pretrained(tmp_path / "adapter")
     for name in ("before", "while"):
         again = loaded(type(pipe), tmp_path / name)
         assert type(again.transformer) is getattr(diffusers, type(pipe.transformer).__name__)
@@ -561,7 +562,7 @@ class TestTwoTransformers:
         handles = {name: case.elastic(pipe, name) for name in COMPONENTS}
         for name, handle in handles.items():
             handle.schedule = Schedule.weak_first(0.9)
-            handle.adapter().save(tmp_path / name)
+            handle.adapter().save_pretrained(tmp_path / name)
         picture = case.draw(pipe)
         pipe.save_pretrained(tmp_path / "pipe")
         again = loaded(diffusers.WanPipeline, tmp_path / "pipe")

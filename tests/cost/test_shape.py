@@ -250,13 +250,13 @@ def test_counted_macs_of_routed_modes(name, mode):
     torch.manual_seed(2)
     handle = elastify(CASES[name].model(), DyDiT(groups=2))
     with torch.no_grad():
-        for routers in handle.sizes.routers.values():
+        for routers in handle._engine.wiring.new.routers.values():
             for parameter in routers.parameters():
                 parameter.copy_(torch.randn(parameter.shape))
     call = CASES[name].call(1, CASES[name].grids[0], 700.0)
     found = {}
     for each in (FULL, mode):
-        handle.widths.begin(())
+        handle._engine.surgery.widths.begin(())
         with torch.no_grad(), handle.using(each):
             handle.model(**call)  # the routers of the timestep run once per run
             with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

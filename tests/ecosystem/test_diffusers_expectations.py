@@ -16,12 +16,13 @@ from diffusers import PyramidAttentionBroadcastConfig
 from diffusers.training_utils import EMAModel
 from tests.backbones.pipes import PIPES, PROMPTS, SEEDS, STEPS, PipeCase, given, t5, tokenizer
 from tests.backbones.tiny import CASES
-from tests.elastic_models import WEAK, call_of, elastic, run, shake
+from tests.elastic_models import WEAK, call_of, elastic, run, run_as, shake
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ditdial import FULL, FlexiDiT, Schedule, elastify, handle_of
 from ditdial.layers import swap
-from ditdial.layers.tokens import ConditioningSeam, TextSeam
+from ditdial.layers.text import TextSeam
+from ditdial.layers.tokens import ConditioningSeam
 from ditdial.runtime import model_class
 
 NAMES = ("sd3", "flux", "wan")
@@ -329,9 +330,9 @@ def test_a_whole_model_is_pickled(name, mode):
 
 
 def test_a_module_that_was_swapped_twice_is_pickled():
-    layer, router = torch.nn.Linear(2, 3), elastic("dit")._engine.router
+    layer, wiring = torch.nn.Linear(2, 3), elastic("dit")._engine.wiring
     for mixin in (TextSeam, ConditioningSeam):
-        swap.swap_class(layer, mixin, router)
+        swap.swap_class(layer, mixin, wiring)
     text, bases = pickle.dumps(layer), type(layer).__mro__
     as_if_elsewhere()
     twin = pickle.loads(text)
@@ -471,7 +472,7 @@ def test_inference_mode_changes_nothing(name):
     for context in (torch.no_grad, torch.inference_mode):
         pipe = case.pipe()
         handle = case.elastic(pipe, scales=(2,))
-        handle.keep_text = name == "wan"
+        run_as(handle, keep_text=name == "wan")
         handle.schedule = Schedule.weak_first(0.5, guidance="weak")
         with context():
             pictures = [case.draw(pipe) for _ in range(2)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests.backbones.pipes import PIPES, embeddings
 from tests.backbones.tiny import CASES
-from tests.elastic_models import WEAK, call_of, elastic, run
+from tests.elastic_models import WEAK, call_of, elastic, run, run_as
 
 from ditdial import FULL, Schedule
 
@@ -136,7 +136,7 @@ def test_packed_branches_have_pictures_of_their_own(guidance, pictures):
     handle = PIPES["sd3"].elastic(pipe)
     handle.schedule = Schedule.constant(FULL, guide=WEAK, guidance=guidance)
     split = draw(pipe, *pictures)
-    handle.packed = True
+    run_as(handle, packed=True)
     torch.testing.assert_close(draw(pipe, *pictures), split, rtol=1e-4, atol=1e-4)
 
 

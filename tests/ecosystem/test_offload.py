@@ -11,10 +11,10 @@ from accelerate.hooks import remove_hook_from_submodules
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.group_offloading import ModuleGroup
 from tests.backbones.tiny import CASES
-from tests.elastic_models import WEAK, call_of, elastic, run, shake
+from tests.elastic_models import MERGED, WEAK, call_of, elastic, run, shake
 
 from ditdial import FULL, elastify
-from ditdial.runtime.surgery import is_new
+from ditdial.runtime.tensors import is_new
 
 CPU = torch.device("cpu")
 names = pytest.mark.parametrize("name", ["flux", "wan", "dit"])
@@ -119,7 +119,11 @@ def test_a_model_that_is_moved_as_a_whole(name, when):
 
 @names
 def test_offloaded_weights_are_not_merged(name, tmp_path):
-    call, handle, apart = call_of(name), elastic(name, merge=True), elastic(name)
+    call, handle, apart = (
+        call_of(name),
+        elastic(name, execution=MERGED),
+        elastic(name),
+    )
     run(handle, call, WEAK)
     sequential(handle.model, tmp_path)
     with pytest.warns(UserWarning, match=r"merge = True, but (\d+) of \1 layers keep"):

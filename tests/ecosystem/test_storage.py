@@ -9,12 +9,13 @@ import torch
 from diffusers import TorchAoConfig
 from diffusers.hooks import HookRegistry
 from tests.backbones.tiny import CASES
-from tests.elastic_models import WEAK, call_of, elastic, run, shake
+from tests.elastic_models import MERGED, WEAK, call_of, elastic, run, shake
 from torch import nn
 
 from ditdial import FULL, FlexiDiT, elastify
 from ditdial.host.weights import NewLinear
-from ditdial.runtime.surgery import is_new
+from ditdial.plan.execution import Execution
+from ditdial.runtime.tensors import is_new
 
 names = pytest.mark.parametrize("name", ["flux", "wan", "dit"])
 APART = r"merge = True, but \d+ of \d+ layers keep their low-rank update apart"
@@ -74,7 +75,7 @@ def test_int8_weights_are_never_merged(name, when, quantize):
         model = CASES[name].model()
         if when == "before":
             quantize(model)
-        handle = elastic(name, model, merge=merge)
+        handle = elastic(name, model, execution=Execution(merge=merge))
         if when == "after":
             with torch.no_grad():
                 run(handle, call, WEAK)  # makes merged copies of floating weights, which go stale
@@ -87,7 +88,11 @@ def test_int8_weights_are_never_merged(name, when, quantize):
 
 
 def test_some_layers_quantised_leaves_the_others_merged(quantize):
-    call, merged, apart = call_of("flux"), elastic("flux", merge=True), elastic("flux")
+    call, merged, apart = (
+        call_of("flux"),
+        elastic("flux", execution=MERGED),
+        elastic("flux"),
+    )
     for handle in (merged, apart):
         quantize(handle.model.transformer_blocks[0])
     with pytest.warns(UserWarning, match=APART):
@@ -99,7 +104,7 @@ def test_some_layers_quantised_leaves_the_others_merged(quantize):
 def test_an_adapter_of_an_int8_base_is_saved_and_loaded(name, quantize, tmp_path):
     call, handle = call_of(name), elastic(name)
     quantize(handle.model)
-    handle.adapter().save(tmp_path / "adapter")
+    handle.adapter().save_pretrained(tmp_path / "adapter")
     again = elastify(quantize(CASES[name].model()), tmp_path / "adapter")
     for mode in (FULL, WEAK):
         assert torch.equal(run(again, call, mode), run(handle, call, mode))
@@ -212,7 +217,11 @@ def test_eight_bit_storage_leaves_the_adapter_alone(name, when):
 
 
 def test_eight_bit_storage_is_never_merged():
-    call, merged, apart = call_of("flux"), elastic("flux", merge=True), elastic("flux")
+    call, merged, apart = (
+        call_of("flux"),
+        elastic("flux", execution=MERGED),
+        elastic("flux"),
+    )
     for handle in (merged, apart):
         cast(handle.model)
     with pytest.warns(UserWarning, match=APART):
@@ -265,12 +274,12 @@ def test_autocast_is_left_to_itself(name):
 @names
 def test_an_adapter_takes_the_dtype_of_its_base(name, tmp_path):
     handle = elastic(name)
-    handle.adapter().save(tmp_path / "adapter")
+    handle.adapter().save_pretrained(tmp_path / "adapter")
     again = elastify(CASES[name].model().bfloat16(), tmp_path / "adapter")
     for key, tensor in again.adapter().tensors.items():
         assert tensor.dtype == torch.bfloat16
         assert torch.equal(tensor, handle.adapter().tensors[key].bfloat16())
-    handle.adapter().save(tmp_path / "small", dtype=torch.bfloat16)
+    handle.adapter().save_pretrained(tmp_path / "small", dtype=torch.bfloat16)
     wide = elastify(CASES[name].model(), tmp_path / "small")
     assert {t.dtype for t in wide.adapter().tensors.values()} == {torch.float32}
     small = {k: t.bfloat16() for k, t in wide.adapter().tensors.items()}

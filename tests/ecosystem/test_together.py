@@ -16,11 +16,11 @@ from diffusers import (
 )
 from peft import LoraConfig
 from tests.backbones.tiny import CASES
-from tests.elastic_models import WEAK, call_of, elastic, run, shake
+from tests.elastic_models import MERGED, WEAK, call_of, elastic, run, shake
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from ditdial import FULL, FlexiDiT, Schedule, elastify, handle_of
-from ditdial.runtime.surgery import is_new
+from ditdial.runtime.tensors import is_new
 
 NAMES = ("flux", "wan")
 names = pytest.mark.parametrize("name", NAMES)
@@ -102,7 +102,7 @@ def test_a_users_lora_acts_in_every_mode_and_goes_again(name, when):
 @names
 def test_merged_weights_follow_a_fused_lora(name):
     call = call_of(name)
-    merged, unmerged = elastic(name, merge=True), elastic(name)
+    merged, unmerged = elastic(name, execution=MERGED), elastic(name)
     run(merged, call, WEAK)
     for handle in (merged, unmerged):
         add_lora(handle.model, TARGETS[name])

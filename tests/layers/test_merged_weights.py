@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from ditdial import Mode
+from ditdial.layers.low_rank import MERGED
 from ditdial.layers.merged_weights import fingerprints
-from ditdial.layers.state import MERGED
 
 WEAK = Mode(2)
 CPU = torch.device("cpu")

@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from tests.backbones.pipes import PIPES, PROMPTS, STEPS
 from tests.backbones.tiny import CASES
+from tests.elastic_models import run_as
 from torch import nn
 
 from ditdial import FULL, FlexiDiT, Mode, Schedule, Segment, elastify
@@ -102,7 +103,7 @@ def test_a_run_is_the_same_and_computes_each_prompt_once(name, run, guided, comp
     handle = case.elastic(pipe)
     handle.schedule = run.schedule if guided else unguided(run.schedule)
     expected, ratio = case.draw(pipe, guided=guided), handle.report().ratio
-    handle.keep_text = True
+    run_as(handle, keep_text=True)
     for _ in range(2):
         computed.clear()
         assert torch.equal(case.draw(pipe, guided=guided), expected)
@@ -110,7 +111,7 @@ def test_a_run_is_the_same_and_computes_each_prompt_once(name, run, guided, comp
         assert [computed[layer] for layer in text_layers(handle)] == [wanted] * 4
         assert_planned(handle, case, guided=guided)
         assert handle.report().ratio < ratio
-    handle.keep_text = False
+    run_as(handle, keep_text=False)
     computed.clear()
     assert torch.equal(case.draw(pipe, guided=guided), expected)
     assert min(computed[layer] for layer in text_layers(handle)) >= STEPS
@@ -122,10 +123,10 @@ def test_packed_calls_keep_no_text(guidance):
     case = PIPES["pixart-sigma"]
     pipe = case.pipe()
     handle = case.elastic(pipe)
-    handle.packed = True
+    run_as(handle, packed=True)
     handle.schedule = switching(guide=WEAK, guidance=guidance)
     expected = case.draw(pipe)
-    handle.keep_text = True
+    run_as(handle, keep_text=True)
     assert torch.equal(case.draw(pipe), expected)
     assert_planned(handle, case)
 
@@ -135,7 +136,7 @@ def test_every_run_has_its_own_prompt(name):
     case = PIPES[name]
     pipe, plain = case.pipe(), case.pipe()
     handle, other = case.elastic(pipe), case.elastic(plain)
-    handle.keep_text = True
+    run_as(handle, keep_text=True)
     handle.schedule = other.schedule = Schedule.weak_first(0.5)
     for words in (*PROMPTS, "old red house", PROMPTS[0]):
         assert torch.equal(case.draw(pipe, [words]), case.draw(plain, [words]))
@@ -146,7 +147,7 @@ def test_an_interrupted_call_is_not_counted(name):
     case = PIPES[name]
     pipe = case.pipe()
     handle = case.elastic(pipe)
-    handle.keep_text = True
+    run_as(handle, keep_text=True)
 
     def interrupt(*_):
         if len(handle.report().calls) == STEPS - 1:
@@ -165,7 +166,7 @@ def test_removing_forgets_what_was_kept(name, assert_stock):
     case = PIPES[name]
     pipe, stock = case.pipe(), case.pipe()
     handle = case.elastic(pipe)
-    handle.keep_text = True
+    run_as(handle, keep_text=True)
     case.draw(pipe)
     handle.remove()
     assert torch.equal(case.draw(pipe), case.draw(stock))
@@ -183,7 +184,7 @@ def elastic(name, *, keep=True):
     handle = elastify(CASES[name].model(), FlexiDiT(rank=3, scales=(2,)))
     handle.schedule = Schedule.weak_first(0.25)
     if keep:
-        handle.keep_text = True
+        run_as(handle, keep_text=True)
     return handle
 
 
@@ -313,7 +314,7 @@ def test_a_plan_of_a_compiled_model_counts_on_nothing_kept():
     kept = handle.plan_levels(levels).ratio
     handle.model.compile(backend="eager")
     compiled = handle.plan_levels(levels).ratio
-    handle.keep_text = False
+    run_as(handle, keep_text=False)
     assert kept < compiled == handle.plan_levels(levels).ratio
 
 
@@ -321,9 +322,9 @@ def test_refused_where_text_changes_from_step_to_step():
     handle = elastify(CASES["flux"].model(), FlexiDiT(rank=3, scales=(2,)))
     message = r"keep_text = True; legal for FluxTransformer2DModel: False \(its text tokens change"
     with pytest.raises(ValueError, match=message):
-        handle.keep_text = True
-    handle.keep_text = False
-    assert handle.keep_text is False
+        run_as(handle, keep_text=True)
+    run_as(handle, keep_text=False)
+    assert handle.execution.keep_text is False
 
 
 def test_the_key_of_a_copied_prompt_names_the_copys_memory():

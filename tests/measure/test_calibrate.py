@@ -19,8 +19,9 @@ from diffusers import (
     FlowMatchHeunDiscreteScheduler,
 )
 from tests.backbones.pipes import PIPES
+from tests.elastic_models import run_as
 
-from ditdial import FULL, FlexiDiT, Mode, PixelDiTPipeline, Schedule, elastify, load_adapter
+from ditdial import FULL, Adapter, FlexiDiT, Mode, PixelDiTPipeline, Schedule, elastify
 from ditdial.cli.app import main
 from ditdial.host.device import device_name
 from ditdial.measure.calibrate import calibrate
@@ -536,7 +537,7 @@ def test_budgets_in_stock_pipelines(name):
 def test_packed_branches_keep_the_budget(calibrated):
     pipe, handle, *_ = calibrated
     for packed, budget in itertools.product((False, True), (0.5, 0.7, 0.9)):
-        handle.packed = packed
+        run_as(handle, packed=packed)
         handle.budget = budget
         plan = handle.plan(10)
         sampler(pipe, steps=10)(0)
@@ -940,7 +941,7 @@ def test_weak_guidance_is_no_reference_without_guidance(pixel, make_elastic):
 
 def test_an_adapter_ships_its_calibration(calibrated, make_model, make_elastic, tmp_path):
     _, handle, measured = calibrated
-    folder = handle.adapter().save(tmp_path / "adapter")
+    folder = handle.adapter().save_pretrained(tmp_path / "adapter")
     assert (folder / FILE).is_file()
     again = elastify(make_model(), folder)
     assert again.calibration == measured
@@ -949,11 +950,11 @@ def test_an_adapter_ships_its_calibration(calibrated, make_model, make_elastic, 
     assert again.schedule == SolvedBudget(calibration=measured, budget=Budget(0.6)).begin(
         Facts(levels=(), macs=again.shape.macs)
     )
-    load_adapter(folder).save(tmp_path / "copy")
-    assert load_adapter(tmp_path / "copy").calibration == measured
-    make_elastic().adapter().save(folder)  # other weights, never measured
+    Adapter.from_pretrained(folder).save_pretrained(tmp_path / "copy")
+    assert Adapter.from_pretrained(tmp_path / "copy").calibration == measured
+    make_elastic().adapter().save_pretrained(folder)  # other weights, never measured
     assert not (folder / FILE).exists()
-    assert load_adapter(folder).calibration is None
+    assert Adapter.from_pretrained(folder).calibration is None
 
 
 def test_a_calibration_of_another_model_is_refused(calibrated, make_model, make_elastic, tmp_path):
@@ -965,13 +966,13 @@ def test_a_calibration_of_another_model_is_refused(calibrated, make_model, make_
     assert other.calibration is None
     with pytest.raises(ValueError, match="base num_layers: calibration 2, here 3"):
         make_elastic(make_model(num_layers=3)).calibration = measured
-    folder = other.adapter().save(tmp_path / "adapter")
+    folder = other.adapter().save_pretrained(tmp_path / "adapter")
     measured.save(folder)
     with pytest.raises(ValueError, match=words):
-        load_adapter(folder)
+        Adapter.from_pretrained(folder)
     (folder / FILE).write_text("[]")
     with pytest.raises(ValueError, match=rf"{FILE}.*format = \[\]; legal: 1"):
-        load_adapter(folder)
+        Adapter.from_pretrained(folder)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -12,13 +12,14 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tests.backbones.pipes import PIPES, STEPS, transformer
 from tests.backbones.tiny import CASES
-from tests.elastic_models import checkpointed_gradients, run
+from tests.elastic_models import checkpointed_gradients, run, run_as
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditdial import (
     FULL,
+    Adapter,
     Combined,
     DDiT,
     DyDiT,
@@ -31,11 +32,11 @@ from ditdial import (
     SparseDiT,
     elastify,
     handle_of,
-    load_adapter,
 )
 from ditdial.methods import method_from_config
+from ditdial.plan.execution import Execution
 from ditdial.reference import load_reference, reference_adapter
-from ditdial.runtime.surgery import is_new
+from ditdial.runtime.tensors import is_new
 
 GRIDS = {
     "dit": (1, 8, 8),
@@ -95,7 +96,7 @@ def shake(handle, seed=3):
         if is_new(key) and ".routers." not in key:
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.05 * noise.to(parameter.dtype))
-    routed = handle.sizes.routed
+    routed = handle._engine.wiring.new.routing
     for routers in routed.routers.values() if routed else ():
         for key, parameter in routers.named_parameters():
             scale = 0.3 if key.endswith("bias") else 1.0
@@ -114,11 +115,11 @@ def call_of(name, count=2, time=700.0):
 
 
 def gated(handle, call, mode):
-    handle.widths.sizes.gated = True
+    handle._engine.surgery.widths.routing.gated = True
     try:
         return run(handle, call, mode)
     finally:
-        handle.widths.sizes.gated = False
+        handle._engine.surgery.widths.routing.gated = False
 
 
 @names
@@ -141,7 +142,7 @@ def test_sliced_equals_gated(name):
 @names
 def test_a_row_alone_is_the_row_in_a_batch(name):
     handle, call = combined(name), call_of(name, 3)
-    rows = [handle.backbone.rows(call, slice(row, row + 1)) for row in range(3)]
+    rows = [handle.backbone.arguments.rows(call, slice(row, row + 1)) for row in range(3)]
     for mode in PRODUCTS:
         together = run(handle, call, mode)
         for row, alone in enumerate(rows):
@@ -153,8 +154,8 @@ def test_a_row_alone_is_the_row_in_a_batch(name):
 @pytest.mark.parametrize("merge", [False, True])
 def test_planned_is_counted(name, merge):
     """By torch's counter, by the record, and beforehand where the number of tokens is fixed."""
-    handle, call = combined(name, recipe="full", merge=merge), call_of(name, 1)
-    shape = handle._engine.ledger.shape_of(handle.model, handle.backbone.size(handle.model, call))
+    handle, call = combined(name, recipe="full", execution=Execution(merge=merge)), call_of(name, 1)
+    shape = handle._engine.costs.shape_of(handle.model, handle.backbone.size(handle.model, call))
     for mode in (FULL, *SINGLE, *PRODUCTS):
         with torch.no_grad(), handle.using(mode):
             handle.model(**call)  # what a run does once
@@ -179,13 +180,15 @@ def test_one_part_alone_is_its_method_alone(name, tmp_path):
         for mode in SINGLE:
             if part.has(mode):
                 alone[mode] = run(handle, call, mode)
-        folders.append(handle.adapter().save(tmp_path / part.name))
-    handle = elastify(deep(name), [folders[2], load_adapter(folders[0]), str(folders[1])])
+        folders.append(handle.adapter().save_pretrained(tmp_path / part.name))
+    handle = elastify(
+        deep(name), [folders[2], Adapter.from_pretrained(folders[0]), str(folders[1])]
+    )
     assert torch.equal(run(handle, call), stock)
     for mode in SINGLE:
         assert torch.equal(run(handle, call, mode), alone[mode]), mode
     together = [run(handle, call, mode) for mode in PRODUCTS]
-    handle.adapter().save(tmp_path / "together")
+    handle.adapter().save_pretrained(tmp_path / "together")
     again = elastify(deep(name), tmp_path / "together")
     assert again.method == handle.method
     for mode, expected in zip(PRODUCTS, together, strict=True):
@@ -211,7 +214,7 @@ def test_full_mode_is_stock_and_remove_is_exact(name, assert_stock):
 def test_merged_updates_are_the_same(name):
     handle, call = combined(name), call_of(name)
     expected = [run(handle, call, mode) for mode in (*SINGLE, *PRODUCTS)]
-    handle._engine.router.merged = True
+    handle._engine.wiring.state.merged = True
     for mode, output in zip((*SINGLE, *PRODUCTS), expected, strict=True):
         torch.testing.assert_close(run(handle, call, mode), output, atol=2e-5, rtol=1e-4)
     layer = handle.model.get_submodule(next(iter(handle._engine.surgery.pairs)))
@@ -221,8 +224,8 @@ def test_merged_updates_are_the_same(name):
 
 
 def test_changed_updates_are_merged_and_cut_anew():
-    handle, call = combined("dit", merge=True), call_of("dit")
-    handle.widths.slices, before = 4, None
+    handle, call = combined("dit", execution=Execution(merge=True)), call_of("dit")
+    handle._engine.surgery.widths.slices, before = 4, None
     for _ in range(4):
         with torch.no_grad():
             for _, _, B in handle._engine.surgery.pairs.values():
@@ -276,7 +279,7 @@ def test_a_schedule_of_products_in_a_stock_pipeline(name):
 def test_guidance_branches_in_modes_of_their_own_equal_two_calls():
     handle = combined("dit")
     call = CASES["dit"].guided(2, GRIDS["dit"], 700.0)
-    halves = [handle.backbone.rows(call, part) for part in (slice(0, 2), slice(2, 4))]
+    halves = [handle.backbone.arguments.rows(call, part) for part in (slice(0, 2), slice(2, 4))]
     for modes in ((BOTH, ALL), (HALF, BOTH), (FULL, ALL_KEPT), (ALL, ALL)):
         handle.schedule = Schedule.constant(modes[0], guide=modes[1])
         expected = torch.cat([run(handle, h, m) for h, m in zip(halves, modes, strict=True)])
@@ -285,7 +288,7 @@ def test_guidance_branches_in_modes_of_their_own_equal_two_calls():
 
 def test_routers_are_those_of_base_tokens():
     handle = combined("dit")
-    widths = handle.widths
+    widths = handle._engine.surgery.widths
     for level in (0.9, 0.2):
         own = widths.at(handle.model, HALF, level)
         for mode in (ALL, ALL_KEPT, Mode(token_grid=4, width=0.5)):
@@ -301,7 +304,7 @@ def test_coarse_patches_of_dydit_keep_their_own_routers():
     torch.manual_seed(2)
     handle = elastify(deep("dit"), [sparsedit("dit"), DyDiT(groups=2, scales=(2,))])
     shake(handle)
-    widths, call = handle.widths, call_of("dit")
+    widths, call = handle._engine.surgery.widths, call_of("dit")
     apart = [widths.at(handle.model, mode, 0.5)["heads"] for mode in (HALF, ALL)]
     assert not torch.equal(*apart)
     for mode in (PATCH, BOTH, Mode(2, width=0.5), ALL):
@@ -320,7 +323,7 @@ def test_other_methods_of_patch_size(name, patches):
     call = call_of(name, 1)
     assert [part.name for part in handle.method.parts] == [patches.name, "sparsedit", "dydit"]
     assert torch.equal(run(handle, call, FULL), run(deep(name), call))
-    shape = handle._engine.ledger.shape_of(handle.model, handle.backbone.size(handle.model, call))
+    shape = handle._engine.costs.shape_of(handle.model, handle.backbone.size(handle.model, call))
     for mode in (PATCH, BOTH, ALL_KEPT):
         sliced = run(handle, call, mode)
         counter = FlopCounterMode(display=False)
@@ -342,7 +345,7 @@ def test_one_adapter_may_hold_base_weights(tmp_path, assert_stock):
                 handle.model.transformer_blocks[0].ff.net[2].weight.mul_(1.5)
         if part.name == "sparsedit":
             expected = run(handle, call, FULL), run(handle, call, GRID)
-        folders[part.name] = handle.adapter().save(tmp_path / part.name)
+        folders[part.name] = handle.adapter().save_pretrained(tmp_path / part.name)
     with pytest.raises(ValueError, match="adapters of 'sparsedit' and 'dydit' each hold base wei"):
         elastify(deep("dit"), [folders["sparsedit"], folders["dydit"]])
     handle = elastify(deep("dit"), [folders["flexidit"], folders["sparsedit"], DyDiT(groups=2)])
@@ -350,7 +353,7 @@ def test_one_adapter_may_hold_base_weights(tmp_path, assert_stock):
     assert handle.schedule.to_json() == own.to_json()  # it says where its weights serve
     assert torch.equal(run(handle, call, FULL), expected[0])
     assert torch.equal(run(handle, call, GRID), expected[1])
-    handle.adapter().save(tmp_path / "all")
+    handle.adapter().save_pretrained(tmp_path / "all")
     handle.remove()
     assert_stock(handle.model, stock)
     again = elastify(deep("dit"), tmp_path / "all")
@@ -426,13 +429,13 @@ def test_refused_before_anything_has_changed(tmp_path, assert_stock):
     with pytest.raises(ValueError, match=r"adapter = \[\]; legal: at least one"):
         elastify(model, [])
     other = replace(CASES["dit"], config={**CASES["dit"].config, **depth("dit"), "patch_size": 4})
-    elastify(other.model(), DyDiT(groups=2)).adapter().save(tmp_path / "other")
+    elastify(other.model(), DyDiT(groups=2)).adapter().save_pretrained(tmp_path / "other")
     with pytest.raises(ValueError, match=r"made for another base; .*patch_size"):
         elastify(model, [FlexiDiT(scales=(2,)), tmp_path / "other"])
     with pytest.raises(ValueError, match=r"are 8 blocks; legal: 2, all that"):
         elastify(CASES["dit"].model(), parts_of("dit"))
     with pytest.raises(ValueError, match=r"packed = True; .* method 'combined': False"):
-        combined("dit").packed = True
+        run_as(combined("dit"), packed=True)
     method = Combined(parts=tuple(parts_of("dit")))
     with pytest.raises(ValueError, match=r"configuration of method 'combined' is not understood"):
         method_from_config("combined", {"parts": [{"name": "ddit", "settings": {"size": 2}}] * 2})
@@ -489,7 +492,7 @@ def test_a_budget_chooses_among_products(make_model, tmp_path):
     assert Mode(2, token_grid=3, width=0.5) in {step.mode for step in plan.steps}
     sample(0)
     assert handle.report().ratio == pytest.approx(plan.ratio, rel=1e-9)
-    handle.adapter().save(tmp_path)
+    handle.adapter().save_pretrained(tmp_path)
     again = elastify(make_model(num_layers=4), tmp_path)
     assert again.calibration.choices == handle.calibration.choices
     assert handle.report().to_json()
@@ -537,7 +540,7 @@ def test_copies_and_pickles_are_elastic_by_themselves(name):
 @names
 def test_gradients_reach_every_part_and_survive_checkpointing(name):
     handle = combined(name)
-    handle.widths.sizes.gated = True
+    handle._engine.surgery.widths.routing.gated = True
     reached = checkpointed_gradients(handle, call_of(name), ALL)
     new = {k for k, _ in handle.model.named_parameters() if is_new(k) and not k.endswith(".grid4")}
     assert new <= reached

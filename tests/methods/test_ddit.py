@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.elastic_models import run_as
 
 from ditdial import FULL, DDiT, FlexiDiT, Mode, elastify
 from ditdial.backbones.dit import DiTBackbone
 from ditdial.methods import method_from_config
 from ditdial.ops.patching import from_base
-from ditdial.runtime.surgery import is_new
+from ditdial.runtime.tensors import is_new
 
 COARSE = [Mode(2), Mode(4), Mode((1, 1, 2))]
 
@@ -61,7 +62,7 @@ def test_an_open_gate_adds_the_latent_to_the_prediction(make_model, output, chan
     }
     shut = forced(handle, Mode(2), call, output)
     with torch.no_grad():
-        handle.sizes.gates["patch2"].fill_(0.5)
+        handle._engine.wiring.new.gates["patch2"].fill_(0.5)
     shared = min(channels, out_channels)
     expected = shut.clone()
     expected[:, :shared] += 0.5 * call["hidden_states"][:, :shared]
@@ -86,7 +87,7 @@ def test_packed_and_split_branches_agree(make_model, make_call, output, perturb)
     handle.schedule = Schedule.constant(Mode(2), guide=Mode(4))
     call = make_call(guided=True)
     split = output(handle.model, call)
-    handle.packed = True
+    run_as(handle, packed=True)
     torch.testing.assert_close(output(handle.model, call), split, atol=1e-5, rtol=1e-5)
 
 
@@ -95,7 +96,11 @@ def test_gradients_reach_the_path_and_its_gate(make_model, make_call, perturb):
     perturb(handle.model, is_new)
     with handle.using(Mode(2)):
         handle.model(**make_call()).sample.square().mean().backward()
-    for group in (handle.sizes.skips, handle.sizes.gates, handle.sizes.size_embeds):
+    for group in (
+        handle._engine.wiring.new.skips,
+        handle._engine.wiring.new.gates,
+        handle._engine.wiring.new.size_embeds,
+    ):
         assert group["patch2"].grad.abs().max() > 0
         assert group["patch4"].grad is None
 

@@ -10,7 +10,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from tests.backbones.pipes import PIPES, STEPS
 from tests.backbones.tiny import CASES
-from tests.elastic_models import call_of, run
+from tests.elastic_models import call_of, run, run_as
 
 from ditdial import FULL, DyDiT, Mode, PixelDiTPipeline, Schedule, elastify, handle_of
 
@@ -22,11 +22,11 @@ HALF = Mode(width=0.5)
 def open_some(handle, seed=5):
     """Routers that leave out about half, differently at every timestep and token."""
     generator = torch.Generator().manual_seed(seed)
-    for routers in handle.sizes.routers.values():
+    for routers in handle._engine.wiring.new.routers.values():
         for name, parameter in routers.named_parameters():
             scale = 0.3 if name.endswith("bias") else 1.0
             parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    for B in handle.sizes.B.values():
+    for B in handle._engine.wiring.new.B.values():
         B.copy_(0.05 * torch.randn(B.shape, generator=generator))
 
 
@@ -39,11 +39,11 @@ def routed(name, model=None, **options):
 
 
 def gated(handle, call, mode):
-    handle.sizes.gated = True
+    handle._engine.wiring.new.gated = True
     try:
         return run(handle, call, mode)
     finally:
-        handle.sizes.gated = False
+        handle._engine.wiring.new.gated = False
 
 
 @pytest.fixture(params=ROUTED)
@@ -79,7 +79,7 @@ def test_a_row_alone_and_branches_in_one_batch(name):
     call = call_of(name, count=3)
     both = run(handle, call, HALF)
     for row in range(3):
-        alone = run(handle, handle.backbone.rows(call, slice(row, row + 1)), HALF)
+        alone = run(handle, handle.backbone.arguments.rows(call, slice(row, row + 1)), HALF)
         torch.testing.assert_close(both[row : row + 1], alone, rtol=1e-4, atol=2e-6)
 
 
@@ -103,7 +103,7 @@ def test_remove_is_exact(name):
 def test_save_and_load(name, tmp_path):
     handle = routed(name, recipe="td-lora")
     expected = run(handle, call_of(name), HALF)
-    handle.adapter().save(tmp_path)
+    handle.adapter().save_pretrained(tmp_path)
     again = elastify(CASES[name].model(), tmp_path)
     assert again.method == handle.method
     assert torch.equal(run(again, call_of(name), HALF), expected)
@@ -120,7 +120,7 @@ def test_the_record_counts_what_ran(name, mode):
             handle.model(**call)
         (record,) = handle.report().calls
         macs[each] = record.macs / record.rows
-    blocks, kept = handle.shape.routable, handle.widths.last.kept()
+    blocks, kept = handle.shape.routable, handle._engine.surgery.widths.last.kept()
     assert macs[mode] < macs[FULL]
     assert any(k.heads < 1 for k in kept)
     assert any(k.channels < 1 for k in kept)
@@ -145,7 +145,7 @@ def test_single_blocks_of_flux_skip_picture_tokens_alone():
     moved = (picture - seen["before"]["hidden_states"]).abs().amax(-1) > 0
     assert words.shape[1] == text
     place = len(handle.model.transformer_blocks)
-    share = handle.widths.last.token_shares[place]
+    share = handle._engine.surgery.widths.last.token_shares[place]
     assert 0 < share < 1
     assert moved.float().mean().item() == pytest.approx(share)
     assert ((words - seen["before"]["encoder_hidden_states"]).abs().amax(-1) > 0).all()
@@ -172,13 +172,13 @@ def test_a_fixed_share_is_spread_as_training_left_it(name):
     if name == "latte":
         pytest.skip("its rows of one place are shorter than the smallest number of tokens")
     handle, mode = routed(name), Mode(width=0.5, token_keep=0.4)
-    table = handle.sizes.routers["width50"].token_shares
+    table = handle._engine.wiring.new.routers["width50"].token_shares
     with torch.no_grad():
         table.copy_(torch.linspace(0.9, 0.1, len(table))[:, None].expand_as(table))
     handle.schedule = Schedule.constant(mode)
     call = call_of(name)
     sliced = run(handle, call, mode)
-    shares = [kept.tokens for kept in handle.widths.last.kept()]
+    shares = [kept.tokens for kept in handle._engine.surgery.widths.last.kept()]
     assert shares == sorted(shares, reverse=True)
     assert shares[0] > 0.4 > shares[-1]
     assert (gated(handle, call, mode) - sliced).norm() < 1e-6 * sliced.norm()
@@ -212,9 +212,11 @@ def test_one_table_for_a_whole_run(monkeypatch, make_model):
     handle = elastify(pipe, DyDiT(widths=(0.5,), groups=2))
     open_some(handle)
     handle.schedule = Schedule.constant(HALF)
-    calls, stock = [], handle.sizes.decide
+    calls, stock = [], handle._engine.wiring.new.decide
     monkeypatch.setattr(
-        handle.sizes, "decide", lambda mode, time: calls.append(len(time)) or stock(mode, time)
+        handle._engine.wiring.new,
+        "decide",
+        lambda mode, time: calls.append(len(time)) or stock(mode, time),
     )
     pipe([1, 2], seeds=[0, 1], num_inference_steps=4, output_type="pt")
     assert calls == [4]
@@ -222,7 +224,7 @@ def test_one_table_for_a_whole_run(monkeypatch, make_model):
 
 def test_buckets_join_steps_and_lose_nothing():
     handle = routed("dit", tokens=False)
-    widths = handle.widths
+    widths = handle._engine.surgery.widths
     levels = [i / 10 for i in range(10)]
     widths.begin(levels)
     alone = [widths.at(handle.model, HALF, level) for level in levels]
@@ -314,7 +316,7 @@ def test_widths_that_were_not_trained_for(width):
     """A threshold that the mean over all noise levels gives the width with."""
     handle = routed("dit", tokens=False)
     mode = Mode(width=width)
-    shape, works = handle.shape, handle.widths.works(handle.model, mode)
+    shape, works = handle.shape, handle._engine.surgery.widths.works(handle.model, mode)
     blocks = sum(a + b for a, b in works)
     share = 1 - shape.left_out(mode) / blocks
     assert share == pytest.approx(width, abs=0.05)  # two heads and two groups make big steps
@@ -331,7 +333,7 @@ def test_kept_slices_change_nothing(slices):
     handle = routed("dit")
     calls = [call_of("dit", time=time) for time in (900.0, 500.0, 900.0, 500.0)]
     expected = [gated(handle, call, HALF) for call in calls]
-    handle.widths.slices = slices
+    handle._engine.surgery.widths.slices = slices
     for call, each in zip(calls * 2, expected * 2, strict=True):
         torch.testing.assert_close(run(handle, call, HALF), each, rtol=1e-5, atol=2e-6)
     layer = handle.model.transformer_blocks[0].ff.net[2]
@@ -366,12 +368,15 @@ def test_a_lora_on_a_routed_layer_is_refused():
 @pytest.mark.parametrize("recipe", ["full", "td-lora"])
 def test_gradients_reach_the_routers(name, recipe):
     handle = routed(name, recipe=recipe)
-    handle.sizes.gated, handle.sizes.drawing = True, torch.Generator().manual_seed(0)
+    handle._engine.wiring.new.gated, handle._engine.wiring.new.drawing = (
+        True,
+        torch.Generator().manual_seed(0),
+    )
     with handle.using(HALF):
         handle.model(**call_of(name)).sample.square().mean().backward()
-    missing = [k for k, p in handle.sizes.named_parameters() if p.grad is None]
+    missing = [k for k, p in handle._engine.wiring.new.named_parameters() if p.grad is None]
     assert missing == []
-    for key, parameter in handle.sizes.routers.named_parameters():
+    for key, parameter in handle._engine.wiring.new.routers.named_parameters():
         assert parameter.grad.abs().max() > 0, key
 
 
@@ -379,13 +384,13 @@ def test_train_and_run_agree_where_gates_are_sure():
     """Far from zero, noise changes nothing: what is trained is what runs."""
     handle = routed("dit")
     with torch.no_grad():
-        for routers in handle.sizes.routers.values():
+        for routers in handle._engine.wiring.new.routers.values():
             for role in ("head", "channel", "token_out"):
                 getattr(routers, f"{role}_bias").mul_(200)
                 getattr(routers, f"{role}_weight").mul_(0.01)
     call = call_of("dit")
     expected = run(handle, call, HALF)
-    handle.sizes.drawing = torch.Generator().manual_seed(0)
+    handle._engine.wiring.new.drawing = torch.Generator().manual_seed(0)
     torch.testing.assert_close(gated(handle, call, HALF), expected, rtol=1e-5, atol=2e-6)
 
 
@@ -411,16 +416,18 @@ def test_budgets_choose_among_widths(make_model):
 
 def test_packing_is_refused():
     with pytest.raises(ValueError, match=r"packed = True; legal .* method 'dydit': False"):
-        routed("dit").packed = True
+        run_as(routed("dit"), packed=True)
 
 
 def test_force_opens_fixed_shares():
     handle = elastify(CASES["dit"].model(), DyDiT(groups=4, tokens=False))
-    handle.sizes.force(HALF, 0.5, 0.25)
+    handle._engine.wiring.new.force(HALF, 0.5, 0.25)
     run(handle, call_of("dit"), HALF)
-    assert {(k.heads, k.channels) for k in handle.widths.last.kept()} == {(0.5, 0.25)}
+    assert {(k.heads, k.channels) for k in handle._engine.surgery.widths.last.kept()} == {
+        (0.5, 0.25)
+    }
     with pytest.raises(ValueError, match=r"heads = 1.5; legal: \(0, 1\]"):
-        handle.sizes.force(HALF, 1.5, 0.5)
+        handle._engine.wiring.new.force(HALF, 1.5, 0.5)
 
 
 def test_a_copy_has_tables_of_its_own():
@@ -445,13 +452,13 @@ def test_a_pickled_model_is_the_same(recipe):
 def test_routers_decide_in_float32_under_autocast():
     handle = routed("dit")
     call, seen = call_of("dit"), []
-    tokens = handle.sizes.routers["width50"].tokens
+    tokens = handle._engine.wiring.new.routers["width50"].tokens
 
     def watched(block, x):
         seen.append(tokens(block, x))
         return seen[-1]
 
-    handle.sizes.routers["width50"].tokens = watched
+    handle._engine.wiring.new.routers["width50"].tokens = watched
     with torch.autocast("cpu", torch.bfloat16):
         run(handle, call, HALF)
         gated(handle, call, HALF)

@@ -10,11 +10,11 @@ import torch
 
 from ditdial import FULL, FlexiDiT, Mode, elastify
 from ditdial.backbones.dit import DiTBackbone
-from ditdial.layers.state import Router
+from ditdial.backbones.forward import Forward
 from ditdial.methods import METHODS, method_from_config
-from ditdial.methods.flexidit import SharedSizes
+from ditdial.methods.flexidit import SharedPatches
 from ditdial.ops.patching import coarse_grid, resize_embedding, resize_output
-from ditdial.runtime.surgery import is_new
+from ditdial.runtime.tensors import is_new
 
 BACKBONE = DiTBackbone()
 both_recipes = pytest.mark.parametrize("recipe", ["lora", "shared"])
@@ -37,8 +37,8 @@ def count(mode):
 def test_a_constant_picture_gives_the_bases_tokens_at_every_size(model, recipe, kind):
     sizes = fresh(model, recipe, kind)
     x = torch.full((1, 1, 32, 32), 1.7)
-    router = Router(BACKBONE, sizes, grid=GRID, patch=BASE)
-    vectors = BACKBONE.vectors(model.pos_embed, x, router)
+    forward = Forward(grid=GRID, patch=BASE)
+    vectors = BACKBONE.vectors(x, forward)
     base = model.pos_embed.proj(x).flatten(2).transpose(1, 2)
     for mode in COARSE:
         tokens = sizes.embed(vectors, mode)
@@ -80,9 +80,9 @@ def test_mean_of_every_coarse_output_patch_is_the_bases(model, recipe, kind):
 def test_shared_underlying_weights_give_back_the_base_exactly(model, kind, underlying):
     method = FlexiDiT(recipe="shared", resize=kind, underlying=underlying)
     sizes = method.build(model, BACKBONE)
-    assert isinstance(sizes, SharedSizes)
-    kernel, bias = BACKBONE.embed_kernel(model)
-    rows, row_bias = BACKBONE.output_rows(model)
+    assert isinstance(sizes, SharedPatches)
+    kernel, bias = BACKBONE.patches.kernel(model)
+    rows, row_bias = BACKBONE.patches.rows(model)
     assert torch.equal(resize_embedding(sizes.flex_embed, BASE, kind), kernel)
     assert torch.equal(sizes.flex_bias, bias)
     assert torch.equal(resize_output(sizes.flex_out, BASE, kind), rows)
@@ -105,7 +105,7 @@ def test_shared_full_mode_through_the_coarse_path_is_the_stock_model(
     call = make_call(3, side=side)
     expected = output(make_model(), call)
     handle = make_elastic(recipe="shared")
-    handle.sizes.live = True
+    handle._engine.wiring.new.live = True
     for forced in (False, True):
         if forced:
             with handle.using(FULL):
@@ -113,13 +113,13 @@ def test_shared_full_mode_through_the_coarse_path_is_the_stock_model(
         else:
             found = output(handle.model, call)
         assert (found - expected).norm() < 1e-6 * expected.norm()
-    handle.sizes.live = False
+    handle._engine.wiring.new.live = False
     assert torch.equal(output(handle.model, call), expected)
 
 
 def test_shared_live_path_follows_the_underlying_weights(make_elastic, make_call, output, perturb):
     handle, call = make_elastic(recipe="shared"), make_call()
-    sizes = handle.sizes
+    sizes = handle._engine.wiring.new
     before = output(handle.model, call)
     with handle.using(Mode(2)):
         coarse_before = output(handle.model, call)
@@ -138,13 +138,13 @@ def test_shared_live_path_follows_the_underlying_weights(make_elastic, make_call
 
 def test_live_gradients_reach_the_underlying_weights(make_elastic, make_call):
     handle, call = make_elastic(recipe="shared"), make_call()
-    handle.sizes.live = True
+    handle._engine.wiring.new.live = True
     for mode in (FULL, Mode(2)):
         handle.model.zero_grad()
         with handle.using(mode):
             handle.model(**call).sample.square().mean().backward()
         for name in ("flex_embed", "flex_bias", "flex_out", "flex_out_bias"):
-            assert getattr(handle.sizes, name).grad.abs().max() > 0
+            assert getattr(handle._engine.wiring.new, name).grad.abs().max() > 0
 
 
 def test_lora_gradients_reach_all_new_tensors_of_the_mode_and_no_other(make_elastic, make_call):
@@ -264,7 +264,7 @@ def test_a_film_at_rest_starts_as_its_frame(model, recipe, kind, scale):
     mode, still = Mode(scale), Mode((1, *scale[1:]))
     scales = (scale,) if still.is_full else (scale, still.patch_scale)
     sizes, x = fresh(model, recipe, kind, scales), torch.randn(1, 1, 32, 32)
-    vectors = BACKBONE.vectors(model.pos_embed, x, Router(BACKBONE, sizes, grid=GRID, patch=BASE))
+    vectors = BACKBONE.vectors(model.pos_embed, x, Forward(grid=GRID, patch=BASE))
     tokens = sizes.embed(vectors.expand(-1, 3, -1, -1, -1), mode)
     if still.is_full:
         expected = model.pos_embed.proj(x).flatten(2).transpose(1, 2)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ditdial import FULL, DDiT, Mode, PPFlow, elastify
 from ditdial.backbones import BACKBONES
-from ditdial.runtime.surgery import is_new
+from ditdial.runtime.tensors import is_new
 
 cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 METHODS = {"ddit": DDiT(rank=3), "ppflow": PPFlow(stages=((0.5, 2), (0.25, (1, 1, 2))))}
@@ -82,7 +82,7 @@ def test_planned_cost_is_what_the_counter_counts(case, method):
         counter = FlopCounterMode(display=False)
         with handle.using(mode), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
             handle.model(**call)
-        shape = handle._engine.ledger.shape_of(handle.model, size)
+        shape = handle._engine.costs.shape_of(handle.model, size)
         assert shape.macs(mode) == counter.get_total_flops() / 2, mode
 
 
@@ -94,6 +94,6 @@ def test_a_gate_of_video_joins_frames_too():
         with handle.using(mode):
             shut = predict(handle, call)
             with torch.no_grad():
-                handle.sizes.gates[mode.name].add_(1.0)
+                handle._engine.wiring.new.gates[mode.name].add_(1.0)
             assert (predict(handle, call) - shut).abs().max() > 0.1
     assert math.prod(Mode((2, 2, 2)).patch_scale) == 8

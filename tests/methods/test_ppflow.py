@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.elastic_models import run_as
 
 from ditdial import FULL, Mode, PPFlow, elastify
 from ditdial.methods import method_from_config
 from ditdial.methods.ppflow import THREE_LEVELS
-from ditdial.runtime.surgery import is_new
+from ditdial.runtime.tensors import is_new
 
 WIDE = Mode((1, 1, 2))
 
@@ -53,11 +54,11 @@ def test_the_marker_goes_into_the_conditioning(make_model, make_call, output):
     handle = elastic(make_model())
     call, marker = make_call(), torch.randn(32)
     with torch.no_grad():
-        for parameter in handle.sizes.level_embeds.parameters():
+        for parameter in handle._engine.wiring.new.level_embeds.parameters():
             parameter.zero_()
     full = output(handle.model, call)
     with torch.no_grad():
-        handle.sizes.level_embeds["patch2"].copy_(marker)
+        handle._engine.wiring.new.level_embeds["patch2"].copy_(marker)
     assert torch.equal(output(handle.model, call | {"timestep": call["timestep"] - 400}), full) is (
         False
     )
@@ -67,7 +68,7 @@ def test_the_marker_goes_into_the_conditioning(make_model, make_call, output):
         if type(module).__name__ == "LabelEmbedding":
             module.embedding_table.weight.data += marker
     with torch.no_grad():
-        handle.sizes.level_embeds["patch2"].zero_()
+        handle._engine.wiring.new.level_embeds["patch2"].zero_()
     with handle.using(Mode(2)):
         torch.testing.assert_close(output(handle.model, call), marked)
 
@@ -80,7 +81,7 @@ def test_packed_rows_keep_their_own_marker(make_model, make_call, output, pertur
     handle.schedule = Schedule.constant(WIDE, guide=Mode(2))
     call = make_call(guided=True)
     split = output(handle.model, call)
-    handle.packed = True
+    run_as(handle, packed=True)
     torch.testing.assert_close(output(handle.model, call), split, atol=1e-5, rtol=1e-5)
 
 
@@ -108,7 +109,7 @@ def test_retrained_base_weights_travel_with_the_adapter(make_model, make_call, o
     with torch.no_grad():
         handle.model.transformer_blocks[0].ff.net[2].weight.mul_(1.5)
     expected = output(handle.model, make_call())
-    handle.adapter().save(tmp_path / "adapter")
+    handle.adapter().save_pretrained(tmp_path / "adapter")
     again = elastify(make_model(), tmp_path / "adapter")
     assert torch.equal(output(again.model, make_call()), expected)
     again.remove()

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tests.backbones.tiny import CASES
-from tests.elastic_models import checkpointed_gradients
+from tests.elastic_models import checkpointed_gradients, run_as
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ditdial import FULL, Mode, Schedule, SparseDiT, elastify
 from ditdial.methods import method_from_config
 from ditdial.ops.pooling import pool_tokens, spread_tokens
-from ditdial.runtime.surgery import is_new
+from ditdial.runtime.tensors import is_new
 
 TIME = 700.0
 CALLS = {
@@ -97,7 +97,7 @@ def test_full_mode_is_stock_and_remove_is_exact(name, recipe, assert_stock):
 def test_planned_cost_is_what_the_counter_counts(name, recipe):
     handle, call = elastic(name, recipe=recipe, rank=3), call_of(name, 1)
     size = handle.backbone.size(handle.model, call)
-    shape, costs = handle._engine.ledger.shape_of(handle.model, size), []
+    shape, costs = handle._engine.costs.shape_of(handle.model, size), []
     for mode in handle.modes:
         counter = FlopCounterMode(display=False)
         with handle.using(mode), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
@@ -113,7 +113,7 @@ def test_a_row_alone_is_the_row_in_a_batch(name):
     for mode in handle.modes[1:]:
         together = run(handle, call, mode)
         for row in range(3):
-            alone = run(handle, handle.backbone.rows(call, slice(row, row + 1)), mode)
+            alone = run(handle, handle.backbone.arguments.rows(call, slice(row, row + 1)), mode)
             torch.testing.assert_close(alone[0], together[row], atol=2e-5, rtol=1e-4)
 
 
@@ -124,12 +124,10 @@ def test_a_pooling_block_is_attention_with_equal_weights():
     block = handle.model.transformer_blocks[0]
     x = torch.randn(2, 49, 32, dtype=torch.float64)
     times = {"timestep": torch.tensor([3.0, 700.0]), "class_labels": torch.tensor([1, 2])}
-    handle._engine.router.streams = handle.sizes.begin(
-        handle.model, _router(handle, (1, 7, 7)), Mode(token_grid=2)
-    )
+    handle._engine.wiring.state.grids = _grids(handle, 2)
     with torch.no_grad():
         found = block(x, **times)
-        handle._engine.router.streams = None
+        handle._engine.wiring.state.grids = None
         attention = block.attn1
         attention.to_q.weight.zero_()
         attention.to_q.bias.zero_()
@@ -137,32 +135,33 @@ def test_a_pooling_block_is_attention_with_equal_weights():
     assert (found - expected).abs().max() < 1e-12
 
 
-def _router(handle, grid):
-    router = handle._engine.router
-    router.grid, router.device = grid, torch.device("cpu")
-    return router
+def _grids(handle, sides):
+    """The token grids of a pass on 7 x 7 tokens."""
+    wiring = handle._engine.wiring
+    wiring.state.grid, wiring.state.device = (1, 7, 7), torch.device("cpu")
+    return wiring.new.grids(handle.model, wiring.backbone, wiring.state, Mode(token_grid=sides))
 
 
 def test_a_merge_starts_as_the_dense_tokens():
     handle = elastify(deep("dit"), method_of())
-    streams = handle.sizes.begin(handle.model, _router(handle, (1, 7, 7)), Mode(token_grid=2))
+    grids = _grids(handle, 2)
     dense, sparse = torch.randn(2, 49, 32), torch.randn(2, 4, 32)
     for module in range(2):
-        merge = handle.sizes.merges[module]
-        assert torch.equal(merge.merged(streams, sparse, dense), dense)
-        assert torch.equal(merge.pooled(streams, dense), pool_tokens(dense, (7, 7), (2, 2)))
+        merge = handle._engine.wiring.new.merges[module]
+        assert torch.equal(merge.merged(grids, sparse, dense), dense)
+        assert torch.equal(merge.pooled(grids, dense), pool_tokens(dense, (7, 7), (2, 2)))
 
 
 @torch.no_grad()
 def test_a_merge_is_the_papers():
     """Spread first, multiply then; positions go in behind their gate."""
     handle = elastic("dit")
-    merge = handle.sizes.merges[1]
-    streams = handle.sizes.begin(handle.model, _router(handle, (1, 7, 7)), Mode(token_grid=(4, 3)))
+    merge = handle._engine.wiring.new.merges[1]
+    grids = _grids(handle, (4, 3))
     dense, sparse = torch.randn(2, 49, 32), torch.randn(2, 12, 32)
     wide = spread_tokens(sparse, (4, 3), (7, 7))
-    expected = merge.sparse(wide) + merge.dense(dense) + merge.dense_gate * streams.positions
-    torch.testing.assert_close(merge.merged(streams, sparse, dense), expected)
+    expected = merge.sparse(wide) + merge.dense(dense) + merge.dense_gate * grids.positions
+    torch.testing.assert_close(merge.merged(grids, sparse, dense), expected)
 
 
 @names
@@ -182,12 +181,12 @@ def test_two_streams_of_the_same_tokens_are_stock(name):
     call = call_of(name)
     expected = stock(**call).sample
     handle = elastify(stock, method_of(name, **settings))
-    for merge in handle.sizes.merges:
+    for merge in handle._engine.wiring.new.merges:
         merge.sparse.weight.copy_(torch.eye(len(merge.sparse.weight)))
         merge.dense.weight.zero_()
     found = run(handle, call, handle.modes[1])
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
-    handle.sizes.merges[1].sparse.bias.normal_()
+    handle._engine.wiring.new.merges[1].sparse.bias.normal_()
     changed = run(handle, call, handle.modes[1])
     assert not torch.allclose(changed, expected, atol=1e-2)  # it does take the other way
 
@@ -223,7 +222,7 @@ def test_a_module_starts_as_cross_attention():
 def test_guidance_in_one_batch_equals_two_calls():
     handle = elastic("dit")
     call = CASES["dit"].guided(2, (1, 7, 7), TIME)
-    halves = [handle.backbone.rows(call, part) for part in (slice(0, 2), slice(2, 4))]
+    halves = [handle.backbone.arguments.rows(call, part) for part in (slice(0, 2), slice(2, 4))]
     handle.schedule = Schedule.constant(Mode(token_grid=2))
     expected = torch.cat([run(handle, half, Mode(token_grid=2)) for half in halves])
     torch.testing.assert_close(run(handle, call), expected, atol=2e-5, rtol=1e-4)
@@ -231,7 +230,7 @@ def test_guidance_in_one_batch_equals_two_calls():
     expected = [run(handle, h, m) for h, m in zip(halves, (FULL, Mode(token_grid=2)), strict=True)]
     torch.testing.assert_close(run(handle, call), torch.cat(expected), atol=2e-5, rtol=1e-4)
     with pytest.raises(ValueError, match=r"packed = True; .* method 'sparsedit': False"):
-        handle.packed = True
+        run_as(handle, packed=True)
 
 
 def test_modes_follow_the_noise_level_in_a_run():
@@ -258,7 +257,7 @@ def test_the_adapter_survives_a_round_trip(name, tmp_path):
     for recipe in ("full", "lora"):
         handle, call = elastic(name, recipe=recipe), call_of(name)
         expected = [run(handle, call, mode) for mode in handle.modes]
-        handle.adapter().save(tmp_path / recipe)
+        handle.adapter().save_pretrained(tmp_path / recipe)
         again = elastify(deep(name), tmp_path / recipe)
         assert again.method == handle.method
         assert again.schedule.to_json() == handle.method.default_schedule.to_json()
@@ -271,7 +270,7 @@ def test_retrained_weights_leave_with_the_handle(tmp_path):
     with torch.no_grad():
         handle.model.transformer_blocks[0].ff.net[2].weight.mul_(1.5)
     expected = run(handle, call, Mode(token_grid=2))
-    handle.adapter().save(tmp_path / "adapter")
+    handle.adapter().save_pretrained(tmp_path / "adapter")
     again = elastify(deep("dit"), tmp_path / "adapter")
     assert torch.equal(run(again, call, Mode(token_grid=2)), expected)
     again.remove()
@@ -366,7 +365,7 @@ def test_an_error_in_a_forward_leaves_no_state(monkeypatch):
     broken = call | {"class_labels": torch.tensor([1, 99])}
     with pytest.raises(IndexError):
         run(handle, broken, Mode(token_grid=2))
-    assert handle._engine.router.streams is None
+    assert handle._engine.wiring.state.grids is None
     assert torch.equal(run(handle, call, FULL), expected)
     assert torch.equal(run(handle, call, Mode(token_grid=2)), sparse)
 

@@ -12,7 +12,7 @@ from tests.elastic_models import WEAK, run
 from tests.elastic_models import elastic as elastic_of
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from ditdial import DyDiT, FlexiDiT, Mode, PixelDiTPipeline, Schedule, elastify
+from ditdial import DyDiT, Execution, FlexiDiT, Mode, PixelDiTPipeline, Schedule, elastify
 
 
 @pytest.fixture(params=["lora", "merged", "shared"])
@@ -29,7 +29,9 @@ def elastic(request):
         num_embeds_ada_norm=10,
     ).eval()
     recipe = "shared" if request.param == "shared" else "lora"
-    handle = elastify(model, FlexiDiT(recipe=recipe, rank=4), merge=request.param == "merged")
+    handle = elastify(
+        model, FlexiDiT(recipe=recipe, rank=4), execution=Execution(merge=request.param == "merged")
+    )
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
@@ -142,15 +144,15 @@ def test_one_graph_per_sub_network(elastic, keep):
     handle = elastify(elastic.model, DyDiT(groups=4, tokens=keep is not None))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for routers in handle.sizes.routers.values():
+        for routers in handle._engine.wiring.new.routers.values():
             for parameter in routers.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
     handle.schedule = Schedule.constant(Mode(width=0.5, token_keep=keep))
-    handle.widths.buckets = 1
+    handle._engine.surgery.widths.buckets = 1
     pipe = PixelDiTPipeline(handle.model, FlowMatchEulerDiscreteScheduler())
     pipe.set_progress_bar_config(disable=True)
     again = elastify(pipe, handle.adapter())
-    again.schedule, again.widths.buckets = handle.schedule, 1
+    again.schedule, again._engine.surgery.widths.buckets = handle.schedule, 1
 
     def draw():
         return pipe([1, 2], seeds=[0, 1], num_inference_steps=6, output_type="pt").images

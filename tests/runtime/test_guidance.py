@@ -5,13 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import CacheMixin, DiTTransformer2DModel
+from tests.elastic_models import run_as
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditdial import FULL, FlexiDiT, Mode, Schedule, Segment, elastify
 from ditdial.layers.packing import Layout, Part
-from ditdial.layers.state import ENGINE
 from ditdial.runtime.guidance import Remembered, run_batch, run_guidance
+from ditdial.runtime.model_class import ENGINE
 
 WEAK, WEAKER = Mode(2), Mode(4)
 COUNT = 3
@@ -67,9 +68,9 @@ def test_packed_equals_split(make_elastic, make_call, output, recipe, merge, mod
     handle, call = make_elastic(recipe=recipe, merge=merge), make_call(COUNT, guided=True)
     for gain in (1.0, 0.4):
         handle.schedule = constant(mode, guide, guidance, gain)
-        handle.packed = False
+        run_as(handle, packed=False)
         split = output(handle.model, call)
-        handle.packed = True
+        run_as(handle, packed=True)
         packed = output(handle.model, call)
         assert relative(packed, split) < 1e-5
         assert relative(packed[COUNT:], split[COUNT:]) < 1e-5
@@ -84,7 +85,7 @@ def test_packed_gradients_are_those_of_split_branches(make_elastic, make_call, r
     handle, call = make_elastic(recipe=recipe), make_call(COUNT, guided=True)
     handle.schedule, found = constant(FULL, WEAK), []
     for packed in (False, True):
-        handle.packed = packed
+        run_as(handle, packed=packed)
         with torch.inference_mode():
             handle.model(**call)
         handle.model.zero_grad()
@@ -100,7 +101,8 @@ def test_packed_gradients_are_those_of_split_branches(make_elastic, make_call, r
 def test_a_packed_call_attends_part_by_part(make_elastic, make_call, output, monkeypatch, packed):
     """Norms and feed-forward are one call each in a packed run."""
     handle, call = make_elastic(), make_call(COUNT, guided=True)
-    handle.schedule, handle.packed = constant(FULL, WEAK), packed
+    handle.schedule = constant(FULL, WEAK)
+    run_as(handle, packed=packed)
     attended, fed = [], []
     attend = torch.nn.functional.scaled_dot_product_attention
 
@@ -115,7 +117,7 @@ def test_a_packed_call_attends_part_by_part(make_elastic, make_call, output, mon
     depth = len(handle.model.transformer_blocks)
     assert len(attended) == 2 * depth
     assert len(fed) == (depth if packed else 2 * depth)
-    tokens = [handle._engine.router.tokens(mode) for mode in (FULL, WEAK)]
+    tokens = [handle._engine.wiring.state.tokens(mode) for mode in (FULL, WEAK)]
     assert set(attended) == {(count, False) for count in tokens}
 
 
@@ -139,7 +141,8 @@ def test_strips_know_their_picture():
 def test_packed_state_does_not_outlive_an_error(make_elastic, make_call, output):
     handle, call = make_elastic(), make_call(COUNT, guided=True)
     expected = output(handle.model, call)
-    handle.schedule, handle.packed = constant(FULL, WEAK), True
+    handle.schedule = constant(FULL, WEAK)
+    run_as(handle, packed=True)
     bad = {**call, "class_labels": call["class_labels"].clone()}
     bad["class_labels"][1] = 99
     with pytest.raises(IndexError):
@@ -191,7 +194,8 @@ def test_weak_guidance_is_the_weak_model_on_the_true_condition(
     make_elastic, make_call, output, packed
 ):
     handle, call = make_elastic(), make_call(COUNT, guided=True)
-    handle.schedule, handle.packed = Schedule.weak_first(0.0, guidance="weak"), packed
+    handle.schedule = Schedule.weak_first(0.0, guidance="weak")
+    run_as(handle, packed=packed)
     c, g = branches(handle, call, FULL, WEAK, output, condition="true")
     s1 = 4.0
     s2 = 1 + (s1 - 1) / 2.5
@@ -217,7 +221,7 @@ def test_one_timestep_for_the_whole_batch(make_elastic, make_call, output):
     handle.schedule = constant(FULL, WEAK)
     expected = output(handle.model, call)
     for packed in (False, True):
-        handle.packed = packed
+        run_as(handle, packed=packed)
         found = output(handle.model, {**call, "timestep": call["timestep"][:1]})
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
@@ -226,7 +230,7 @@ def test_a_single_guided_picture(make_elastic, make_call, output):
     handle, call = make_elastic(), make_call(1, guided=True)
     handle.schedule = constant(FULL, WEAK)
     split = output(handle.model, call)
-    handle.packed = True
+    run_as(handle, packed=True)
     assert relative(output(handle.model, call), split) < 1e-5
 
 
@@ -234,7 +238,8 @@ def test_a_single_guided_picture(make_elastic, make_call, output):
 def test_reported_cost_is_what_was_multiplied(make_elastic, make_call, packed):
     """`CallRecord.macs`: multiply-adds of all rows as run, against torch's own counter."""
     handle, call = make_elastic(), make_call(COUNT, guided=True)
-    handle.schedule, handle.packed = constant(FULL, WEAK), packed
+    handle.schedule = constant(FULL, WEAK)
+    run_as(handle, packed=packed)
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
         handle.model(**call)
@@ -246,7 +251,7 @@ class Branch:
 
     def __init__(self, handle, call):
         self.model, self.handle = handle.model, handle
-        self.router = handle.model.__dict__[ENGINE].router
+        self.wiring = handle.model.__dict__[ENGINE].wiring
         self.batch = call
         self.first = {name: value[:COUNT] for name, value in call.items()}
         self.second = {name: value[COUNT:] for name, value in call.items()}
@@ -266,7 +271,7 @@ class Branch:
     def guide(self, segment, conditional, **changes):
         """`run_guidance` on the guidance call."""
         call = self.second | changes
-        return run_guidance(self.router, self.forward, call, segment, conditional)
+        return run_guidance(self.wiring, self.forward, call, segment, conditional)
 
 
 def segment(mode, guide=None, guidance="cfg", gain=1.0):
@@ -362,8 +367,8 @@ every_kind = pytest.mark.parametrize(
 def test_two_calls_are_one_batch(branch, mode, guide, guidance, gain):
     """Whether a pipeline calls the model once or twice, its branches are the same."""
     one = segment(mode, guide, guidance, gain)
-    layout = branch.router.backbone.branches(branch.model, branch.batch, None)
-    batch = run_batch(branch.router, branch.forward, branch.batch, one, layout, packed=False)
+    layout = branch.wiring.backbone.arguments.branches(branch.model, branch.batch, None)
+    batch = run_batch(branch.wiring, branch.forward, branch.batch, one, layout, packed=False)
     conditional = branch.remember(mode)
     found = branch.guide(one, conditional).sample
     expected_c, expected_g = batch.sample.chunk(2)
@@ -381,7 +386,7 @@ def two_call(make_model, perturb):
     model = TwoCallDiT.from_config(make_model().config).eval()
     model.load_state_dict(make_model().state_dict())
     handle = elastify(model, FlexiDiT(rank=4))
-    perturb(handle.sizes, seed=3)
+    perturb(handle._engine.wiring.new, seed=3)
     return handle
 
 

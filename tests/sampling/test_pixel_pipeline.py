@@ -18,6 +18,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
 )
+from tests.elastic_models import run_as
 
 from ditdial import FULL, Mode, PixelDiTPipeline, Schedule, Segment, elastify, handle_of
 from ditdial.sampling.pixel_pipeline import flow_matched_betas, is_flow_scheduler
@@ -256,7 +257,8 @@ def test_weak_guidance_in_the_stock_pipeline_is_flexidits_formula(latent, make_e
     s1 = 4.0
     pipe = latent()
     handle = make_elastic(pipe)
-    handle.schedule, handle.packed = Schedule.weak_first(0.0, guidance="weak"), packed
+    handle.schedule = Schedule.weak_first(0.0, guidance="weak")
+    run_as(handle, packed=packed)
     found = draw(pipe, guidance_scale=s1, num_inference_steps=3)
 
     s2 = 1 + (s1 - 1) / 2.5
@@ -282,7 +284,7 @@ def test_packed_and_split_runs_agree(latent, make_elastic):
     handle = make_elastic(pipe)
     handle.schedule = SCHEDULES["uneven"]
     split = draw(pipe)
-    handle.packed = True
+    run_as(handle, packed=True)
     torch.testing.assert_close(draw(pipe), split, atol=1e-4, rtol=0)
 
 

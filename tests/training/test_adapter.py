@@ -9,8 +9,8 @@ import torch
 from diffusers import DiTTransformer2DModel
 from safetensors.torch import load_file
 
-from ditdial import FULL, DDiT, Mode, Schedule, elastify, load_adapter
-from ditdial.runtime.surgery import is_new
+from ditdial import FULL, Adapter, DDiT, Mode, Schedule, elastify
+from ditdial.runtime.tensors import is_new
 from ditdial.training.adapter import AdapterTask
 from ditdial.training.config import load_recipe
 from ditdial.training.data import ImageData
@@ -73,7 +73,7 @@ def output_of(handle, mode, call, output):
 
 def test_the_adapter_folder_says_how_it_was_made(run):
     task, export = run("loop.images=32", "adapter.weak_fraction=0.3")
-    adapter = load_adapter(export)
+    adapter = Adapter.from_pretrained(export)
     assert adapter.schedule == Schedule.weak_first(0.3, 2)
     assert adapter.method == task.handle.method
     assert adapter.notes["training"]["images_seen"] == 32
@@ -91,9 +91,9 @@ def test_shared_export_is_the_trained_live_path(run, base, output, losses):
     found = losses()
     assert sum(found[-8:]) < sum(found[:8])
     call = call_of()
-    task.handle.sizes.live = True
+    task.handle._engine.wiring.new.live = True
     live = output_of(task.handle, FULL, call, output)
-    task.handle.sizes.live = False
+    task.handle._engine.wiring.new.live = False
 
     model = base()
     stock = output(model, call)
@@ -216,7 +216,7 @@ def test_ddit_learns_from_the_frozen_base(run, base, output, losses):
     assert sum(found[-5:]) < 0.8 * sum(found[:5])
     stock, state = base().state_dict(), task.module.state_dict()
     assert all(torch.equal(state[name], stock[name]) for name in stock)
-    assert task.handle.sizes.gates["patch2"].abs() > 0
+    assert task.handle._engine.wiring.new.gates["patch2"].abs() > 0
     handle = elastify(base(), export)
     assert handle.method == DDiT(scales=(2, 4), rank=4)
     assert torch.equal(output_of(handle, FULL, call_of(), output), output(base(), call_of()))
@@ -242,7 +242,7 @@ def test_a_stage_sees_its_own_noise_levels_only(adapter_recipe):
     task = AdapterTask(load_recipe(adapter_recipe, overrides))
     images, labels = torch.randn(4, 1, 16, 16), torch.zeros(4, dtype=torch.long)
     task.loss(task.module, images, labels, torch.Generator().manual_seed(0)).backward()
-    assert task.handle.sizes.level_embeds["patch2"].grad.abs().max() > 0
+    assert task.handle._engine.wiring.new.level_embeds["patch2"].grad.abs().max() > 0
     assert task.module.pos_embed.proj.weight.grad is None
     assert task.module.transformer_blocks[0].ff.net[2].weight.grad.abs().max() > 0
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
-from ditdial import FULL, Mode, SparseDiT, elastify, load_adapter
+from ditdial import FULL, Adapter, Mode, SparseDiT, elastify
 from ditdial.ops.flow import level_quantile, level_share, min_snr_weight, stratified_levels
-from ditdial.runtime.surgery import is_new
+from ditdial.runtime.tensors import is_new
 from ditdial.training.adapter import AdapterTask
 from ditdial.training.config import load_recipe
 from ditdial.training.data import ImageData
@@ -58,7 +58,7 @@ def test_full_recipe_trains_all_weights_and_exports_them(recipe, base, output, l
     export = train(loaded, task, ImageData(loaded.data))
     found = losses()
     assert sum(found[-10:]) < sum(found[:10])
-    adapter = load_adapter(export)
+    adapter = Adapter.from_pretrained(export)
     assert adapter.schedule.to_json() == task.handle.method.default_schedule.to_json()
     handle = elastify(base(), export)
     for mode in handle.modes:

@@ -42,10 +42,10 @@ def test_an_adapter_of_two_widths_comes_out(run, tmp_path):
     handle = elastify(base, export)
     assert handle.modes == (FULL, Mode(width=0.7), HALF)
     assert handle.schedule.modes == {Mode(width=0.7)}
-    shares = handle.sizes.routers["width50"].token_shares
+    shares = handle._engine.wiring.new.routers["width50"].token_shares
     assert (shares > 0).all()
     assert (shares < 1).any()
-    assert torch.equal(shares, task.sizes.routers["width50"].token_shares)
+    assert torch.equal(shares, task.routed.routers["width50"].token_shares)
 
 
 @pytest.mark.parametrize("recipe", ["full", "td-lora"])
@@ -68,7 +68,7 @@ def test_work_is_pulled_to_the_width(width_recipe):
     """With nothing else in the loss, half of the work is left out, in the mean."""
     task = WidthTask(load_recipe(width_recipe, ["width.widths=[0.5]", "width.tokens=false"]))
     images, labels = data()
-    narrow = task.sizes
+    narrow = task.routed
     optimizer = torch.optim.Adam(narrow.routers.parameters(), lr=0.1)
     task.progress(0.5)
     narrow.gated = True
@@ -76,7 +76,7 @@ def test_work_is_pulled_to_the_width(width_recipe):
         narrow.drawing = torch.Generator().manual_seed(step)
         with task.handle.using(HALF):
             task.module(images, timestep=torch.linspace(0, 999, 16), class_labels=labels)
-        work = task._work(HALF, task.handle.widths.last)
+        work = task._work(HALF, task.widths.last)
         optimizer.zero_grad()
         (work - task._aim(HALF)).square().backward()
         optimizer.step()
@@ -109,7 +109,7 @@ def test_gates_settle_in_the_end(width_recipe):
     def shares(progress):
         task.progress(progress)
         task.loss(task.module, images, labels, torch.Generator().manual_seed(0))
-        return task.handle.widths.last.opens["heads"][0].share
+        return task.widths.last.opens["heads"][0].share
 
     assert len(shares(0.2).unique()) > 1
     assert torch.equal(shares(0.8), torch.ones(16))  # logits of +1 run as open
@@ -132,7 +132,7 @@ def test_distillation_compares_with_the_base_that_was(width_recipe, tmp_path):
         for parameter in task.module.parameters():
             parameter.add_(0.1)
         taught = task.teacher.predict(batch)
-        task.sizes.gated = True
+        task.routed.gated = True
         error = task._error(task.module, batch, HALF, taught)
     torch.testing.assert_close(taught, expected)
     data_error = ((batch.target - expected) ** 2).mean()
@@ -195,10 +195,10 @@ def test_a_base_that_is_not_there(width_recipe):
 
 def budget_loss(task, images, labels, times, seed):
     """Distance of the work from the width, with the same gates whoever asks."""
-    task.sizes.gated = True
+    task.routed.gated = True
     with task.handle.using(HALF):
         task.module(images, timestep=times, class_labels=labels)
-    return (task._work(HALF, task.handle.widths.last) - 0.5) ** 2
+    return (task._work(HALF, task.widths.last) - 0.5) ** 2
 
 
 def half_of(rank, store, recipe, folder):
@@ -219,12 +219,12 @@ def half_of(rank, store, recipe, folder):
 def spread(task):
     """Logits on both sides of zero."""
     generator = torch.Generator().manual_seed(1)
-    for parameter in task.sizes.routers.parameters():
+    for parameter in task.routed.routers.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
 def gradients(task):
-    named = task.sizes.routers.named_parameters()
+    named = task.routed.routers.named_parameters()
     return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 

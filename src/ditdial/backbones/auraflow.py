@@ -7,10 +7,12 @@ import math
 from torch import Tensor
 
 from ditdial.backbones.base import Backbone, Model
+from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import MODULATION, attention
+from ditdial.backbones.patches import Patches
+from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import Attention, TransformerShape
-from ditdial.layers.state import Router
 from ditdial.ops.patching import Triple
 from ditdial.ops.positions import table_centres
 from ditdial.plan.mode import Mode
@@ -27,8 +29,8 @@ class AuraFlowBackbone(Backbone):
     """
 
     model_class = "AuraFlowTransformer2DModel"
-    embed = "pos_embed"
-    output = "proj_out"
+    patches = Patches(embed="pos_embed", output="proj_out")
+    times = Times(scale=1.0)
     facts = (
         "num_mmdit_layers",
         "num_single_dit_layers",
@@ -39,11 +41,10 @@ class AuraFlowBackbone(Backbone):
         "out_channels",
         "joint_attention_dim",
     )
-    time_scale = 1.0
     low_rank = (("joint_transformer_blocks", ADAPTED), ("single_transformer_blocks", ADAPTED))
 
-    def positions(self, module: Model, router: Router, mode: Mode) -> Tensor:
-        (_, height, width), p = router.grid, module.patch_size
+    def positions(self, module: Model, forward: Forward, mode: Mode) -> Tensor:
+        (_, height, width), p = forward.grid, module.patch_size
         cropped = module.pe_selection_index_based_on_dim(height * p, width * p)
         table = module.pos_embed[0, cropped].unflatten(0, (height, width))
         return table_centres(table, mode.patch_scale[1:])[None]

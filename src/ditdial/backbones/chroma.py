@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import torch
 
+from ditdial.backbones.arguments import Call
 from ditdial.backbones.base import Model
-from ditdial.backbones.call import Call
 from ditdial.backbones.flux import FluxFamily
+from ditdial.backbones.forward import Forward
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import TransformerShape
-from ditdial.layers.state import Router
 from ditdial.ops.patching import Triple, group
 from ditdial.plan.mode import Mode
 
@@ -24,7 +24,10 @@ class ChromaBackbone(FluxFamily):
 
     model_class = "ChromaTransformer2DModel"
     reads_blocks = True  # modulation by the number of a block
-    condition = ("encoder_hidden_states", "attention_mask", "txt_ids", "joint_attention_kwargs")
+    arguments = replace(
+        FluxFamily.arguments,
+        condition=("encoder_hidden_states", "attention_mask", "txt_ids", "joint_attention_kwargs"),
+    )
     facts = (
         "num_layers",
         "num_single_layers",
@@ -36,12 +39,12 @@ class ChromaBackbone(FluxFamily):
         "approximator_layers",
     )
 
-    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
-        call = super().prepare(call, router, mode)
+    def prepare(self, call: Call, forward: Forward, mode: Mode) -> Call:
+        call = super().prepare(call, forward, mode)
         mask, text = call.get("attention_mask"), self.text_tokens(call)
         if mask is None:
             return call
-        image = group(mask[:, text:].unflatten(1, router.grid)[..., None], mode.patch_scale)
+        image = group(mask[:, text:].unflatten(1, forward.grid)[..., None], mode.patch_scale)
         return call | {"attention_mask": torch.cat([mask[:, :text], image.amax(dim=2)], dim=1)}
 
     def shape(

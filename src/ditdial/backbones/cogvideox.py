@@ -11,13 +11,13 @@ import math
 import torch
 from torch import Tensor
 
+from ditdial.backbones.arguments import Call
 from ditdial.backbones.base import COMMON_FACTS, Backbone, Model
-from ditdial.backbones.call import Call
+from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention, feed_forward
-from ditdial.backbones.tables import kept_table
+from ditdial.backbones.patches import Patches
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import Attention, TransformerShape
-from ditdial.layers.state import Router
 from ditdial.ops.patching import Triple
 from ditdial.ops.positions import group_centres, real_rotary_centres, sincos_3d, table_centres
 from ditdial.plan.mode import Mode
@@ -33,21 +33,17 @@ class CogVideoXBackbone(Backbone):
     """
 
     model_class = "CogVideoXTransformer3DModel"
-    embed = "patch_embed"
-    output = "proj_out"
+    patches = Patches(embed="patch_embed", output="proj_out", output_layout="Cthw")
     facts = (*COMMON_FACTS, "patch_size_t", "text_embed_dim", "use_rotary_positional_embeddings")
-    output_layout = "Cthw"
     axes = "thw"
     low_rank = (("transformer_blocks", (*attention("attn1"), *feed_forward("ff"))),)
 
-    def patch(self, model: Model) -> Triple:
-        return model.config.patch_size_t or 1, model.config.patch_size, model.config.patch_size
-
     def grid(self, model: Model, call: Call) -> Triple:
-        return super().grid(model, {self.sample: call[self.sample].transpose(1, 2)})
+        latent = self.arguments.latent(call)
+        return super().grid(model, {self.arguments.sample: latent.transpose(1, 2)})
 
-    def vectors(self, module: Model, latent: Tensor, router: Router) -> Tensor:
-        return super().vectors(module, latent.transpose(1, 2), router)
+    def vectors(self, latent: Tensor, forward: Forward) -> Tensor:
+        return super().vectors(latent.transpose(1, 2), forward)
 
     def beside(self, module: Model, tokens: Tensor, *others: Tensor) -> Tensor:
         (text,) = others
@@ -56,8 +52,8 @@ class CogVideoXBackbone(Backbone):
             text = text + module.pos_embedding[:, : text.shape[1]].to(text.dtype)
         return torch.cat([text, tokens], dim=1)
 
-    def positions(self, module: Model, router: Router, mode: Mode) -> Tensor | None:
-        grid, scale = router.grid, mode.patch_scale
+    def positions(self, module: Model, forward: Forward, mode: Mode) -> Tensor | None:
+        grid, scale = forward.grid, mode.patch_scale
         if module.use_learned_positional_embeddings:
             frames = (module.sample_frames - 1) // module.temporal_compression_ratio + 1
             sides = [n // module.patch_size for n in (module.sample_height, module.sample_width)]
@@ -79,13 +75,13 @@ class CogVideoXBackbone(Backbone):
             )
             return sincos_3d(frames, rows, columns, len(module.proj.weight))
 
-        return kept_table(router, mode, table)
+        return forward.position_table(mode, table)
 
-    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
+    def prepare(self, call: Call, forward: Forward, mode: Mode) -> Call:
         if call.get("image_rotary_emb") is None:
             return call
         cos, sin = call["image_rotary_emb"]
-        rotary = real_rotary_centres(cos, sin, router.grid, mode.patch_scale)
+        rotary = real_rotary_centres(cos, sin, forward.grid, mode.patch_scale)
         return call | {"image_rotary_emb": rotary}
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
@@ -103,7 +99,7 @@ class CogVideoXBackbone(Backbone):
         return TransformerShape(
             width=d,
             grid=grid,
-            patch_in=math.prod(self.patch(model)) * config.in_channels,
+            patch_in=math.prod(self.patches.size(model)) * config.in_channels,
             patch_out=model.proj_out.out_features,
             token_macs=token,
             attention=(Attention(config.num_layers, d, "joint"),),

@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ditdial.backbones.arguments import Arguments
 from ditdial.backbones.base import COMMON_FACTS, Backbone, Model
+from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention, feed_forward
+from ditdial.backbones.patches import Patches
+from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import Attention, TransformerShape
-from ditdial.layers.state import Router
 from ditdial.ops.patching import Triple
 from ditdial.ops.positions import group_centres
 from ditdial.plan.mode import Mode
@@ -27,21 +30,11 @@ from ditdial.plan.mode import Mode
 MODULATION = r"\.norm1\.linear"
 
 
-class CogView4Backbone(Backbone):
-    """Two calls per step."""
-
-    model_class = "CogView4Transformer2DModel"
-    embed = "patch_embed.proj"
-    output = "proj_out"
-    rotary = "rope"
-    condition = ("encoder_hidden_states", "attention_mask")
-    facts = (*COMMON_FACTS, "text_embed_dim")
-    residuals = ("image_rotary_emb",)
-    output_layout = "Cthw"
-    conditional_first = None
-    low_rank = (("transformer_blocks", (*attention("attn1"), *feed_forward("ff"))),)
+class CogView4Times(Times):
+    """The pipeline gives whole times, and a shift that grows with the root of the picture."""
 
     def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
+        """Timesteps of a run of a latent with this base grid, as the pipeline asks."""
         facts = scheduler.config
         times = np.linspace(facts.num_train_timesteps, 1.0, steps).astype(np.int64)
         low = facts.get("base_image_seq_len", 256)
@@ -52,8 +45,24 @@ class CogView4Backbone(Backbone):
             mu=mu + facts.get("base_shift", 0.25),
         )
 
+
+class CogView4Backbone(Backbone):
+    """Two calls per step."""
+
+    model_class = "CogView4Transformer2DModel"
+    patches = Patches(embed="patch_embed.proj", output="proj_out", output_layout="Cthw")
+    arguments = Arguments(
+        condition=("encoder_hidden_states", "attention_mask"),
+        residuals=("image_rotary_emb",),
+        conditional_first=None,
+    )
+    times = CogView4Times()
+    rotary = "rope"
+    facts = (*COMMON_FACTS, "text_embed_dim")
+    low_rank = (("transformer_blocks", (*attention("attn1"), *feed_forward("ff"))),)
+
     def phases(
-        self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
+        self, module: Model, forward: Forward, mode: Mode, stock: Callable[..., Any], args: tuple
     ) -> Any:
         device, half = args[0].device, module.dim // 2
         exponents = torch.arange(0, half, 2, dtype=torch.float32, device=device) / half
@@ -61,7 +70,7 @@ class CogView4Backbone(Backbone):
         rows, columns = (
             torch.outer(places(side, k, size).to(frequencies), frequencies)
             for side, k, size in zip(
-                router.grid[1:], mode.patch_scale[1:], module.rope_axes_dim, strict=True
+                forward.grid[1:], mode.patch_scale[1:], module.rope_axes_dim, strict=True
             )
         )
         row = rows.repeat_interleave(len(columns), dim=0)

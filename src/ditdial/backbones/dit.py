@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
-
+from ditdial.backbones.arguments import Arguments, Branches, Call
 from ditdial.backbones.base import Model, pair
-from ditdial.backbones.call import Branches, Call
-from ditdial.backbones.layers import embedders
+from ditdial.backbones.layers import Packed, embedders
 from ditdial.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
+from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import Routed
 from ditdial.backbones.streamed import Streamed
+from ditdial.backbones.times import Times
 from ditdial.cost.shape import TransformerShape, dit_shape
 from ditdial.ops.patching import Triple
 from ditdial.plan.mode import Mode
+
+
+class LabelledArguments(Arguments):
+    """Guidance rows have the null class, which is the last label."""
+
+    def branches(self, model: Model, call: Call, pipe: Any) -> Branches | None:
+        """The guidance layout of a batched call, None if all rows are conditional."""
+        labels, count = call.get("class_labels"), self.count(call)
+        if labels is None or count % 2 or labels.numel() != count:
+            return None
+        half = count // 2
+        is_null = (labels.reshape(-1) == model.config.num_embeds_ada_norm).tolist()
+        if all(is_null[half:]) and not any(is_null[:half]):
+            return Branches(slice(0, half), slice(half, count))
+        return None
 
 
 class DiTBackbone(PatchEmbedBackbone):
@@ -26,8 +40,9 @@ class DiTBackbone(PatchEmbedBackbone):
     """
 
     model_class = "DiTTransformer2DModel"
-    output = "proj_out_2"
-    condition = ("class_labels",)
+    patches = Patches(embed="pos_embed", output="proj_out_2")
+    arguments = LabelledArguments(condition=("class_labels",), conditional_first=True)
+    times = Times(layers=embedders("transformer_blocks.0.norm1.emb"))
     facts = (
         "num_layers",
         "num_attention_heads",
@@ -35,38 +50,16 @@ class DiTBackbone(PatchEmbedBackbone):
         "patch_size",
         "in_channels",
     )
-    conditional_first = True
     low_rank = (("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),)
     streamed = Streamed(apart=r"^norm1\.")
-    packs = reads_blocks = True
+    reads_blocks = True
+    packed = Packed(
+        modulation=("transformer_blocks.*.norm1.linear", "proj_out_1"),
+        attention=("transformer_blocks.*.attn1",),
+    )
+    conditioning = ("transformer_blocks.*.norm1.emb",)
     routed = (Routed(blocks="transformer_blocks", attention="attn1", residual="norm3"),)
     # Each block has an embedder of its own; the first one's speaks for all.
-    time_layers = embedders("transformer_blocks.0.norm1.emb")
-
-    def modulation_layers(self, model: Model) -> Iterator[nn.Module]:
-        for block in model.transformer_blocks:
-            yield block.norm1.linear
-        yield model.proj_out_1
-
-    def attention_layers(self, model: Model) -> Iterator[nn.Module]:
-        for block in model.transformer_blocks:
-            yield block.attn1
-
-    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
-        for block in model.transformer_blocks:
-            yield block.norm1.emb
-
-    def branches(self, model: Model, call: Call, pipe: Any) -> Branches | None:
-        labels = call.get("class_labels")
-        count = call[self.sample].shape[0]
-        if labels is None or count % 2 or labels.numel() != count:
-            return None
-        null = model.config.num_embeds_ada_norm
-        half = count // 2
-        is_null = (labels.reshape(-1) == null).tolist()
-        if all(is_null[half:]) and not any(is_null[:half]):
-            return Branches(slice(0, half), slice(half, count))
-        return None
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, *pair(model.config.sample_size, model.config.patch_size)), 0

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 
-from torch import nn
-
+from ditdial.backbones.arguments import Arguments
 from ditdial.backbones.base import Model
 from ditdial.backbones.layers import MODULATION, attention, embedders, feed_forward
 from ditdial.backbones.packed_ids import PackedBackbone
+from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import JOINT, SINGLE, Routed
 from ditdial.backbones.streamed import Streamed
+from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs, with_other_pictures
 from ditdial.cost.shape import Attention, TransformerShape
 from ditdial.ops.patching import Triple
@@ -24,8 +25,12 @@ class FluxFamily(PackedBackbone):
     Sequences with reference pictures (Kontext) run in full mode.
     """
 
-    embed = "x_embedder"
-    output = "proj_out"
+    patches = Patches(embed="x_embedder", output="proj_out", output_layout="Cthw", fixed=(1, 2, 2))
+    arguments = Arguments(
+        residuals=("controlnet_block_samples", "controlnet_single_block_samples"),
+        conditional_first=None,
+    )
+    times = Times(scale=1.0, own_sigmas=True)
     facts = (
         "num_layers",
         "num_single_layers",
@@ -35,11 +40,6 @@ class FluxFamily(PackedBackbone):
         "joint_attention_dim",
         "guidance_embeds",
     )
-    residuals = ("controlnet_block_samples", "controlnet_single_block_samples")
-    embed_layout = output_layout = "Cthw"
-    conditional_first = None
-    time_scale = 1.0
-    own_sigmas = True
     low_rank = (
         ("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),
         ("single_transformer_blocks", (*attention("attn")[:3], "proj_mlp", "proj_out")),
@@ -79,13 +79,21 @@ class FluxBackbone(FluxFamily):
 
     model_class = "FluxTransformer2DModel"
     # An IP-adapter's picture comes in the last one.
-    condition = ("encoder_hidden_states", "pooled_projections", "txt_ids", "joint_attention_kwargs")
+    arguments = replace(
+        FluxFamily.arguments,
+        condition=(
+            "encoder_hidden_states",
+            "pooled_projections",
+            "txt_ids",
+            "joint_attention_kwargs",
+        ),
+    )
+    times = replace(FluxFamily.times, layers=embedders("time_text_embed"), factor=1000.0)
+    conditioning = ("time_text_embed",)
     routed = (
         Routed(blocks="transformer_blocks", **JOINT, residual="norm2"),
         Routed(blocks="single_transformer_blocks", **SINGLE, residual="norm"),
     )
-    time_layers = embedders("time_text_embed")
-    time_factor = 1000.0
     streamed = Streamed(
         blocks=("transformer_blocks", "single_transformer_blocks"),
         norms=("norm1", "norm"),
@@ -94,6 +102,3 @@ class FluxBackbone(FluxFamily):
         parallel="proj_mlp",
         apart=r"^(attn\.(add_|to_add_out)|ff_context|norm)",
     )
-
-    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
-        yield model.time_text_embed

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DModelOutput
-from torch import Tensor, nn
 
+from ditdial.backbones.arguments import Call
 from ditdial.backbones.base import Model
-from ditdial.backbones.call import Call
 from ditdial.backbones.flux import TEXT, FluxFamily
 from ditdial.backbones.layers import attention
+from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs, with_other_pictures
 from ditdial.cost.shape import Attention, TransformerShape
 from ditdial.ops.patching import Triple
 from ditdial.plan.mode import Mode
+
+
+class Flux2Times(Times):
+    """The pipeline shifts its schedule by a fit of its own."""
+
+    def shift(self, scheduler: dict[str, Any], tokens: int, steps: int) -> float:
+        """What the pipeline gives its scheduler as ``mu``."""
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu  # transformers
+
+        return compute_empirical_mu(tokens, steps)
 
 
 class Flux2Backbone(FluxFamily):
@@ -26,14 +36,17 @@ class Flux2Backbone(FluxFamily):
     """
 
     model_class = "Flux2Transformer2DModel"
-    condition = ("encoder_hidden_states", "txt_ids")
+    arguments = replace(
+        FluxFamily.arguments,
+        condition=("encoder_hidden_states", "txt_ids"),
+        output=Flux2Transformer2DModelOutput,
+    )
+    times = Flux2Times(scale=1.0, own_sigmas=True)
+    conditioning = ("time_guidance_embed",)
     low_rank = (
         ("transformer_blocks", (*attention("attn"), "ff.linear_in", "ff.linear_out")),
         ("single_transformer_blocks", ("attn.to_qkv_mlp_proj", "attn.to_out")),
     )
-
-    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
-        yield model.time_guidance_embed
 
     def references_before(self, call: Call) -> int:
         return call.get("num_ref_tokens", 0)  # those whose keys and values are kept
@@ -67,11 +80,3 @@ class Flux2Backbone(FluxFamily):
             adapted_text=self.adapted_macs(model, "^single"),
         )
         return with_other_pictures(shape, others)
-
-    def shift(self, scheduler: dict[str, Any], tokens: int, steps: int) -> float:
-        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu  # transformers
-
-        return compute_empirical_mu(tokens, steps)
-
-    def wrap_output(self, sample: Tensor) -> Any:
-        return Flux2Transformer2DModelOutput(sample=sample)

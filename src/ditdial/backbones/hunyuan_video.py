@@ -10,11 +10,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from ditdial.backbones.arguments import Arguments
 from ditdial.backbones.base import COMMON_FACTS, Backbone, Model
+from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention, feed_forward
+from ditdial.backbones.patches import Patches
+from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import Attention, TransformerShape
-from ditdial.layers.state import Router
 from ditdial.ops.patching import Triple
 from ditdial.ops.positions import real_rotary_centres
 from ditdial.plan.mode import Mode
@@ -31,10 +34,13 @@ class HunyuanVideoBackbone(Backbone):
     """
 
     model_class = "HunyuanVideoTransformer3DModel"
-    embed = "x_embedder"
-    output = "proj_out"
+    patches = Patches(embed="x_embedder", output="proj_out", output_layout="Cthw")
+    arguments = Arguments(
+        condition=("encoder_hidden_states", "encoder_attention_mask", "pooled_projections"),
+        conditional_first=None,
+    )
+    times = Times(own_sigmas=True)
     rotary = "rope"
-    condition = ("encoder_hidden_states", "encoder_attention_mask", "pooled_projections")
     facts = (
         *COMMON_FACTS,
         "num_single_layers",
@@ -42,23 +48,17 @@ class HunyuanVideoBackbone(Backbone):
         "text_embed_dim",
         "guidance_embeds",
     )
-    output_layout = "Cthw"
     axes = "thw"
-    conditional_first = None
-    own_sigmas = True
     low_rank = (
         ("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),
         ("single_transformer_blocks", (*attention("attn")[:3], "proj_mlp", "proj_out")),
     )
 
-    def patch(self, model: Model) -> Triple:
-        return model.config.patch_size_t, model.config.patch_size, model.config.patch_size
-
     def phases(
-        self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
+        self, module: Model, forward: Forward, mode: Mode, stock: Callable[..., Any], args: tuple
     ) -> Any:
         cos, sin = stock(*args)
-        return real_rotary_centres(cos, sin, router.grid, mode.patch_scale)
+        return real_rotary_centres(cos, sin, forward.grid, mode.patch_scale)
 
     def check(self, model: Model, modes: set[Mode]) -> None:
         super().check(model, modes)
@@ -84,7 +84,7 @@ class HunyuanVideoBackbone(Backbone):
         return TransformerShape(
             width=d,
             grid=grid,
-            patch_in=math.prod(self.patch(model)) * config.in_channels,
+            patch_in=math.prod(self.patches.size(model)) * config.in_channels,
             patch_out=model.proj_out.out_features,
             token_macs=linear_macs(double, but=f"{TEXT}|{MODULATION}") + both,
             attention=(Attention(config.num_layers + config.num_single_layers, d, "joint"),),

@@ -8,14 +8,17 @@ from typing import Any
 
 from torch import nn
 
+from ditdial.backbones.arguments import Arguments
 from ditdial.backbones.base import COMMON_FACTS, BlockHook, Model, pair
+from ditdial.backbones.forward import forward_of
 from ditdial.backbones.layers import embedders
 from ditdial.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
+from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import Routed
 from ditdial.backbones.streamed import Streamed
+from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import Attention, TransformerShape
-from ditdial.layers.state import ROUTER
 from ditdial.ops.patching import Triple
 
 TEXT = r"attn2\.to_[kv]$"
@@ -25,14 +28,16 @@ class LatteBackbone(PatchEmbedBackbone):
     """Frames are folded into the batch, so coarse patches are spatial."""
 
     model_class = "LatteTransformer3DModel"
-    output = "proj_out"
-    condition = ("encoder_hidden_states", "encoder_attention_mask")
+    patches = Patches(embed="pos_embed", output="proj_out")
+    arguments = Arguments(condition=("encoder_hidden_states", "encoder_attention_mask"))
+    times = Times(layers=embedders("adaln_single.emb"))
     facts = (*COMMON_FACTS, "caption_channels", "video_length")
     low_rank = (
         ("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),
         ("temporal_transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),
     )
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
+    conditioning = ("adaln_single.emb",)
     routed = tuple(
         Routed(blocks=blocks, attention="attn1", kind=kind, residual="norm2")
         for blocks, kind in (
@@ -40,7 +45,6 @@ class LatteBackbone(PatchEmbedBackbone):
             ("temporal_transformer_blocks", "temporal"),
         )
     )
-    time_layers = embedders("adaln_single.emb")
     # Behind the first block, positions in time are added to whichever tokens there are.
     streamed = Streamed(
         attention=(("attn1", "spatial"),),
@@ -55,9 +59,6 @@ class LatteBackbone(PatchEmbedBackbone):
     def block_hooks(self, model: Model) -> Iterator[tuple[nn.Module, BlockHook]]:
         for block in model.temporal_transformer_blocks:
             yield block, fewer_times
-
-    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
-        yield model.adaln_single.emb
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         config = model.config
@@ -92,7 +93,7 @@ def fewer_times(
     block: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
     """Temporal blocks get their time once per base token of a frame; cut it to the tokens there."""
-    base = math.prod(block.__dict__[ROUTER].grid[1:])
+    base = math.prod(forward_of(block).grid[1:])
     tokens = len(args[0]) * base // len(args[4])
     if tokens == base:
         return None

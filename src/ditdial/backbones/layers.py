@@ -3,9 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """The modules that take branches of different modes in one packed call, by `matching` names.
+
+    Args:
+        modulation: those whose output modulates all tokens of a picture.
+        attention: those that image tokens attend to each other in.
+    """
+
+    modulation: tuple[str, ...]
+    attention: tuple[str, ...]
+
 
 Layers = tuple[tuple[str, tuple[str, ...]], ...]
 """Names of layers inside the blocks of a list, for each list."""
@@ -35,3 +50,17 @@ def named(model: Any, layers: Layers) -> Iterator[tuple[str, nn.Linear]]:
         for index, block in enumerate(model.get_submodule(blocks)):
             for name in names:
                 yield f"{blocks}.{index}.{name}", block.get_submodule(name)
+
+
+def matching(model: Any, patterns: tuple[str, ...]) -> Iterator[Any]:
+    """Submodules by name; ``*`` stands for every entry of a list, and what is None is left out."""
+    for pattern in patterns:
+        found = [model]
+        for part in pattern.split("."):
+            found = [
+                child
+                for module in found
+                for child in (module if part == "*" else [getattr(module, part)])
+                if child is not None
+            ]
+        yield from found

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
+from ditdial.backbones.arguments import Arguments, Call, grouped_times, has_token_times
 from ditdial.backbones.base import COMMON_FACTS, Backbone, Model
-from ditdial.backbones.call import Call, grouped_times, has_token_times
+from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention, feed_forward
+from ditdial.backbones.patches import Patches
+from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import Attention, TransformerShape
-from ditdial.layers.state import Router
 from ditdial.ops.ids import grid_of_coordinates
 from ditdial.ops.patching import Triple
 from ditdial.ops.positions import coordinate_centres, group_centres
@@ -26,26 +28,34 @@ from ditdial.plan.mode import Mode
 TEXT = r"attn2\.to_[kv]$"
 
 
+class LTXTimes(Times):
+    """One of its pipelines has a schedule of its own."""
+
+    def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
+        """Timesteps of a run of a latent with this base grid, as the pipeline asks."""
+        if type(pipe).__name__ != "LTXConditionPipeline":
+            return super().set_timesteps(scheduler, steps, grid, pipe)
+        from diffusers.pipelines.ltx import pipeline_ltx_condition  # needs transformers
+
+        times = pipeline_ltx_condition.linear_quadratic_schedule(steps) * 1000
+        return scheduler.set_timesteps(timesteps=times)
+
+
 class LTXBackbone(Backbone):
     """Cross-attention; unconditional rows first; given frames may have times of their own."""
 
     model_class = "LTXVideoTransformer3DModel"
-    own_sigmas = True
-    embed = "proj_in"
-    output = "proj_out"
+    patches = Patches(embed="proj_in", output="proj_out", output_layout="Cthw")
+    arguments = Arguments(condition=("encoder_hidden_states", "encoder_attention_mask"))
+    times = LTXTimes(own_sigmas=True)
     rotary = "rope"
-    condition = ("encoder_hidden_states", "encoder_attention_mask")
     facts = (*COMMON_FACTS, "patch_size_t", "caption_channels")
-    output_layout = "Cthw"
     axes = "thw"
     low_rank = (("transformer_blocks", (*attention("attn1"), *feed_forward("ff"))),)
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
 
-    def patch(self, model: Model) -> Triple:
-        return model.config.patch_size_t, model.config.patch_size, model.config.patch_size
-
     def grid(self, model: Model, call: Call) -> Triple:
-        tokens, coordinates = call[self.sample].shape[1], call.get("video_coords")
+        tokens, coordinates = self.arguments.latent(call).shape[1], call.get("video_coords")
         frames, height, width = (call.get(name) or 0 for name in ("num_frames", "height", "width"))
         if frames * height * width == tokens or coordinates is None:
             return frames, height, width
@@ -59,20 +69,12 @@ class LTXBackbone(Backbone):
             )
         super().check_grid(grid, mode)
 
-    def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
-        if type(pipe).__name__ != "LTXConditionPipeline":
-            return super().set_timesteps(scheduler, steps, grid, pipe)
-        from diffusers.pipelines.ltx import pipeline_ltx_condition  # needs transformers
-
-        times = pipeline_ltx_condition.linear_quadratic_schedule(steps) * 1000
-        return scheduler.set_timesteps(timesteps=times)
-
     def phases(
-        self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
+        self, module: Model, forward: Forward, mode: Mode, stock: Callable[..., Any], args: tuple
     ) -> Any:
         hidden, _, _, _, interpolation, coordinates = args
         if coordinates is not None:
-            centres = coordinate_centres(coordinates, router.grid, mode.patch_scale)
+            centres = coordinate_centres(coordinates, forward.grid, mode.patch_scale)
             return stock(hidden, video_coords=centres)
         units = module.base_num_frames, module.base_height, module.base_width
         if interpolation is not None:
@@ -80,14 +82,14 @@ class LTXBackbone(Backbone):
             units = [s * p for s, p in zip(interpolation, patch, strict=True)]
         axes = [
             group_centres(side, k, hidden.device).float() * unit
-            for side, k, unit in zip(router.grid, mode.patch_scale, units, strict=True)
+            for side, k, unit in zip(forward.grid, mode.patch_scale, units, strict=True)
         ]
         return stock(hidden, video_coords=torch.cartesian_prod(*axes).T.expand(len(hidden), -1, -1))
 
-    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
+    def prepare(self, call: Call, forward: Forward, mode: Mode) -> Call:
         if not has_token_times(call):
             return call
-        return call | {"timestep": grouped_times(call["timestep"], router.grid, mode)}
+        return call | {"timestep": grouped_times(call["timestep"], forward.grid, mode)}
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (21, 16, 22), 128

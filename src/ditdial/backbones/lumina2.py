@@ -10,18 +10,29 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ditdial.backbones.arguments import Arguments, Call
 from ditdial.backbones.base import Model, pair
-from ditdial.backbones.call import Call
+from ditdial.backbones.forward import Forward, Project
 from ditdial.backbones.layers import attention
+from ditdial.backbones.patches import Patches
 from ditdial.backbones.refined import RefinedBackbone
+from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import TransformerShape
-from ditdial.layers.state import Router
 from ditdial.ops.patching import Triple, coarse_grid
 from ditdial.ops.positions import rotary_centres
 from ditdial.plan.mode import Mode
 
 ADAPTED = (*attention("attn"), *(f"feed_forward.linear_{i}" for i in (1, 2, 3)))
+
+
+class Lumina2Times(Times):
+    """The pipeline takes the channels of its latent for a number of tokens."""
+
+    def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
+        """Timesteps of a run of a latent with this base grid, as the pipeline asks."""
+        channels = 16 if pipe is None else pipe.transformer.config.in_channels
+        super().set_timesteps(scheduler, steps, (1, 1, channels), pipe)
 
 
 class Lumina2Backbone(RefinedBackbone):
@@ -32,10 +43,12 @@ class Lumina2Backbone(RefinedBackbone):
     """
 
     model_class = "Lumina2Transformer2DModel"
-    embed = "x_embedder"
-    output = "norm_out.linear_2"
+    patches = Patches(embed="x_embedder", output="norm_out.linear_2", embed_layout="thwC")
+    arguments = Arguments(
+        condition=("encoder_hidden_states", "encoder_attention_mask"), conditional_first=None
+    )
+    times = Lumina2Times(scale=1.0, rises=True, own_sigmas=True)
     rotary = "rope_embedder"
-    condition = ("encoder_hidden_states", "encoder_attention_mask")
     facts = (
         "num_layers",
         "num_refiner_layers",
@@ -50,17 +63,16 @@ class Lumina2Backbone(RefinedBackbone):
     modulation = r"\.norm1\.linear"
     once = rf"{modulation}|timestep_embedder|norm_out\.linear_1"
     prompt = r"^context_refiner|caption_embedder"
-    conditional_first = None
     low_rank = (("noise_refiner", ADAPTED), ("layers", ADAPTED))
 
     def phases(
-        self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
+        self, module: Model, forward: Forward, mode: Mode, stock: Callable[..., Any], args: tuple
     ) -> Any:
         (latent, mask), p = args, module.patch_size
         vectors, text, table, _, lengths, _ = stock(latent, mask)
-        coarse = coarse_grid(router.grid, mode.patch_scale)
+        coarse = coarse_grid(forward.grid, mode.patch_scale)
         whole = tuple([n * k for n, k in zip(coarse, mode.patch_scale, strict=True)])
-        if whole != router.grid:  # groups at the border reach beyond it
+        if whole != forward.grid:  # groups at the border reach beyond it
             sides = whole[1] * p, whole[2] * p
             blank = latent.new_empty(1, 1, 1, 1).expand(*latent.shape[:2], *sides)
             table = stock(blank, mask)[2]
@@ -68,16 +80,21 @@ class Lumina2Backbone(RefinedBackbone):
         image = rotary_centres(table, mode.patch_scale).flatten(0, 2).transpose(0, 1)
         joint = [torch.cat([a[:n], b]) for a, b, n in zip(text, image, lengths, strict=True)]
         totals = [len(phases) for phases in joint]
-        router.lengths = lengths, totals
+        forward.lengths = lengths, totals
         return vectors, text, image, pad_sequence(joint, batch_first=True), lengths, totals
 
     def base_vectors(
-        self, router: Router, mode: Mode, stock: Callable[[Tensor], Tensor], hidden: Tensor
+        self,
+        forward: Forward,
+        mode: Mode,
+        stock: Callable[[Tensor], Tensor],
+        hidden: Tensor,
+        project: Project,
     ) -> Tensor:
-        assert router.lengths is not None
-        (texts, totals), tokens = router.lengths, router.tokens(mode)
+        assert forward.lengths is not None
+        (texts, totals), tokens = forward.lengths, forward.tokens(mode)
         image = torch.stack([x[n : n + tokens] for x, n in zip(hidden, texts, strict=True)])
-        vectors = super().base_vectors(router, mode, stock, image)
+        vectors = super().base_vectors(forward, mode, stock, image, project)
         base = vectors.shape[1]
         joint = F.pad(stock(hidden[:, : max(texts)]), (0, 0, 0, base))
         for row, text in enumerate(texts):
@@ -85,11 +102,6 @@ class Lumina2Backbone(RefinedBackbone):
             # The stock un-patchify reads this very list, which so far counts coarse tokens.
             totals[row] = text + base
         return joint
-
-    def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
-        # The pipeline takes the channels of its latent for a number of tokens.
-        channels = 16 if pipe is None else pipe.transformer.config.in_channels
-        super().set_timesteps(scheduler, steps, (1, 1, channels), pipe)
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, *pair(model.config.sample_size, model.config.patch_size)), 256

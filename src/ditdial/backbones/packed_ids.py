@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ditdial.backbones.arguments import Call
 from ditdial.backbones.base import Backbone, Model
-from ditdial.backbones.call import Call
+from ditdial.backbones.forward import Forward
 from ditdial.host.pickling import Weak
-from ditdial.layers.state import Router
 from ditdial.ops.ids import centre_ids, first_grid
 from ditdial.ops.patching import Triple
 from ditdial.plan.mode import Mode
@@ -32,9 +32,6 @@ class KnownGrid:
 
 class PackedBackbone(Backbone):
     """Ids of several pictures may stand in ``img_ids``; the first that is no reference is drawn."""
-
-    def patch(self, model: Model) -> Triple:
-        return 1, 2, 2
 
     def __init__(self) -> None:
         self.known = KnownGrid()
@@ -59,5 +56,5 @@ class PackedBackbone(Backbone):
         grid, text_tokens = super().size(model, call)
         return grid, text_tokens, call["hidden_states"].shape[1] - math.prod(grid)
 
-    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
-        return call | {"img_ids": centre_ids(call["img_ids"], router.grid, mode.patch_scale)}
+    def prepare(self, call: Call, forward: Forward, mode: Mode) -> Call:
+        return call | {"img_ids": centre_ids(call["img_ids"], forward.grid, mode.patch_scale)}

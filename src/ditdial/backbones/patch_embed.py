@@ -9,9 +9,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ditdial.backbones.base import Backbone, Model
+from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention, feed_forward
-from ditdial.backbones.tables import kept_table
-from ditdial.layers.state import Router
 from ditdial.ops.positions import group_centres, sincos_2d, table_centres
 from ditdial.plan.mode import Mode
 
@@ -22,12 +21,10 @@ SELF_ATTENTION_AND_FEED_FORWARD = (*attention("attn1"), *feed_forward("ff"))
 class PatchEmbedBackbone(Backbone):
     """Positions of coarse tokens at the centres of their groups."""
 
-    embed = "pos_embed"
-
-    def positions(self, module: Model, router: Router, mode: Mode) -> Tensor | None:
+    def positions(self, module: Model, forward: Forward, mode: Mode) -> Tensor | None:
         if module.pos_embed is None:
             return None
-        (_, height, width), scale = router.grid, mode.patch_scale
+        (_, height, width), scale = forward.grid, mode.patch_scale
         if module.pos_embed_max_size:
             p = module.patch_size
             stored = module.cropped_pos_embed(height * p, width * p).unflatten(1, (height, width))
@@ -41,4 +38,4 @@ class PatchEmbedBackbone(Backbone):
             columns = group_centres(width, scale[2]) * unit[1]
             return sincos_2d(rows, columns, len(module.proj.weight))
 
-        return kept_table(router, mode, table)
+        return forward.position_table(mode, table)

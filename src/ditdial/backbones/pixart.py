@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from torch import nn
-
+from ditdial.backbones.arguments import Arguments
 from ditdial.backbones.base import COMMON_FACTS, Model, pair
-from ditdial.backbones.layers import embedders
+from ditdial.backbones.layers import Packed, embedders
 from ditdial.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
+from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import Routed
 from ditdial.backbones.streamed import Streamed
+from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import Attention, TransformerShape
 from ditdial.ops.patching import Triple
@@ -22,26 +21,19 @@ class PixArtBackbone(PatchEmbedBackbone):
     """Cross-attention to the text; one modulation for all blocks; unconditional rows first."""
 
     model_class = "PixArtTransformer2DModel"
-    output = "proj_out"
-    condition = ("encoder_hidden_states", "encoder_attention_mask")
+    patches = Patches(embed="pos_embed", output="proj_out")
+    arguments = Arguments(condition=("encoder_hidden_states", "encoder_attention_mask"))
+    times = Times(layers=embedders("adaln_single.emb"))
     facts = (*COMMON_FACTS, "caption_channels")
     low_rank = (("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),)
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
     streamed = Streamed(text="attn2")
-    packs = True
+    packed = Packed(
+        modulation=("adaln_single",),
+        attention=("transformer_blocks.*.attn1", "transformer_blocks.*.attn2"),
+    )
+    conditioning = ("adaln_single.emb",)
     routed = (Routed(blocks="transformer_blocks", attention="attn1", residual="norm2"),)
-    time_layers = embedders("adaln_single.emb")
-
-    def modulation_layers(self, model: Model) -> Iterator[nn.Module]:
-        yield model.adaln_single
-
-    def attention_layers(self, model: Model) -> Iterator[nn.Module]:
-        for block in model.transformer_blocks:
-            yield block.attn1
-            yield block.attn2
-
-    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
-        yield model.adaln_single.emb
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         # alpha reads 120 tokens, sigma 300; both 256 and 512 of alpha lack the size embeddings

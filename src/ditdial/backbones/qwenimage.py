@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
+from ditdial.backbones.arguments import Arguments, Call
 from ditdial.backbones.base import COMMON_FACTS, Backbone, Model
-from ditdial.backbones.call import Call
+from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention, feed_forward
+from ditdial.backbones.patches import Patches
+from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs, with_other_pictures
 from ditdial.cost.shape import Attention, TransformerShape
-from ditdial.layers.state import Router
 from ditdial.ops.patching import Triple, coarse_grid
 from ditdial.ops.positions import rotary_centres
 from ditdial.plan.mode import Mode
@@ -29,36 +29,36 @@ class QwenImageBackbone(Backbone):
     """
 
     model_class = "QwenImageTransformer2DModel"
-    embed = "img_in"
-    output = "proj_out"
+    patches = Patches(embed="img_in", output="proj_out", output_layout="Cthw")
+    arguments = Arguments(
+        condition=("encoder_hidden_states", "encoder_hidden_states_mask"),
+        residuals=("controlnet_block_samples",),
+        conditional_first=None,
+    )
+    times = Times(scale=1.0, own_sigmas=True)
     rotary = "pos_embed"
-    condition = ("encoder_hidden_states", "encoder_hidden_states_mask")
     facts = (*COMMON_FACTS, "joint_attention_dim")
-    residuals = ("controlnet_block_samples",)
-    embed_layout = output_layout = "Cthw"
-    conditional_first = None
-    time_scale = 1.0
-    own_sigmas = True
+    conditioning = ("time_text_embed",)
     low_rank = (("transformer_blocks", (*attention("attn"), *feed_forward("img_mlp"))),)
 
     def grid(self, model: Model, call: Call) -> Triple:
         return pictures(call)[0]
 
     def phases(
-        self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
+        self, module: Model, forward: Forward, mode: Mode, stock: Callable[..., Any], args: tuple
     ) -> Any:
-        (t, h, w), (_, kh, kw) = router.grid, mode.patch_scale
-        _, rows, columns = coarse_grid(router.grid, mode.patch_scale)
+        (t, h, w), (_, kh, kw) = forward.grid, mode.patch_scale
+        _, rows, columns = coarse_grid(forward.grid, mode.patch_scale)
         # One group more on each side keeps the middle where it is and fills ragged borders.
         wide = (t, h + 2 * kh, w + 2 * kw)
         table = stock([[wide]])[0].unflatten(0, wide)
         table = table[:, kh : kh + rows * kh, kw : kw + columns * kw]
         # The text's phases begin where the base grid ends.
-        return rotary_centres(table, mode.patch_scale).flatten(0, 2), stock([[router.grid]])[1]
+        return rotary_centres(table, mode.patch_scale).flatten(0, 2), stock([[forward.grid]])[1]
 
-    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
+    def prepare(self, call: Call, forward: Forward, mode: Mode) -> Call:
         # Models with a second time for clean pictures count tokens by these shapes.
-        coarse = coarse_grid(router.grid, mode.patch_scale)
+        coarse = coarse_grid(forward.grid, mode.patch_scale)
         return call | {"img_shapes": [[coarse]] * len(call["img_shapes"])}
 
     def check_call(self, call: Call, mode: Mode) -> None:
@@ -68,9 +68,6 @@ class QwenImageBackbone(Backbone):
                 f"img_shapes name {len(pictures(call))} pictures in one sequence, and mode "
                 f"{mode.name!r} takes one; legal with reference pictures: full mode"
             )
-
-    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
-        yield model.time_text_embed
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, 64, 64), 512

@@ -11,7 +11,7 @@ from ditdial.ops.patching import Triple
 
 
 class RefinedBackbone(Backbone):
-    """Time runs from 0, noise, to 1.
+    """Time runs from 0, noise, to 1; the model predicts the other way.
 
     Attributes:
         modulation: names of the layers in blocks that see the time alone.
@@ -19,18 +19,10 @@ class RefinedBackbone(Backbone):
         prompt: names of the layers that see the text before the picture does.
     """
 
-    embed_layout = "thwC"
     direction = -1.0
-    own_sigmas = True
     modulation: str
     once: str
     prompt: str
-
-    def level_of(self, time: float) -> float:
-        return 1 - time
-
-    def time_of(self, level: float) -> float:
-        return 1 - level
 
     def sequence(self, model: Model, grid: Triple, text_tokens: int, padded: int) -> dict[str, Any]:
         """Arguments of the `TransformerShape`.
@@ -39,7 +31,7 @@ class RefinedBackbone(Backbone):
             text_tokens: in the common sequence.
             padded: text tokens that its refiner goes through.
         """
-        (first, last), layers = self.projections(model), model.layers
+        (first, last), layers = self.patches.layers(model), model.layers
         noise, text = model.noise_refiner, model.context_refiner
         d, both = first.out_features, linear_macs(layers, but=self.modulation)
         return {

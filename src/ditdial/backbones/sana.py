@@ -11,17 +11,30 @@ from typing import Any
 
 from torch import nn
 
+from ditdial.backbones.arguments import Arguments, Call
 from ditdial.backbones.base import COMMON_FACTS, BlockHook, Model, pair
-from ditdial.backbones.call import Call
+from ditdial.backbones.forward import forward_of
 from ditdial.backbones.layers import attention
 from ditdial.backbones.patch_embed import PatchEmbedBackbone
+from ditdial.backbones.patches import Patches
+from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import Attention, TransformerShape
-from ditdial.layers.state import ROUTER
 from ditdial.ops.patching import Triple, coarse_grid
 from ditdial.plan.mode import Mode
 
 TEXT = r"attn2\.to_[kv]$"
+
+
+class SanaTimes(Times):
+    """Models with embedded guidance (Sprint) are given the noise level directly."""
+
+    def levels(self, call: Call) -> tuple[float, float]:
+        """Lowest and highest noise level in [0, 1] of the rows of a call."""
+        low, high = super().levels(call)
+        if call.get("guidance") is None:
+            return low, high
+        return low * self.scale, high * self.scale
 
 
 class SanaBackbone(PatchEmbedBackbone):
@@ -31,24 +44,19 @@ class SanaBackbone(PatchEmbedBackbone):
     """
 
     model_class = "SanaTransformer2DModel"
-    embed = "patch_embed"
-    output = "proj_out"
-    condition = ("encoder_hidden_states", "encoder_attention_mask")
+    patches = Patches(embed="patch_embed", output="proj_out")
+    arguments = Arguments(
+        condition=("encoder_hidden_states", "encoder_attention_mask"),
+        residuals=("controlnet_block_samples",),
+    )
+    times = SanaTimes()
     facts = (*COMMON_FACTS, "caption_channels", "mlp_ratio", "guidance_embeds")
-    residuals = ("controlnet_block_samples",)
     low_rank = (("transformer_blocks", attention("attn1")),)
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
 
     def block_hooks(self, model: Model) -> Iterator[tuple[nn.Module, BlockHook]]:
         for block in model.transformer_blocks:
             yield block, coarse_sides
-
-    def levels(self, call: Call) -> tuple[float, float]:
-        low, high = super().levels(call)
-        if call.get("guidance") is None:
-            return low, high
-        # Models with embedded guidance (Sprint) are given the level directly.
-        return low * self.time_scale, high * self.time_scale
 
     def check(self, model: Model, modes: set[Mode]) -> None:
         super().check(model, modes)
@@ -93,7 +101,7 @@ def coarse_sides(
     block: nn.Module, args: tuple, kwargs: dict[str, Any]
 ) -> tuple[tuple, dict[str, Any]] | None:
     """Blocks get the base grid's height and width last; give them those of a mode."""
-    router = block.__dict__[ROUTER]
-    if not router.sizes.routes(router.mode):
+    forward = forward_of(block)
+    if not forward.makes_tokens:
         return None
-    return (*args[:5], *coarse_grid(router.grid, router.mode.patch_scale)[1:]), kwargs
+    return (*args[:5], *coarse_grid(forward.grid, forward.mode.patch_scale)[1:]), kwargs

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
-from torch import nn
-
+from ditdial.backbones.arguments import Arguments, Call
 from ditdial.backbones.base import COMMON_FACTS, Model, pair
-from ditdial.backbones.call import Call
-from ditdial.backbones.layers import MODULATION, attention, embedders, feed_forward
+from ditdial.backbones.layers import MODULATION, Packed, attention, embedders, feed_forward
 from ditdial.backbones.patch_embed import PatchEmbedBackbone
+from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import JOINT, Routed
 from ditdial.backbones.streamed import Streamed
+from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import Attention, TransformerShape
 from ditdial.ops.patching import Triple
@@ -24,18 +22,24 @@ class SD3Backbone(PatchEmbedBackbone):
     """Text and picture tokens attend together; the position table is cropped from the middle."""
 
     model_class = "SD3Transformer2DModel"
-    output = "proj_out"
-    condition = ("encoder_hidden_states", "pooled_projections", "joint_attention_kwargs")
+    patches = Patches(embed="pos_embed", output="proj_out")
+    arguments = Arguments(
+        condition=("encoder_hidden_states", "pooled_projections", "joint_attention_kwargs"),
+        residuals=("block_controlnet_hidden_states",),
+    )
+    times = Times(layers=embedders("time_text_embed"))
     facts = (*COMMON_FACTS, "joint_attention_dim", "dual_attention_layers")
     low_rank = (("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),)
-    residuals = ("block_controlnet_hidden_states",)
     streamed = Streamed(
         attention=(("attn", "joint"), ("attn2", "self")),
         apart=r"^(attn\.(add_|to_add_out)|ff_context|norm1)",
     )
-    packs = True
+    packed = Packed(
+        modulation=("transformer_blocks.*.norm1.linear", "norm_out.linear"),
+        attention=("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
+    )
+    conditioning = ("time_text_embed",)
     routed = (Routed(blocks="transformer_blocks", **JOINT, residual="norm2"),)
-    time_layers = embedders("time_text_embed")
 
     def check_call(self, call: Call, mode: Mode) -> None:
         super().check_call(call, mode)
@@ -44,20 +48,6 @@ class SD3Backbone(PatchEmbedBackbone):
                 f"skip_layers = {call['skip_layers']}, and in mode {mode.name!r} tokens change "
                 "grids between blocks; legal together with it: full mode"
             )
-
-    def modulation_layers(self, model: Model) -> Iterator[nn.Module]:
-        for block in model.transformer_blocks:
-            yield block.norm1.linear
-        yield model.norm_out.linear
-
-    def attention_layers(self, model: Model) -> Iterator[nn.Module]:
-        for block in model.transformer_blocks:
-            yield block.attn
-            if block.attn2 is not None:
-                yield block.attn2
-
-    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
-        yield model.time_text_embed
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, *pair(model.config.sample_size, model.config.patch_size)), 333

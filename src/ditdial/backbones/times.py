@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ditdial.backbones.call import Call
+from ditdial.backbones.arguments import Call
 from ditdial.ops.patching import Triple
 
 
+@dataclass(frozen=True, kw_only=True)
 class Times:
-    """The part of a backbone that turns times into noise levels, and a number of steps into times.
+    """How a model class is told the time: as noise levels, and what a number of steps becomes.
 
-    Attributes:
-        time: argument of the call that holds the latent's time.
-        time_scale: time of pure noise, as the model is given it.
+    Args:
+        argument: of the call, which holds the latent's time.
+        scale: time of pure noise, as the model is given it.
+        rises: whether times run from 0, noise, to ``scale``.
         own_sigmas: whether the pipeline gives its scheduler `sigmas`.
-        time_layers: modules that turn a time into sinusoids, and these into the embedding of the
-            time alone, before anything of the prompt or the size is added.
-        time_factor: what the model multiplies a time by before that.
+        layers: modules that turn a time into sinusoids, and these into the embedding of the time
+            alone, before anything of the prompt or the size is added.
+        factor: what the model multiplies a time by before that.
     """
 
-    time: str = "timestep"
-    time_scale: float = 1000.0
+    argument: str = "timestep"
+    scale: float = 1000.0
+    rises: bool = False
     own_sigmas: bool = False
-    time_layers: tuple[str, str] = ("", "")
-    time_factor: float = 1.0
+    layers: tuple[str, str] = ("", "")
+    factor: float = 1.0
 
     def levels(self, call: Call) -> tuple[float, float]:
         """Lowest and highest noise level in [0, 1] of the rows of a call.
@@ -37,11 +41,11 @@ class Times:
         Raises:
             ValueError: the call gives no time.
         """
-        time = call.get(self.time)
+        time = call.get(self.argument)
         if time is None:
             raise ValueError(
-                f"{self.time} = None; an elastic model chooses its mode by the timestep, so give "
-                "one"
+                f"{self.argument} = None; an elastic model chooses its mode by the timestep, so "
+                "give one"
             )
         time = torch.as_tensor(time).detach()
         if time.ndim > 1:  # one per token: first frames that are given have no noise
@@ -52,30 +56,31 @@ class Times:
 
     def level_of(self, time: float) -> float:
         """Noise level in [0, 1] of the time the model is given."""
-        return time / self.time_scale
+        level = time / self.scale
+        return 1 - level if self.rises else level
 
     def time_of(self, level: float) -> float:
         """The inverse of `level_of`."""
-        return level * self.time_scale
+        return (1 - level if self.rises else level) * self.scale
 
-    def time_width(self, model: Any) -> int:
-        """Width of what `time_vector` returns.
+    def width(self, model: Any) -> int:
+        """Width of what `vector` returns.
 
         Raises:
             ValueError: no embedding of the time alone is known.
         """
-        if not self.time_layers[1]:
+        if not self.layers[1]:
             raise ValueError(
                 f"no embedding of the time alone is known of {type(model).__name__}; legal: a "
                 "class whose backbone names one"
             )
-        return model.get_submodule(self.time_layers[1]).linear_2.out_features
+        return model.get_submodule(self.layers[1]).linear_2.out_features
 
-    def time_vector(self, model: Any, times: Tensor) -> Tensor:
+    def vector(self, model: Any, times: Tensor) -> Tensor:
         """Embedding of the time alone, ``(B, D)``, of times ``(B,)`` as the model is given them."""
-        sinusoids, embedder = (model.get_submodule(name) for name in self.time_layers)
+        sinusoids, embedder = (model.get_submodule(name) for name in self.layers)
         weight = embedder.linear_1.weight
-        times = times.to(weight.device, torch.float32) * self.time_factor
+        times = times.to(weight.device, torch.float32) * self.factor
         return embedder(sinusoids(times).to(weight.dtype))
 
     def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:

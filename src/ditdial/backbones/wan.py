@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from ditdial.backbones.arguments import Arguments, Call, grouped_times, has_token_times
 from ditdial.backbones.base import COMMON_FACTS, Backbone, Model
-from ditdial.backbones.call import Call, grouped_times, has_token_times
+from ditdial.backbones.forward import Embed, Forward
 from ditdial.backbones.layers import attention, feed_forward
+from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import Routed
 from ditdial.backbones.streamed import Streamed
+from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import Attention, TransformerShape
-from ditdial.layers.state import Router
 from ditdial.ops.patching import Triple
 from ditdial.ops.positions import real_rotary_centres
 from ditdial.plan.mode import Mode
@@ -28,14 +30,16 @@ class WanBackbone(Backbone):
     """Two calls per step; 2.2 5B gives each token a time of its own (the first frame has none)."""
 
     model_class = "WanTransformer3DModel"
-    embed = "patch_embedding"
-    output = "proj_out"
+    patches = Patches(embed="patch_embedding", output="proj_out")
+    arguments = Arguments(
+        condition=("encoder_hidden_states", "encoder_hidden_states_image"), conditional_first=None
+    )
+    times = Times(layers=("condition_embedder.timesteps_proj", "condition_embedder.time_embedder"))
     rotary = "rope"
-    condition = ("encoder_hidden_states", "encoder_hidden_states_image")
     facts = (*COMMON_FACTS, "ffn_dim", "text_dim")
     axes = "thw"
-    conditional_first = None
     low_rank = (("blocks", (*attention("attn1"), *feed_forward("ffn"))),)
+    conditioning = ("condition_embedder.time_embedder",)
     prompt_only = (("blocks", ("attn2.to_k", "attn2.to_v")),)
     routed = (
         Routed(
@@ -48,7 +52,6 @@ class WanBackbone(Backbone):
             feed_forward="ffn",
         ),
     )
-    time_layers = "condition_embedder.timesteps_proj", "condition_embedder.time_embedder"
     streamed = Streamed(
         blocks=("blocks",),
         arguments=("hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb"),
@@ -57,20 +60,23 @@ class WanBackbone(Backbone):
         apart=TEXT,
     )
 
-    def tokens(self, module: Model, router: Router, mode: Mode, latent: Tensor) -> Tensor:
-        return self.as_volume(super().tokens(module, router, mode, latent), router, mode)
+    def tokens(
+        self, module: Model, forward: Forward, mode: Mode, latent: Tensor, embed: Embed
+    ) -> Tensor:
+        tokens = super().tokens(module, forward, mode, latent, embed)
+        return self.as_volume(tokens, forward, mode)
 
     def phases(
-        self, module: Model, router: Router, mode: Mode, stock: Callable[..., Any], args: tuple
+        self, module: Model, forward: Forward, mode: Mode, stock: Callable[..., Any], args: tuple
     ) -> Any:
         cos, sin = (table[0, :, 0] for table in stock(*args))
-        centres = real_rotary_centres(cos.float(), sin.float(), router.grid, mode.patch_scale)
+        centres = real_rotary_centres(cos.float(), sin.float(), forward.grid, mode.patch_scale)
         return tuple(table[None, :, None].to(cos) for table in centres)
 
-    def prepare(self, call: Call, router: Router, mode: Mode) -> Call:
+    def prepare(self, call: Call, forward: Forward, mode: Mode) -> Call:
         if not has_token_times(call):
             return call
-        return call | {"timestep": grouped_times(call["timestep"], router.grid, mode)}
+        return call | {"timestep": grouped_times(call["timestep"], forward.grid, mode)}
 
     def check_call(self, call: Call, mode: Mode) -> None:
         super().check_call(call, mode)
@@ -79,9 +85,6 @@ class WanBackbone(Backbone):
                 f"timestep has a time for each base token, and blocks of mode {mode.name!r} see "
                 "others; legal: one time per row, or full mode"
             )
-
-    def conditioning_layers(self, model: Model) -> Iterator[nn.Module]:
-        yield model.condition_embedder.time_embedder
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (21, 30, 52), 512
@@ -102,7 +105,7 @@ class WanBackbone(Backbone):
         return TransformerShape(
             width=d,
             grid=grid,
-            patch_in=math.prod(self.patch(model)) * config.in_channels,
+            patch_in=math.prod(self.patches.size(model)) * config.in_channels,
             patch_out=model.proj_out.out_features,
             token_macs=linear_macs(model.blocks, but=TEXT) + times_per_token * times,
             attention=(Attention(depth, d), Attention(depth, d, "cross")),

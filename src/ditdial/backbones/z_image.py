@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from diffusers.models.transformers.transformer_z_image import SEQ_MULTI_OF
 from torch import Tensor
 
+from ditdial.backbones.arguments import Arguments, Call
 from ditdial.backbones.base import Model, Rewired
-from ditdial.backbones.call import Call
+from ditdial.backbones.forward import Embed, Forward, Project
 from ditdial.backbones.layers import attention
+from ditdial.backbones.patches import Patches
 from ditdial.backbones.refined import RefinedBackbone
+from ditdial.backbones.times import Times
 from ditdial.cost.linears import FilledShape, filled
 from ditdial.cost.shape import TransformerShape
-from ditdial.layers.state import Router
 from ditdial.ops.patching import Triple, coarse_grid, group, ungroup
 from ditdial.plan.mode import Mode
 
@@ -29,15 +31,15 @@ PLAIN = {"all_patch_size": (2,), "all_f_patch_size": (1,), "siglip_feat_dim": No
 
 
 def grouped_patches(
-    model: Model, router: Router, stock: Rewired, *args: Any
+    model: Model, forward: Forward, stock: Rewired, *args: Any
 ) -> tuple[Tensor, Triple, Triple]:
     """Vectors of a picture's tokens, its size, and the grid that positions are counted on."""
     vectors, size, grid = stock(*args)
-    scale = router.mode.patch_scale
+    scale = forward.mode.patch_scale
     return group(vectors.unflatten(0, grid)[None], scale)[0], size, coarse_grid(grid, scale)
 
 
-def centred_phases(model: Model, router: Router, stock: Rewired, *args: Any) -> tuple[Any, ...]:
+def centred_phases(model: Model, forward: Forward, stock: Rewired, *args: Any) -> tuple[Any, ...]:
     """A sequence and its phases, which of a picture are those of the groups' centres.
 
     A centre lies on a base token or halfway between two, whose phases are added and brought back to
@@ -48,13 +50,21 @@ def centred_phases(model: Model, router: Router, stock: Rewired, *args: Any) -> 
     if pad_token is not model.x_pad_token:
         return tokens, phases, *rest
     counted, filler = torch.cat(ids), torch.cat(fillers)[:, None]
-    scale = counted.new_tensor(router.mode.patch_scale)
+    scale = counted.new_tensor(forward.mode.patch_scale)
     before, after = (
         model.rope_embedder(counted.where(filler, counted * scale + half))
         for half in ((scale - 1) // 2, scale // 2)
     )
     centres = (before + after) / (before + after).abs()
     return tokens, centres.view_as(phases), *rest
+
+
+class ZImageTimes(Times):
+    """The pipeline gives sigmas of single precision."""
+
+    def sigmas(self, steps: int) -> Any:
+        """Noise levels that the pipeline gives its scheduler."""
+        return torch.linspace(1.0, 1 / steps, steps).tolist()
 
 
 class ZImageBackbone(RefinedBackbone):
@@ -64,23 +74,26 @@ class ZImageBackbone(RefinedBackbone):
     """
 
     model_class = "ZImageTransformer2DModel"
-    embed = "all_x_embedder.2-1"
-    output = "all_final_layer.2-1.linear"
+    patches = Patches(
+        embed="all_x_embedder.2-1",
+        output="all_final_layer.2-1.linear",
+        embed_layout="thwC",
+        fixed=(1, 2, 2),
+    )
+    arguments = Arguments(
+        sample="x",
+        lists=("x", "cap_feats"),
+        condition=("cap_feats",),
+        residuals=("controlnet_block_samples",),
+        conditional_first=True,
+    )
+    times = ZImageTimes(argument="t", scale=1.0, rises=True, own_sigmas=True)
     rewired = (("_patchify_image", grouped_patches), ("_prepare_sequence", centred_phases))
-    sample = "x"
-    time = "t"
-    lists = ("x", "cap_feats")
-    condition = ("cap_feats",)
     facts = ("dim", "n_layers", "n_refiner_layers", "n_heads", "in_channels", "cap_feat_dim")
-    residuals = ("controlnet_block_samples",)
     modulation = "adaLN_modulation"
     once = f"{modulation}|^t_embedder"
     prompt = "^(cap_embedder|context_refiner)"
-    conditional_first = True
     low_rank = (("noise_refiner", ADAPTED), ("layers", ADAPTED))
-
-    def patch(self, model: Model) -> Triple:
-        return 1, 2, 2
 
     def check(self, model: Model, modes: set[Mode]) -> None:
         super().check(model, modes)
@@ -92,18 +105,20 @@ class ZImageBackbone(RefinedBackbone):
     def text_tokens(self, call: Call) -> int:
         return max(map(len, call["cap_feats"]))
 
-    def tokens(self, module: Model, router: Router, mode: Mode, latent: Tensor) -> Tensor:
-        count = router.tokens(mode)
+    def tokens(
+        self, module: Model, forward: Forward, mode: Mode, latent: Tensor, embed: Embed
+    ) -> Tensor:
+        count = forward.tokens(mode)
         rows = latent.unflatten(0, (-1, filled(count, SEQ_MULTI_OF)))  # one after the other
-        vectors = ungroup(rows[:, :count], router.grid, mode.patch_scale)
-        tokens = router.sizes.embed(vectors.unflatten(1, router.grid), mode)
+        vectors = ungroup(rows[:, :count], forward.grid, mode.patch_scale)
+        tokens = embed(vectors.unflatten(1, forward.grid))
         return F.pad(tokens, (0, 0, 0, rows.shape[1] - count)).flatten(0, 1)
 
-    def base_vectors(self, router: Router, mode: Mode, stock: Rewired, hidden: Tensor) -> Tensor:
-        return super().base_vectors(router, mode, stock, hidden[:, : router.tokens(mode)])
-
-    def sigmas(self, steps: int) -> Any:
-        return torch.linspace(1.0, 1 / steps, steps).tolist()  # of single precision
+    def base_vectors(
+        self, forward: Forward, mode: Mode, stock: Rewired, hidden: Tensor, project: Project
+    ) -> Tensor:
+        own = hidden[:, : forward.tokens(mode)]
+        return super().base_vectors(forward, mode, stock, own, project)
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, 64, 64), 512

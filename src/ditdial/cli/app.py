@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ditdial.measure.memory import keep_freed_memory
+from ditdial.plan.execution import Execution
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -451,7 +452,7 @@ def _elastic(model: str, adapter: str) -> tuple[Any, Any]:
         raise ValueError(
             f"model {model!r}; legal: a reference model ({names}) or a pipeline folder"
         )
-    return pipe, elastify(pipe, _adapter_folder(model, adapter), merge=True)
+    return pipe, elastify(pipe, _adapter_folder(model, adapter), execution=Execution(merge=True))
 
 
 def _adapter_folder(model: str, adapter: str) -> Path:

@@ -77,7 +77,7 @@ def check_in_place(model: nn.Module) -> None:
         )
 
 
-def check_latent(latent: Tensor, sizes: nn.Module, mode: Mode) -> None:
+def check_latent(latent: Tensor, new: nn.Module, mode: Mode) -> None:
     """Refuse a latent that cannot be multiplied with a mode's weights.
 
     Weights that a hook moves or casts, and autocast, are left to themselves.
@@ -85,11 +85,11 @@ def check_latent(latent: Tensor, sizes: nn.Module, mode: Mode) -> None:
     Raises:
         ValueError: naming dtype and device of both.
     """
-    weight = next(sizes.parameters())
+    weight = next(new.parameters())
     same_device, same_dtype = latent.device == weight.device, latent.dtype == weight.dtype
     if same_device and (same_dtype or torch.is_autocast_enabled(latent.device.type)):
         return
-    if any(is_hooked(module) for module in sizes.modules()):
+    if any(is_hooked(module) for module in new.modules()):
         return
     raise ValueError(
         f"the latent is {latent.dtype} on {latent.device}, and the weights of mode {mode.name!r} "

@@ -10,53 +10,46 @@ from typing import Any
 import torch
 from torch import nn
 
-from ditdial.layers.state import Router
+from ditdial.layers.state import State
+
+CHECKPOINT = "_gradient_checkpointing_func"
+"""Attribute of diffusers' models that holds what checkpoints their blocks."""
 
 
 @contextlib.contextmanager
-def remembered_in_checkpoints(model: nn.Module, router: Router) -> Iterator[None]:
+def remembered_in_checkpoints(model: nn.Module, state: State) -> Iterator[None]:
     """Let gradient checkpointing recompute each block in the mode it first ran in.
 
-    Recomputation happens in the backward pass, when the router may long be in another mode.
+    Recomputation happens in the backward pass, when the state may long be another.
     """
     if not torch.is_grad_enabled():
         yield  # the search below costs 1 % of a small model's forward pass
         return
-    name = "_gradient_checkpointing_func"
-    owners = [m for m in model.modules() if m.__dict__.get(name) is not None]
-    originals = [owner.__dict__[name] for owner in owners]
-
-    def remembering(checkpoint: Callable[..., Any]) -> Callable[..., Any]:
-        def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            then = (router.mode, router.layout, router.grid, router.narrow)
-            # The forward pass goes on with what a block makes of its streams.
-            present, streams = router.streams, copy.copy(router.streams)
-            first = [True]
-
-            def again(*inner: Any, **named: Any) -> Any:
-                now = (router.mode, router.layout, router.grid, router.narrow)
-                outside = router.streams
-                _return_to(router, then)
-                router.streams = present if first else streams
-                first.clear()
-                try:
-                    return function(*inner, **named)
-                finally:
-                    _return_to(router, now)
-                    router.streams = outside
-
-            return checkpoint(again, *args, **kwargs)
-
-        return run
-
+    owners = [m for m in model.modules() if m.__dict__.get(CHECKPOINT) is not None]
+    originals = [owner.__dict__[CHECKPOINT] for owner in owners]
     for owner, original in zip(owners, originals, strict=True):
-        owner.__dict__[name] = remembering(original)
+        owner.__dict__[CHECKPOINT] = _remembering(original, state)
     try:
         yield
     finally:
         for owner, original in zip(owners, originals, strict=True):
-            owner.__dict__[name] = original
+            owner.__dict__[CHECKPOINT] = original
 
 
-def _return_to(router: Router, state: tuple[Any, ...]) -> None:
-    router.mode, router.layout, router.grid, router.narrow = state
+def _remembering(checkpoint: Callable[..., Any], state: State) -> Callable[..., Any]:
+    """A checkpoint that returns to the state of its first run before it runs a block again."""
+
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        first = state.snapshot()
+        # The forward pass goes on with what a block makes of its grids; a later run has a copy.
+        later = first._replace(grids=copy.copy(first.grids))
+        waiting = [first, later]
+
+        def again(*inner: Any, **named: Any) -> Any:
+            then = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+            with state.as_in(then):
+                return function(*inner, **named)
+
+        return checkpoint(again, *args, **kwargs)
+
+    return run

@@ -1,4 +1,4 @@
-"""Low-rank updates of coarse modes in linear layers, apart from the weight or merged into it."""
+"""Low-rank updates of coarse modes in linear layers, unmerged or merged into the weight."""
 
 from __future__ import annotations
 
@@ -11,8 +11,14 @@ from torch import Tensor, nn
 
 from ditdial.host.pickling import MADE_OF
 from ditdial.host.weights import is_summable, versions
-from ditdial.layers.state import MERGED, PARTS, ROUTER, Router
+from ditdial.layers.wiring import wiring_of
 from ditdial.plan.mode import FULL, Mode
+
+MERGED = "_ditdial_merged"
+"""Attribute of an adapted layer: its weights with a mode's updates added in, by mode."""
+
+PARTS = "_ditdial_parts"
+"""Attribute of a fused projection: the layers that it stands for."""
 
 
 class LowRankSeam(nn.Module):
@@ -30,11 +36,11 @@ class LowRankSeam(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Stock linear layer plus the update of each token's mode."""
-        router: Router = self.__dict__[ROUTER]
-        mode = router.mode
-        if router.layout is not None:
+        state = wiring_of(self).state
+        mode = state.mode
+        if state.layout is not None:
             run = functools.partial(LowRankSeam.forward, self)
-            return torch.cat(router.each(run, x.split(router.layout.strips)))
+            return torch.cat(state.each(run, x.split(state.layout.strips)))
         stock = super().forward  # pyrefly: ignore[missing-attribute]
         if mode is FULL:
             return stock(x)
@@ -50,7 +56,7 @@ class LowRankSeam(nn.Module):
 
     def coarse_merged(self, mode: Mode) -> tuple[object, Tensor] | None:
         """The weight with a mode's updates added in, where that is in use, behind its version."""
-        if not self.__dict__[ROUTER].merging:
+        if not wiring_of(self).state.merging:
             return None
         return self.__dict__.get(MERGED, {}).get(mode.name)
 
@@ -78,26 +84,22 @@ class LowRankSeam(nn.Module):
         pairs = [(held, part) for part in self.coarse_parts(mode) for held in (A, B)]
         return [(self._parameters, "weight"), *pairs] if pairs else []
 
-    def coarse_merge(self, mode: Mode, fixed: object, device: torch.device) -> bool:
+    def coarse_merge(self, mode: Mode, fixed: object, device: torch.device) -> str | None:
         """Make or renew the weight with a mode's updates added in, where that is allowed.
-
-        Another class than `torch.nn.Linear` computes more than its weight says, as a
-        parametrisation does; a quantised weight holds no numbers to add to, and an offloaded one is
-        on another device than the latent: these keep their update apart.
 
         Args:
             fixed: what else, besides versions of tensors, the merged weight depends on.
 
         Returns:
-            Whether the layer has no update that it keeps apart.
+            Why the updates of the layer stay unmerged; None if they do not.
         """
         places = self.coarse_places(mode)
         if not places:
-            return True
-        linear = getattr(type(self), MADE_OF)[0] is nn.Linear and "weight" in self._parameters
-        if not linear or not is_summable(self.weight) or self.weight.device != device:
+            return None
+        reason = self._unmerged_because(device)
+        if reason is not None:
             self.__dict__.pop(MERGED, None)
-            return False
+            return reason
         weight, *pairs = [held[name] for held, name in places]
         cache, key = self.__dict__.setdefault(MERGED, {}), "_".join(self.coarse_parts(mode))
         version = fixed, versions(weight, *pairs)
@@ -109,7 +111,17 @@ class LowRankSeam(nn.Module):
                 weight = torch.addmm(weight, B, A)
             cache[key] = (version, weight.detach())
         cache[mode.name] = cache[key]  # one copy for all widths
-        return True
+        return None
+
+    def _unmerged_because(self, device: torch.device) -> str | None:
+        stock = getattr(type(self), MADE_OF)[0]
+        if stock is not nn.Linear:  # a LoRA, say: it computes more than its weight says
+            return f"of class {stock.__module__}.{stock.__qualname__}"
+        if "weight" not in self._parameters:
+            return "with a parametrised weight"
+        if not is_summable(self.weight):
+            return "with weights that are quantised or in eight bits"
+        return None if self.weight.device == device else "with offloaded weights"
 
 
 class FusedSeam(LowRankSeam):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditdial.checks import warn
 from ditdial.host.weights import is_summable, versions
-from ditdial.layers.state import Router
+from ditdial.layers.state import State
 from ditdial.plan.mode import Mode
 
 Places = tuple[list[dict[str, Any]], list[str]]
@@ -25,7 +26,7 @@ Places = tuple[list[dict[str, Any]], list[str]]
 
 
 @dataclass(eq=False)
-class Merges:
+class MergedWeights:
     """The merged weights of one model.
 
     Args:
@@ -53,30 +54,32 @@ class Merges:
         """The copies are gone: layers lose them with their class."""
         self.current.clear()
 
-    def ready(self, mode: Mode, router: Router) -> None:
+    def ready(self, mode: Mode, state: State) -> None:
         """Make or renew what a mode needs, where that is allowed; warn once where it is not.
 
         Args:
-            router: of the model; tells the run and the latent's device.
+            state: of the pass; tells the run and the latent's device.
         """
-        if self.run != router.run:
+        if self.run != state.run:
             weights = [x.weight for x in self.layers]
-            self.run, self.prints = router.run, fingerprints(weights, router.device)
+            self.run, self.prints = state.run, fingerprints(weights, state.device)
         sources = self._sources(mode)
-        made_of = router.device, self.prints, sources
+        made_of = state.device, self.prints, sources
         if sources is None or self.current.get(mode) != made_of:
-            self._renew(mode, router.device)
+            self._renew(mode, state.device)
             self.current[mode] = made_of
 
     def _renew(self, mode: Mode, device: torch.device) -> None:
-        apart = 0
-        for layer, fixed in zip(self.layers, self.prints, strict=True):
-            apart += not layer.coarse_merge(mode, fixed, device)
-        if apart and not self.warned:
-            warnings.warn(
-                f"merge = True, but {apart} of {len(self.layers)} layers keep their low-rank "
-                "update apart: their weights are quantised, in eight bits or offloaded",
-                stacklevel=9,
+        found = [
+            layer.coarse_merge(mode, fixed, device)
+            for layer, fixed in zip(self.layers, self.prints, strict=True)
+        ]
+        reasons = Counter(reason for reason in found if reason is not None)
+        if reasons and not self.warned:
+            why = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+            warn(
+                f"merge = True, but {reasons.total()} of {len(found)} layers keep their low-rank "
+                f"updates unmerged: {why}"
             )
             self.warned = True
 

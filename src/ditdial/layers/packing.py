@@ -2,7 +2,7 @@
 
 Tokens are laid out in strips, ``(strips of all, strip, D)``, whose length divides the token counts
 of all parts: 64 and 16 tokens make strips of 16. What works token by token needs no change; every
-other layer runs part by part (`ditdial.layers.state.Router.each`).
+other layer runs part by part (`ditdial.layers.state.State.each`).
 """
 
 from __future__ import annotations
@@ -19,11 +19,16 @@ from ditdial.plan.mode import Mode
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a packed batch that share a mode: ``rows`` pictures of ``tokens`` tokens each."""
+    """Rows of a packed batch that share a mode: ``rows`` pictures of ``tokens`` tokens each.
+
+    Args:
+        makes_tokens: whether new modules make the tokens.
+    """
 
     mode: Mode
     rows: int
     tokens: int
+    makes_tokens: bool = False
 
 
 @dataclass(frozen=True)

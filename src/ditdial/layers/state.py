@@ -1,59 +1,24 @@
-"""How a live model's submodules learn the present mode: in-place class swap and one shared router.
+"""The state of one forward pass, which a model's submodules look at: plain Python data.
 
-A module's class is replaced by a generated subclass (same object, same weights, same keys, as FSDP2
-does). What its ``forward`` does stands in `ditdial.layers.tokens` and its neighbours. No stock
-``forward`` is copied.
+The engine sets it outside any compiled region, so that each mode has a graph of its own.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from ditdial.backbones.forward import Forward
 from ditdial.host.weights import versions
 from ditdial.layers.packing import Layout
-from ditdial.ops.patching import Triple, coarse_grid
-from ditdial.plan.mode import FULL, Mode
-
-if TYPE_CHECKING:
-    from ditdial.backbones.base import Backbone
-    from ditdial.layers.new_modules import Sizes
-    from ditdial.layers.token_grids import Streams
-    from ditdial.layers.width_pass import Narrow
-
-ENGINE = "_elastic_engine"
-"""Attribute of an elastic model that holds its engine."""
-
-ROUTER = "_elastic_router"
-TEXT = "_elastic_text"
-MERGED = "_elastic_merged"
-PARTS = "_elastic_parts"
-PLACE = "_elastic_place"
-SLICES = "_elastic_slices"
-ROLE = "_elastic_role"
-MERGE = "_elastic_merge"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a module stands among the routed ones.
-
-    Attributes:
-        block: number of its block.
-        role: whether heads or channels are its features, or both, one after the other.
-        features: how many.
-        name: of a linear layer, in the model.
-    """
-
-    block: int
-    role: str = "heads"
-    features: int = 0
-    name: str = ""
+from ditdial.layers.token_grids import TokenGrids
+from ditdial.layers.width_pass import Narrow
+from ditdial.ops.patching import Triple
+from ditdial.plan.mode import Mode
 
 
 @dataclass(frozen=True)
@@ -81,69 +46,89 @@ class TextKey:
         return self.facts == other.facts
 
 
+class Snapshot(NamedTuple):
+    """What of a state a block runs in: enough to run it again."""
+
+    mode: Mode
+    makes_tokens: bool
+    layout: Layout | None
+    grid: Triple
+    narrow: Narrow | None
+    grids: TokenGrids | None
+
+
 @dataclass(eq=False)
-class Router:
-    """What a model's swapped submodules read: plain state, set outside any compiled region.
+class State(Forward):
+    """The state of the present forward pass of one elastic model.
 
     Attributes:
-        patch: latent frames, rows and columns of one base token.
-        mode: of the present forward pass, when all rows share one.
-        layout: of a packed batch, else None.
-        grid: base grid ``(frames, height, width)`` of the present call.
-        unit: base tokens per axis in which a compiled forward is told the grid.
+        running: the engine has started the present pass.
         run: number of the present run; what was computed in another may be stale.
-        streams: of the present forward pass, in a sparse mode.
-        running: the engine has started the present forward pass.
-        device: of the latent; weights may be elsewhere until their module's hooks bring them.
-        lengths: of the text and of the whole sequence of each row, where a class joins them row by
-            row.
+        merging: weights with the mode's low-rank updates added in are used where there are any.
+        layout: of a packed batch, else None.
+        narrow: what a routed pass leaves out; None for nothing.
+        grids: of a pass in a sparse mode.
         text: what the text layers' outputs depend on, if they are to be kept for a whole run.
-        narrow: what the present forward pass leaves out; None for nothing.
-        merged: use weights with the low-rank update added in (one more copy per mode) instead of
-            unmerged updates.
+        unit: base tokens per axis in which a compiled forward is told the grid.
     """
 
-    backbone: Backbone
-    sizes: Sizes
-    patch: Triple = (1, 1, 1)
-    mode: Mode = FULL
-    layout: Layout | None = None
-    streams: Streams | None = None
     running: bool = False
     run: int = 0
-    text: TextKey | None = None
-    lengths: tuple[list[int], list[int]] | None = None
-    grid: Triple = (1, 0, 0)
-    unit: Triple = (1, 1, 1)
-    merged: bool = False
     merging: bool = False
-    tables: dict[Any, Tensor] = field(default_factory=dict)
-    device: Any = None
+    layout: Layout | None = None
     narrow: Narrow | None = None
+    grids: TokenGrids | None = None
+    text: TextKey | None = None
+    unit: Triple = (1, 1, 1)
 
-    def tokens(self, mode: Mode) -> int:
-        """Tokens of one picture of the present grid."""
-        return math.prod(coarse_grid(self.grid, mode.patch_scale))
+    @property
+    def modes(self) -> tuple[Mode, ...]:
+        """Of the present pass: one, or that of each part of a packed batch."""
+        return (self.mode,) if self.layout is None else self.layout.modes
+
+    @contextlib.contextmanager
+    def begin(
+        self,
+        *,
+        narrow: Narrow | None = None,
+        grids: TokenGrids | None = None,
+        text: TextKey | None = None,
+    ) -> Iterator[None]:
+        """The present pass runs; nothing of it outlives the block."""
+        self.narrow, self.grids, self.text, self.running = narrow, grids, text, True
+        try:
+            yield
+        finally:
+            self.narrow = self.grids = self.text = None
+            self.running = False
 
     def each(self, run: Callable[[Any], Any], pieces: Iterable[Any]) -> list[Any]:
         """What a layer makes of each part of a packed batch, in the mode of that part."""
-        layout, mode, made = self.layout, self.mode, []
+        layout, before = self.layout, (self.mode, self.makes_tokens)
         assert layout is not None
-        self.layout = None
+        made, self.layout = [], None
         try:
             for part, piece in zip(layout.parts, pieces, strict=True):
-                self.mode = part.mode
+                self.mode, self.makes_tokens = part.mode, part.makes_tokens
                 made.append(run(piece))
         finally:
-            self.layout, self.mode = layout, mode
+            self.layout, (self.mode, self.makes_tokens) = layout, before
         return made
 
-    def constant(self, key: object, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that only ``key`` decides, made once for each device."""
-        key = key, self.device
-        if key not in self.tables:
-            if torch.compiler.is_compiling():  # it belongs to the graph
-                return make().to(self.device)
-            with torch.inference_mode(False):  # it may be trained with later
-                self.tables[key] = make().to(self.device)
-        return self.tables[key]
+    def snapshot(self) -> Snapshot:
+        """What a block runs in."""
+        return Snapshot(*(getattr(self, name) for name in Snapshot._fields))
+
+    @contextlib.contextmanager
+    def as_in(self, then: Snapshot) -> Iterator[None]:
+        """The state of another time, for a while."""
+        now = self.snapshot()
+        self._return_to(then)
+        try:
+            yield
+        finally:
+            self._return_to(now)
+
+    def _return_to(self, snapshot: Snapshot) -> None:
+        for name, value in zip(Snapshot._fields, snapshot, strict=True):
+            setattr(self, name, value)

@@ -1,4 +1,8 @@
-"""Class swaps in place: a module keeps its object, weights and keys, as under FSDP2."""
+"""Class swaps in place: a module keeps its object, weights and keys, as under FSDP2.
+
+A module's class is replaced by a generated subclass whose ``forward`` looks at the state of the
+pass. No stock ``forward`` is copied.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,12 @@ import types
 
 from torch import nn
 
+from ditdial.backbones.forward import WIRING
 from ditdial.host.pickling import MADE_OF, pickled_as
-from ditdial.layers.state import MERGED, PARTS, PLACE, ROUTER, SLICES, TEXT, Router
+from ditdial.layers.wiring import Wiring
+
+OURS = "_ditdial_"
+"""How the names of all that we put on a stock module begin."""
 
 
 @functools.cache
@@ -27,11 +35,11 @@ def _swapped(stock: type, *mixins: type) -> type:
     return functools.reduce(_generated, mixins, stock)
 
 
-def swap_class(module: nn.Module, mixin: type, router: Router) -> None:
+def swap_class(module: nn.Module, mixin: type, wiring: Wiring) -> None:
     """Put ``mixin`` in front of the class of ``module``; `restore_class` undoes it."""
     was = type(module)
     module.__class__ = _generated(was, mixin)
-    module.__dict__[ROUTER] = router
+    module.__dict__[WIRING] = wiring
     rebind_hooks(module, was)
 
 
@@ -39,9 +47,14 @@ def restore_class(module: nn.Module) -> None:
     """Undo `swap_class` exactly."""
     was = type(module)
     module.__class__ = was.__bases__[1]
-    for key in (ROUTER, MERGED, PARTS, TEXT, PLACE, SLICES):
-        module.__dict__.pop(key, None)
+    forget(module)
     rebind_hooks(module, was)
+
+
+def forget(module: nn.Module) -> None:
+    """Take off all that was put on a module beside its class; safe to repeat."""
+    for key in [key for key in module.__dict__ if key.startswith(OURS)]:
+        del module.__dict__[key]
 
 
 def rebind_hooks(module: nn.Module, was: type) -> None:

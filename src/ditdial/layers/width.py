@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,16 +20,37 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditdial.host.weights import versions
+from ditdial.layers.grid_hooks import own_tokens
 from ditdial.layers.low_rank import LowRankSeam
-from ditdial.layers.state import PLACE, ROUTER, SLICES, Place, Router
-from ditdial.layers.token_grids import own_tokens
-from ditdial.layers.width_pass import Narrow, Open, per_row
-from ditdial.ops.gates import open_tokens
+from ditdial.layers.width_pass import Narrow, Open, Routing, per_row
+from ditdial.layers.wiring import wiring_of
+
+PLACE = "_ditdial_place"
+"""Attribute of a routed module: where it stands."""
+
+SLICES = "_ditdial_slices"
+"""Attribute of a routed layer: its weights without closed features."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a module stands among the routed ones.
+
+    Attributes:
+        block: number of its block.
+        role: whether heads or channels are its features, or both, one after the other.
+        features: how many.
+        name: of a linear layer, in the model.
+    """
+
+    block: int
+    role: str = "heads"
+    features: int = 0
+    name: str = ""
 
 
 def _narrow(module: nn.Module) -> Narrow | None:
-    router: Router = module.__dict__[ROUTER]
-    return router.narrow
+    return wiring_of(module).state.narrow
 
 
 def _open(module: nn.Module) -> tuple[Narrow, Open] | None:
@@ -76,7 +98,7 @@ class ColumnsSeam(nn.Module):
 
 def _through_slices(module: Any, x: Tensor, narrow: Narrow, part: Open, *, dim: int) -> Tensor:
     """A layer without the closed features, with the low-rank updates of the present mode."""
-    mode = module.__dict__[ROUTER].mode
+    mode = wiring_of(module).state.mode
     updated = isinstance(module, LowRankSeam) and bool(module.coarse_parts(mode))
     merged = module.coarse_merged(mode) if updated else None
     y = F.linear(x, *_sliced(module, merged, narrow, part, dim=dim))
@@ -137,8 +159,9 @@ def _rows(module: Any, features: Tensor) -> Tensor:
 
 
 def _experts(module: Any) -> tuple[Tensor, Tensor]:
-    sizes = module.__dict__[ROUTER].sizes.routed
-    return sizes.experts(module.__dict__[PLACE].name)
+    routing: Routing | None = wiring_of(module).new.routing
+    assert routing is not None
+    return routing.experts(module.__dict__[PLACE].name)
 
 
 def _update(module: Any, narrow: Narrow, x: Tensor) -> Tensor | float:
@@ -220,26 +243,14 @@ class SkipRowsSeam(nn.Module):
         """``(B, T + N, D)`` -> ``(B, T + N, D')``, zero for skipped tokens."""
         narrow, place = _narrow(self), self.__dict__[PLACE]
         stock = super().forward  # pyrefly: ignore[missing-attribute]
-        logits = None if narrow is None else narrow.logits.get(place.block)
-        if narrow is None or logits is None:
+        if narrow is None or place.block not in narrow.logits:
             return stock(x_BND)
-        rows, tokens, _ = x_BND.shape
-        text = narrow.text
-        if narrow.token_gates is not None:
-            if place.role != "both":  # its output is all that counts
-                return stock(x_BND)
-            gates = narrow.token_gates(place.block, logits)
-            narrow.token_shares[place.block] = gates.mean(1)
-            return stock(x_BND) * F.pad(gates, (text, 0), value=1.0)[..., None].to(x_BND.dtype)
-        if place.block not in narrow.entering:
-            kept = open_tokens(logits, narrow.capacity(place.block))
-            narrow.token_shares[place.block] = len(kept) / logits.numel()
-            starts = torch.arange(rows, device=kept.device)[:, None] * tokens
-            words = (starts + torch.arange(text, device=kept.device)).flatten()
-            pictures = kept // logits.shape[1]
-            kept = kept + (pictures + 1) * text  # each picture's tokens come behind its text
-            narrow.entering[place.block] = torch.cat([words, kept])
-        return _of_entering(stock, x_BND, narrow.entering[place.block])
+        if narrow.token_gates is None:
+            return _of_entering(stock, x_BND, narrow.entering_with_text(place.block, x_BND.shape))
+        if place.role != "both":  # only the output of the block's last layer counts
+            return stock(x_BND)
+        gates = F.pad(narrow.gates(place.block), (narrow.text, 0), value=1.0)
+        return stock(x_BND) * gates[..., None].to(x_BND.dtype)
 
 
 class SkipSeam(nn.Module):
@@ -249,15 +260,12 @@ class SkipSeam(nn.Module):
         """``(B, N, D)`` -> ``(B, N, D)``, zero for skipped tokens."""
         narrow, block = _narrow(self), self.__dict__[PLACE].block
         stock = super().forward  # pyrefly: ignore[missing-attribute]
-        logits = None if narrow is None else narrow.logits.pop(block, None)
-        if narrow is None or logits is None:
+        if narrow is None or block not in narrow.logits:
             return stock(x_BND, *args, **kwargs)
         if narrow.token_gates is not None:
-            gates = narrow.token_gates(block, logits)
-            narrow.token_shares[block] = gates.mean(1)
+            gates = narrow.gates(block)
             return stock(x_BND, *args, **kwargs) * gates[..., None].to(x_BND.dtype)
-        kept = open_tokens(logits, narrow.capacity(block))
-        narrow.token_shares[block] = len(kept) / logits.numel()
-        if len(kept) == logits.numel():
+        entering = narrow.entering(block)
+        if len(entering) == x_BND.shape[0] * x_BND.shape[1]:
             return stock(x_BND, *args, **kwargs)
-        return _of_entering(functools.partial(stock, **kwargs), x_BND, kept, *args)
+        return _of_entering(functools.partial(stock, **kwargs), x_BND, entering, *args)

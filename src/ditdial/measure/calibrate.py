@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ditdial.adapter import identity
-from ditdial.backbones.call import Call
+from ditdial.backbones.arguments import Call
 from ditdial.checks import require
-from ditdial.handle import Handle
 from ditdial.host.device import device_name
 from ditdial.host.parametrization import Parametrisation, parametrisation
 from ditdial.measure.bench import interleave
@@ -45,7 +44,7 @@ Visit = Callable[[nn.Module, Call, Any], None]
 
 
 def calibrate(
-    handle: Handle,
+    handle: Any,
     sample: Sample,
     *,
     guidance_scale: float,
@@ -121,7 +120,7 @@ def calibrate(
     return replace(calibration, bands=found)
 
 
-def time_modes(handle: Handle, sample: Sample, *, rounds: int = 5) -> Seconds:
+def time_modes(handle: Any, sample: Sample, *, rounds: int = 5) -> Seconds:
     """What each mode takes on this device, with the batch that ``sample(0)`` makes.
 
     Raises:
@@ -155,7 +154,7 @@ def _usual(modes: Sequence[Mode], reference: Schedule | None, guided: bool) -> t
     return tuple(x for x in usual if guided or x.segment(1, 0).guide_mode == x.mode)
 
 
-def _check(handle: Handle, choices: Sequence[Choice]) -> None:
+def _check(handle: Any, choices: Sequence[Choice]) -> None:
     unknown = set().union(*(choice.segment(1, 0).modes for choice in choices)) - set(handle.modes)
     legal = ", ".join(mode.name for mode in handle.modes)
     names = sorted(mode.name for mode in unknown)
@@ -362,7 +361,7 @@ class _Watch:
 
 
 def _measure_bands(
-    handle: Handle, sample: Sample, calibration: Calibration, finals: list[Tensor], count: int
+    handle: Any, sample: Sample, calibration: Calibration, finals: list[Tensor], count: int
 ) -> tuple[Band, ...]:
     """Final latents with each choice in one band of noise levels, against those without."""
     levels = [point.level for point in calibration.points]

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from ditdial.backbones.base import Backbone
-from ditdial.cost.shape import Updates
-from ditdial.layers.new_modules import Sizes
+from ditdial.cost.shape import TransformerShape, Updates
+from ditdial.layers.new_modules import NewModules
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule
-
-if TYPE_CHECKING:
-    from ditdial.cost.shape import TransformerShape
 
 
 class Method(ABC):
@@ -106,7 +103,7 @@ class Method(ABC):
         )
 
     @abstractmethod
-    def build(self, model: nn.Module, backbone: Backbone) -> Sizes:
+    def build(self, model: nn.Module, backbone: Backbone) -> NewModules:
         """New parameters for a base, initialised from it."""
 
     @abstractmethod

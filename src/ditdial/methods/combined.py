@@ -11,28 +11,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ditdial.backbones.base import Backbone
-from ditdial.layers.new_modules import Sizes
-from ditdial.layers.state import Router
+from ditdial.cost.shape import TransformerShape, Updates
+from ditdial.layers.new_modules import NewModules
+from ditdial.layers.state import State
+from ditdial.layers.token_grids import TokenGrids
+from ditdial.layers.width_pass import Routing
 from ditdial.methods.base import Method
 from ditdial.methods.ddit import DDiT
-from ditdial.methods.dydit import DyDiT, RoutedSizes
+from ditdial.methods.dydit import DyDiT
 from ditdial.methods.flexidit import FlexiDiT
 from ditdial.methods.ppflow import PPFlow
 from ditdial.methods.sparsedit import SparseDiT
 from ditdial.ops.patching import Triple
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
-    from ditdial.cost.shape import TransformerShape, Updates
-    from ditdial.layers.token_grids import Streams
 
 KINDS: dict[str, tuple[type[Method], ...]] = {
     "patch size": (FlexiDiT, DDiT, PPFlow),
@@ -153,14 +151,14 @@ class Combined(Method):
         found = (part.updates(shape, model, backbone, size) for part in self.parts)
         return tuple(itertools.chain.from_iterable(found))
 
-    def build(self, model: nn.Module, backbone: Backbone) -> Sizes:
-        return CombinedSizes(self, model, backbone)
+    def build(self, model: nn.Module, backbone: Backbone) -> NewModules:
+        return CombinedModules(self, model, backbone)
 
     def to_config(self) -> dict[str, Any]:
         return {"parts": [{"name": part.name, "settings": part.to_config()} for part in self.parts]}
 
 
-class CombinedSizes(Sizes):
+class CombinedModules(NewModules):
     """The parameters of each part, under its name; each is asked about its own part of a mode."""
 
     def __init__(self, method: Combined, model: nn.Module, backbone: Backbone) -> None:
@@ -170,26 +168,26 @@ class CombinedSizes(Sizes):
             self.add_module(part.name, part.build(model, backbone))
         self.patching = None if method.patching is None else method.patching.name
 
-    def of(self, single: Method) -> Sizes:
-        return self._part(single.name)
+    def of(self, method: str) -> NewModules:
+        return self._part(method)
 
-    def _part(self, name: str) -> Sizes:
+    def _part(self, name: str) -> NewModules:
         part = self._modules[name]
-        assert isinstance(part, Sizes)
+        assert isinstance(part, NewModules)
         return part
 
     @property
-    def _patches(self) -> Sizes:
+    def _patches(self) -> NewModules:
         assert self.patching is not None, "no part has coarse patches"
         return self._part(self.patching)
 
     @property
-    def routed(self) -> RoutedSizes | None:
-        found = (self._part(name).routed for name in self.names)
+    def routing(self) -> Routing | None:
+        found = (self._part(name).routing for name in self.names)
         return next((each for each in found if each is not None), None)
 
-    def routes(self, mode: Mode) -> bool:
-        return self.patching is not None and self._patches.routes(mode.patch)
+    def makes_tokens(self, mode: Mode) -> bool:
+        return self.patching is not None and self._patches.makes_tokens(mode.patch)
 
     def ready(self, mode: Mode) -> None:
         self._patches.ready(mode.patch)
@@ -203,12 +201,14 @@ class CombinedSizes(Sizes):
     def condition(self, vector: Tensor, mode: Mode) -> Tensor:
         return vector if self.patching is None else self._patches.condition(vector, mode.patch)
 
-    def attach(self, model: nn.Module, router: Router) -> list[tuple[nn.Module, RemovableHandle]]:
-        return [put for name in self.names for put in self._part(name).attach(model, router)]
+    def attach(self, model: nn.Module) -> list[tuple[nn.Module, RemovableHandle]]:
+        return [put for name in self.names for put in self._part(name).attach(model)]
 
-    def begin(self, model: nn.Module, router: Router, mode: Mode) -> Streams | None:
-        begun = (self._part(name).begin(model, router, mode) for name in self.names)
-        return next((streams for streams in begun if streams is not None), None)
+    def grids(
+        self, model: nn.Module, backbone: Backbone, state: State, mode: Mode
+    ) -> TokenGrids | None:
+        found = (self._part(name).grids(model, backbone, state, mode) for name in self.names)
+        return next((grids for grids in found if grids is not None), None)
 
 
 def _method(part: Method | Mapping[str, Any]) -> Method:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditdial.backbones.base import Backbone
-from ditdial.layers.new_modules import Sizes
+from ditdial.layers.new_modules import NewModules
 from ditdial.methods.base import Method
 from ditdial.methods.projections import MarkedProjections, legal_scale
 from ditdial.ops.patching import RESIZES, Triple, to_grouped
@@ -78,7 +78,7 @@ class DDiT(Method):
     def trains_base(self) -> bool:
         return False
 
-    def build(self, model: nn.Module, backbone: Backbone) -> Sizes:
+    def build(self, model: nn.Module, backbone: Backbone) -> NewModules:
         return SkippingProjections(self, model, backbone)
 
     def to_config(self) -> dict[str, Any]:
@@ -95,7 +95,7 @@ class SkippingProjections(MarkedProjections):
 
     def __init__(self, method: DDiT, model: nn.Module, backbone: Backbone) -> None:
         super().__init__(method.modes, method.resize, model, backbone)
-        kernel, rows = backbone.embed_kernel(model)[0], backbone.output_rows(model)[0]
+        kernel, rows = backbone.patches.kernel(model)[0], backbone.patches.rows(model)[0]
         copying = _channel_copy(kernel, rows, backbone)
         self.skips, self.gates = nn.ParameterDict(), nn.ParameterDict()
         for mode in method.modes:
@@ -124,6 +124,6 @@ def _channel_copy(kernel: Tensor, rows: Tensor, backbone: Backbone) -> Tensor:
     shared = min(C_in, C_out)
     wide[0, :shared] = places.view(C_in, *patch)[:shared]
     one = (1, 1, 1)
-    source = to_grouped(places.view(1, C_in, *patch), one, backbone.embed_layout)[0]
-    target = to_grouped(wide, one, backbone.output_layout)[0]
+    source = to_grouped(places.view(1, C_in, *patch), one, backbone.patches.embed_layout)[0]
+    target = to_grouped(wide, one, backbone.patches.output_layout)[0]
     return (target[:, None] == source[None, :]).to(kernel)

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ditdial.backbones.base import Backbone
 from ditdial.backbones.routed import RoutedBlock, has_fused
 from ditdial.host.weights import compute_dtype
-from ditdial.layers.new_modules import Sizes
+from ditdial.layers.new_modules import NewModules
 from ditdial.layers.width_pass import Narrow, Open
 from ditdial.methods.base import Method
 from ditdial.methods.projections import MarkedProjections, legal_scale
@@ -153,8 +153,8 @@ class DyDiT(Method):
     def trains_base(self) -> bool:
         return self.recipe == "full"
 
-    def build(self, model: nn.Module, backbone: Backbone) -> Sizes:
-        return RoutedSizes(self, model, backbone)
+    def build(self, model: nn.Module, backbone: Backbone) -> NewModules:
+        return RoutedModules(self, model, backbone)
 
     def to_config(self) -> dict[str, Any]:
         return asdict(self)
@@ -208,7 +208,7 @@ class Routers(nn.Module):
             return F.linear(hidden, out, out_bias)[..., 0]
 
 
-class RoutedSizes(MarkedProjections):
+class RoutedModules(MarkedProjections):
     """Routers by mode, the order of the slots, experts, and projections of coarse sizes.
 
     Attributes:
@@ -224,8 +224,8 @@ class RoutedSizes(MarkedProjections):
         self.offsets: dict[Mode, float] = {}
         blocks = list(backbone.routed_blocks(model))
         self.heads, self.groups = _slots(method, backbone, blocks)
-        time_width = backbone.time_width(model)
-        kernel, _ = backbone.embed_kernel(model)
+        time_width = backbone.times.width(model)
+        kernel, _ = backbone.patches.kernel(model)
         self.routers = nn.ModuleDict()
         for mode in method.routed:
             width = blocks[0].narrow.out_features
@@ -250,14 +250,27 @@ class RoutedSizes(MarkedProjections):
         self.mixer = nn.Linear(time_width, method.experts, device=device)
 
     @property
-    def routed(self) -> RoutedSizes:
+    def routing(self) -> RoutedModules:
         return self
+
+    @property
+    def tokens(self) -> bool:
+        """Whether tokens may skip the feed-forward."""
+        return self.method.tokens
+
+    def routed_as(self, mode: Mode) -> Mode:
+        """The patch and width that routers go by in a mode."""
+        return self.method.routing(mode)
+
+    def is_trained(self, mode: Mode) -> bool:
+        """Whether a width has routers of its own."""
+        return mode in self.method.routed
 
     def experts(self, layer: str) -> tuple[Tensor, Tensor]:
         """``A`` ``(r, in)``, which the experts share, and ``B`` ``(E, out, r)``, of a layer."""
         return self.A[_key(layer)], self.B[_key(layer)]
 
-    def routes(self, mode: Mode) -> bool:
+    def makes_tokens(self, mode: Mode) -> bool:
         return not mode.has_base_patch
 
     def embed(self, vectors: Tensor, mode: Mode) -> Tensor:

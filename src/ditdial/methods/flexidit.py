@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ditdial.backbones.base import Backbone
 from ditdial.host.weights import versions
-from ditdial.layers.new_modules import Sizes
+from ditdial.layers.new_modules import NewModules
 from ditdial.methods.base import Method
 from ditdial.methods.projections import MarkedProjections, legal_scale, times
 from ditdial.ops.patching import (
@@ -93,7 +93,7 @@ class FlexiDiT(Method):
     def trains_base(self) -> bool:
         return self.recipe == "shared"
 
-    def build(self, model: nn.Module, backbone: Backbone) -> Sizes:
+    def build(self, model: nn.Module, backbone: Backbone) -> NewModules:
         for mode in self.modes if self.recipe == "shared" else ():
             for k in mode.patch_scale[1:]:
                 if max(k, self.underlying) % min(k, self.underlying):
@@ -103,13 +103,13 @@ class FlexiDiT(Method):
                     )
         if self.recipe == "lora":
             return MarkedProjections(self.modes, self.resize, model, backbone)
-        return SharedSizes(self, model, backbone)
+        return SharedPatches(self, model, backbone)
 
     def to_config(self) -> dict[str, Any]:
         return asdict(self)
 
 
-class SharedSizes(Sizes):
+class SharedPatches(NewModules):
     """One underlying patch weight; ``w(p) = Q(p) w_flex``, ``v(p) = v_flex R(p)`` (section 3.1).
 
     ``Q`` going down to the base sums taps and ``R`` averages samples, so the start ``pinv(Q) w``
@@ -126,18 +126,20 @@ class SharedSizes(Sizes):
 
     def __init__(self, method: FlexiDiT, model: nn.Module, backbone: Backbone) -> None:
         super().__init__()
-        kernel, bias = (x.detach() for x in backbone.embed_kernel(model))
-        rows, row_bias = (x.detach() for x in backbone.output_rows(model))
+        kernel, bias = (x.detach() for x in backbone.patches.kernel(model))
+        rows, row_bias = (x.detach() for x in backbone.patches.rows(model))
         width, patch = len(kernel), kernel.shape[2:]
         u = times((1, method.underlying, method.underlying), patch)
         self.patch, self.kind = (patch[0], patch[1], patch[2]), method.resize
-        self.layouts = backbone.embed_layout, backbone.output_layout
+        self.layouts = backbone.patches.embed_layout, backbone.patches.output_layout
         self.live = False
         self._kept: dict[str, tuple[object, tuple[Tensor, Tensor, Tensor]]] = {}
         self.flex_embed = nn.Parameter(resize_embedding(kernel, u, "box"))
         self.flex_out = nn.Parameter(resize_output(rows, u, "box"))
         biases = {"flex_bias": bias.clone(), "flex_out_bias": resize_output(row_bias, u, "box")}
-        for (name, value), layer in zip(biases.items(), backbone.projections(model), strict=True):
+        for (name, value), layer in zip(
+            biases.items(), backbone.patches.layers(model), strict=True
+        ):
             if layer.bias is None:  # a bias could not be written back into the base: it stays zero
                 self.register_buffer(name, value)
             else:
@@ -148,7 +150,7 @@ class SharedSizes(Sizes):
             self.size_gains[mode.name] = nn.Parameter(torch.ones(width).to(kernel))
             self.size_shifts[mode.name] = nn.Parameter(torch.zeros(width).to(kernel))
 
-    def routes(self, mode: Mode) -> bool:
+    def makes_tokens(self, mode: Mode) -> bool:
         return self.live or not mode.is_full
 
     def embed(self, vectors: Tensor, mode: Mode) -> Tensor:
@@ -171,7 +173,7 @@ class SharedSizes(Sizes):
             resize_output(self.flex_out.detach(), p, self.kind),
             resize_output(self.flex_out_bias.detach(), p, self.kind),
         )
-        backbone.load_patch(model, embed, output)
+        backbone.patches.load(model, embed, output)
 
     def ready(self, mode: Mode) -> None:
         if torch.is_grad_enabled():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ditdial.backbones.base import Backbone
-from ditdial.layers.new_modules import Sizes
+from ditdial.layers.new_modules import NewModules
 from ditdial.methods.base import Method
 from ditdial.methods.projections import OwnProjections, legal_scale
 from ditdial.ops.patching import RESIZES, Triple
@@ -100,7 +100,7 @@ class PPFlow(Method):
             for above, below, mode, gain in zip(ends, ends[1:], modes, self.gains, strict=False)
         )
 
-    def build(self, model: nn.Module, backbone: Backbone) -> Sizes:
+    def build(self, model: nn.Module, backbone: Backbone) -> NewModules:
         return StageProjections(self, model, backbone)
 
     def to_config(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class StageProjections(OwnProjections):
 
     def __init__(self, method: PPFlow, model: nn.Module, backbone: Backbone) -> None:
         super().__init__(method.modes, method.resize, model, backbone)
-        kernel, _ = backbone.embed_kernel(model)
+        kernel, _ = backbone.patches.kernel(model)
         self.level_embeds = nn.ParameterDict()
         for mode in method.modes:
             self.level_embeds[mode.name] = nn.Parameter(0.02 * torch.randn(len(kernel)).to(kernel))

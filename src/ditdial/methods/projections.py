@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ditdial.backbones.base import Backbone
 from ditdial.host.weights import NewLinear
-from ditdial.layers.new_modules import Sizes
+from ditdial.layers.new_modules import NewModules
 from ditdial.ops.patching import (
     Triple,
     group,
@@ -24,7 +24,7 @@ from ditdial.ops.patching import (
 from ditdial.plan.mode import Mode
 
 
-class OwnProjections(Sizes):
+class OwnProjections(NewModules):
     """A pair of linear layers for each coarse mode.
 
     Args:
@@ -35,22 +35,22 @@ class OwnProjections(Sizes):
         self, modes: Iterable[Mode], resize: str, model: nn.Module, backbone: Backbone
     ) -> None:
         super().__init__()
-        kernel, bias = (x.detach() for x in backbone.embed_kernel(model))
-        rows, row_bias = (x.detach() for x in backbone.output_rows(model))
+        kernel, bias = (x.detach() for x in backbone.patches.kernel(model))
+        rows, row_bias = (x.detach() for x in backbone.patches.rows(model))
         self.patch_embeds, self.proj_outs = nn.ModuleDict(), nn.ModuleDict()
         for mode in modes:
             scale = mode.patch_scale
             size = times(scale, kernel.shape[2:])
             embed = resize_embedding(kernel, size, resize)
-            embed = to_grouped(embed, scale, backbone.embed_layout)
+            embed = to_grouped(embed, scale, backbone.patches.embed_layout)
             self.patch_embeds[mode.name] = _linear(embed, bias)
             out, out_bias = (
-                to_grouped(resize_output(x, size, resize), scale, backbone.output_layout)
+                to_grouped(resize_output(x, size, resize), scale, backbone.patches.output_layout)
                 for x in (rows, row_bias)
             )
             self.proj_outs[mode.name] = _linear(out.T, out_bias[0])
 
-    def routes(self, mode: Mode) -> bool:
+    def makes_tokens(self, mode: Mode) -> bool:
         return not mode.is_full
 
     def embed(self, vectors: Tensor, mode: Mode) -> Tensor:
@@ -68,7 +68,7 @@ class MarkedProjections(OwnProjections):
     ) -> None:
         modes = tuple(modes)
         super().__init__(modes, resize, model, backbone)
-        kernel, _ = backbone.embed_kernel(model)
+        kernel, _ = backbone.patches.kernel(model)
         self.size_embeds = nn.ParameterDict()
         for mode in modes:
             self.size_embeds[mode.name] = nn.Parameter(torch.zeros(len(kernel)).to(kernel))

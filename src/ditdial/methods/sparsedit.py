@@ -17,27 +17,25 @@ Shape legend: B batch, N dense tokens, M sparse tokens, D width.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ditdial.backbones.base import Backbone
 from ditdial.cost.blocks import SparseCost
+from ditdial.cost.shape import TransformerShape
 from ditdial.host.weights import NewLinear
-from ditdial.layers.new_modules import Sizes
-from ditdial.layers.state import Router
-from ditdial.layers.token_grids import Streams, attach
+from ditdial.layers.grid_hooks import attach
+from ditdial.layers.new_modules import NewModules
+from ditdial.layers.state import State
+from ditdial.layers.token_grids import TokenGrids
 from ditdial.methods.base import Method
 from ditdial.ops.patching import Triple, coarse_grid
 from ditdial.ops.pooling import UPSAMPLES, Sides, pool_tokens, spread_tokens
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule, Segment
-
-if TYPE_CHECKING:
-    from torch.utils.hooks import RemovableHandle
-
-    from ditdial.cost.shape import TransformerShape
 
 Stage = tuple[float, int | Sides]
 
@@ -188,7 +186,7 @@ class SparseDiT(Method):
             for above, below, mode in zip(edges, edges[1:], modes, strict=False)
         )
 
-    def build(self, model: nn.Module, backbone: Backbone) -> Sizes:
+    def build(self, model: nn.Module, backbone: Backbone) -> NewModules:
         streamed, planned = backbone.streamed, len(self.roles)
         if streamed is None:
             raise ValueError(
@@ -223,14 +221,14 @@ class SparseDiT(Method):
         return asdict(self)
 
 
-class SparseModules(Sizes):
+class SparseModules(NewModules):
     """The merges of the sparse-dense modules, the same for all grids."""
 
     def __init__(self, method: SparseDiT, model: nn.Module, backbone: Backbone) -> None:
         super().__init__()
         assert backbone.streamed is not None
         self.method, self.streamed = method, backbone.streamed
-        kernel, _ = backbone.embed_kernel(model)
+        kernel, _ = backbone.patches.kernel(model)
         self.merges = nn.ModuleList(
             Merge(len(kernel), {"device": kernel.device, "dtype": kernel.dtype}, method.upsample)
             for _ in range(method.modules)
@@ -240,7 +238,7 @@ class SparseModules(Sizes):
                 merge.sparse_gate = nn.Parameter(torch.zeros_like(kernel[:, 0, 0, 0, 0]))
                 merge.dense_gate = nn.Parameter(torch.zeros_like(kernel[:, 0, 0, 0, 0]))
 
-    def routes(self, mode: Mode) -> bool:
+    def makes_tokens(self, mode: Mode) -> bool:
         return False
 
     def embed(self, vectors: Tensor, mode: Mode) -> Tensor:
@@ -249,18 +247,20 @@ class SparseModules(Sizes):
     def project(self, hidden: Tensor, mode: Mode, grid: Triple) -> Tensor:
         raise AssertionError("the base's output layer is used in sparse modes")
 
-    def attach(self, model: nn.Module, router: Router) -> list[tuple[nn.Module, RemovableHandle]]:
-        return attach(model, self.streamed, self.method.roles, self.merges, router)
+    def attach(self, model: nn.Module) -> list[tuple[nn.Module, RemovableHandle]]:
+        return attach(model, self.streamed, self.method.roles, self.merges)
 
-    def begin(self, model: nn.Module, router: Router, mode: Mode) -> Streams | None:
+    def grids(
+        self, model: nn.Module, backbone: Backbone, state: State, mode: Mode
+    ) -> TokenGrids | None:
         if mode.token_grid is None:
             return None
-        _, height, width = coarse_grid(router.grid, mode.patch_scale)
+        _, height, width = coarse_grid(state.grid, mode.patch_scale)
         table = None
         if self.method.reposition and self.streamed.phases is None:
-            embed = model.get_submodule(router.backbone.embed)
-            table = router.backbone.positions(embed, router, mode.patch)
-        return Streams(self.streamed, (height, width), mode.token_grid, table)
+            embed = model.get_submodule(backbone.patches.embed)
+            table = backbone.positions(embed, state, mode.patch)
+        return TokenGrids(self.streamed, (height, width), mode.token_grid, table)
 
 
 class Merge(nn.Module):
@@ -282,25 +282,25 @@ class Merge(nn.Module):
         self.register_parameter("sparse_gate", None)
         self.register_parameter("dense_gate", None)
 
-    def pooled(self, streams: Streams, dense: Tensor) -> Tensor:
+    def pooled(self, grids: TokenGrids, dense: Tensor) -> Tensor:
         """Sparse tokens ``(B, M, D)`` of the dense ones ``(B, N, D)``."""
-        sparse = pool_tokens(dense, streams.dense, streams.sparse)
-        if streams.positions is None or self.sparse_gate is None:
+        sparse = pool_tokens(dense, grids.dense, grids.sparse)
+        if grids.positions is None or self.sparse_gate is None:
             return sparse
-        positions = pool_tokens(streams.positions, streams.dense, streams.sparse)
+        positions = pool_tokens(grids.positions, grids.dense, grids.sparse)
         return sparse + (self.sparse_gate * positions).to(sparse.dtype)
 
-    def merged(self, streams: Streams, sparse: Tensor, dense: Tensor) -> Tensor:
+    def merged(self, grids: TokenGrids, sparse: Tensor, dense: Tensor) -> Tensor:
         """Dense tokens from sparse ones and from those that the module began with.
 
         The paper spreads first and multiplies then; the other way round is the same, for fewer
         tokens.
         """
-        wide = spread_tokens(self.sparse(sparse), streams.sparse, streams.dense, self.upsample)
+        wide = spread_tokens(self.sparse(sparse), grids.sparse, grids.dense, self.upsample)
         merged = wide + self.dense(dense)
-        if streams.positions is None or self.dense_gate is None:
+        if grids.positions is None or self.dense_gate is None:
             return merged
-        return merged + (self.dense_gate * streams.positions).to(merged.dtype)
+        return merged + (self.dense_gate * grids.positions).to(merged.dtype)
 
 
 def _linear(weight: Tensor, like: dict[str, Any]) -> NewLinear:

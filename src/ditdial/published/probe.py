@@ -58,14 +58,14 @@ def _facts(backbone: Backbone, model: Any, grid: Triple | None, text: int | None
         None: "one call per branch",
     }
     facts: dict[str, Any] = {
-        "tokens from": backbone.embed,
+        "tokens from": backbone.patches.embed,
         "positions from": backbone.rotary
         or ", ".join(dict(backbone.rewired))
         or "the module that makes tokens, or the arguments",
-        "tokens into latents": backbone.output,
+        "tokens into latents": backbone.patches.output,
         "coarse along": [AXES[axis] for axis in backbone.axes],
-        "guidance": guidance[backbone.conditional_first],
-        "packed guidance": backbone.packs,
+        "guidance": guidance[backbone.arguments.conditional_first],
+        "packed guidance": backbone.packed is not None,
     }
     if model is None:
         return facts | {"cost": None, "why": "this class has no default config to count with"}

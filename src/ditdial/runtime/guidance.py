@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditdial.backbones.call import Branches, Call
+from ditdial.backbones.arguments import Branches, Call
 from ditdial.layers.packing import Layout, Part
-from ditdial.layers.state import Router
+from ditdial.layers.wiring import Wiring
 from ditdial.plan.mode import Mode
 from ditdial.plan.schedule import Segment
 
@@ -39,7 +39,7 @@ class Remembered:
 
 
 def run_batch(
-    router: Router,
+    wiring: Wiring,
     forward: Forward,
     call: Call,
     segment: Segment,
@@ -56,30 +56,31 @@ def run_batch(
     Returns:
         What the stock forward returns, for all rows in their order.
     """
+    arguments = wiring.backbone.arguments
     if branches is None:
         return forward(call, segment.mode)
     same = segment.guide_mode == segment.mode
     if same and segment.gain == 1:
         return forward(call, segment.mode)
-    conditional = router.backbone.rows(call, branches.conditional)
+    conditional = arguments.rows(call, branches.conditional)
     if segment.gain == 0:
-        c = _sample(router, forward, conditional, segment.mode, CONDITIONAL)
-        return _wrap(router, call, _interleave(branches, c, c))
-    guide = router.backbone.rows(call, branches.guidance)
+        c = _sample(wiring, forward, conditional, segment.mode, CONDITIONAL)
+        return arguments.answer(call, _interleave(branches, c, c))
+    guide = arguments.rows(call, branches.guidance)
     if segment.weak_guidance:
-        guide = router.backbone.give_condition(guide, conditional)
+        guide = arguments.give_condition(guide, conditional)
     if packed and not same:
-        c, g = _packed(router, forward, (conditional, guide), segment)
+        c, g = _packed(wiring, forward, (conditional, guide), segment)
     else:
-        c = _sample(router, forward, conditional, segment.mode, CONDITIONAL)
-        g = _sample(router, forward, guide, segment.guide_mode, GUIDANCE)
+        c = _sample(wiring, forward, conditional, segment.mode, CONDITIONAL)
+        g = _sample(wiring, forward, guide, segment.guide_mode, GUIDANCE)
     if segment.gain != 1:
         g = torch.lerp(c, g, segment.gain)
-    return _wrap(router, call, _interleave(branches, c, g))
+    return arguments.answer(call, _interleave(branches, c, g))
 
 
 def run_guidance(
-    router: Router, forward: Forward, call: Call, segment: Segment, conditional: Remembered | None
+    wiring: Wiring, forward: Forward, call: Call, segment: Segment, conditional: Remembered | None
 ) -> Any:
     """The guidance branch of a pipeline that calls the model once per branch.
 
@@ -89,6 +90,7 @@ def run_guidance(
     Raises:
         RuntimeError: the segment needs the conditional call, and there was none before this one.
     """
+    arguments = wiring.backbone.arguments
     if segment.gain == 1 and not segment.weak_guidance:
         return forward(call, segment.guide_mode)
     if conditional is None:
@@ -97,48 +99,47 @@ def run_guidance(
             "pipeline called the guidance branch before it; legal: guidance 'cfg' with gain 1"
         )
     if segment.gain == 0:
-        return _wrap(router, call, conditional.sample)
+        return arguments.answer(call, conditional.sample)
     if segment.weak_guidance:
-        call = router.backbone.give_condition(call, conditional.call)
-    g = _sample(router, forward, call, segment.guide_mode)
-    return _wrap(router, call, torch.lerp(conditional.sample, g, segment.gain))
+        call = arguments.give_condition(call, conditional.call)
+    g = _sample(wiring, forward, call, segment.guide_mode)
+    return arguments.answer(call, torch.lerp(conditional.sample, g, segment.gain))
 
 
 def _packed(
-    router: Router, forward: Forward, calls: tuple[Call, Call], segment: Segment
+    wiring: Wiring, forward: Forward, calls: tuple[Call, Call], segment: Segment
 ) -> tuple[Tensor, Tensor]:
     """Predictions of a conditional and a guidance call that run as one."""
-    count = len(calls[0][router.backbone.sample])
-
-    def join(value: Any, other: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: join(inner, other[key]) for key, inner in value.items()}
-        if isinstance(value, list):
-            return [join(*pair) for pair in zip(value, other, strict=True)]
-        if torch.is_tensor(value) and value.ndim and value.shape[0] == count:
-            return torch.cat([value, other])
-        return value
-
-    joined = join(*calls)
+    state, count = wiring.state, wiring.backbone.arguments.count(calls[0])
     modes = (segment.mode, segment.guide_mode)
-    parts = tuple(Part(mode, count, router.tokens(mode)) for mode in modes)
-    router.layout = Layout(parts)
+    state.layout = Layout(
+        tuple(
+            Part(mode, count, state.tokens(mode), wiring.new.makes_tokens(mode)) for mode in modes
+        )
+    )
     try:
-        sample = _sample(router, forward, joined, segment.mode)
+        sample = _sample(wiring, forward, _joined(*calls, count), segment.mode)
     finally:
-        router.layout = None
+        state.layout = None
     return sample[:count], sample[count:]
 
 
-def _sample(router: Router, forward: Forward, call: Call, mode: Mode, branch: str = "") -> Tensor:
-    return router.backbone.stack(forward({**call, "return_dict": False}, mode, branch)[0])
+def _joined(value: Any, other: Any, count: int) -> Any:
+    """The rows of two calls' arguments behind each other, inside lists and dictionaries too."""
+    if isinstance(value, dict):
+        return {key: _joined(inner, other[key], count) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_joined(*pair, count) for pair in zip(value, other, strict=True)]
+    if torch.is_tensor(value) and value.ndim and value.shape[0] == count:
+        return torch.cat([value, other])
+    return value
+
+
+def _sample(wiring: Wiring, forward: Forward, call: Call, mode: Mode, branch: str = "") -> Tensor:
+    output = forward({**call, "return_dict": False}, mode, branch)
+    return wiring.backbone.arguments.stack(output[0])
 
 
 def _interleave(branches: Branches, c: Tensor, g: Tensor) -> Tensor:
     first_is_conditional = (branches.conditional.start or 0) == 0
     return torch.cat([c, g] if first_is_conditional else [g, c])
-
-
-def _wrap(router: Router, call: Call, sample: Tensor) -> Any:
-    output = router.backbone.unstack(sample)
-    return router.backbone.wrap_output(output) if call.get("return_dict", True) else (output,)

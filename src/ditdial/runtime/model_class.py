@@ -1,4 +1,8 @@
-"""The class of an elastic model: a generated subclass whose calls go through its engine."""
+"""The class of an elastic model: a generated subclass whose calls go through its engine.
+
+The stock names go into saved configs and are what caches and loaders look for, so that the
+subclass has the name and module of the stock class and is equal to it.
+"""
 
 from __future__ import annotations
 
@@ -6,30 +10,138 @@ import contextlib
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
-from torch._C._dynamo.eval_frame import set_eval_frame
-from torch._dynamo.decorators import skip_code
 
+from ditdial.adapter import Adapter, Composition, check_base
+from ditdial.backbones import Backbone, backbone_for
+from ditdial.backbones.base import Rewired
+from ditdial.backbones.forward import WIRING
 from ditdial.host.device_map import dispatch, offloads, without_places
 from ditdial.host.pickling import MADE_OF, pickled_as
-from ditdial.layers.state import ENGINE
-from ditdial.runtime.compiled import Graphs
+from ditdial.layers.swap import check_forward, rebind_hooks
+from ditdial.methods import Method
+from ditdial.plan.execution import Execution
+from ditdial.plan.mode import Mode
+from ditdial.plan.schedule import Schedule
+from ditdial.runtime.compiled import unseen
+from ditdial.runtime.engine import Engine
+from ditdial.runtime.tensors import NEW
 
-if TYPE_CHECKING:
-    from ditdial.backbones.base import Rewired
-    from ditdial.methods import Method
-    from ditdial.runtime.engine import Engine
-
-SIZES = "elastic"
-"""Submodule with the new tensors."""
+ENGINE = "_ditdial_engine"
+"""Attribute of an elastic model that holds its engine."""
 
 FOLDER = "elastic.adapter"
 """Folder of the adapter in a saved model. What reads such folders splits all names at the dot."""
+
+
+def engine_of(model: nn.Module) -> Engine | None:
+    """The engine of an elastic model; None for a stock one."""
+    return model.__dict__.get(ENGINE)
+
+
+def make_elastic(
+    model: nn.Module,
+    sources: Sequence[Adapter | Method],
+    *,
+    schedule: Schedule | None = None,
+    execution: Execution | None = None,
+) -> Engine:
+    """Make a model elastic, in place; an elastic one is first restored.
+
+    Args:
+        sources: trained adapters, and methods that start from the base's weights.
+        schedule: replaces the adapters' default.
+
+    Raises:
+        ValueError: unsupported class, adapter of another base, mode that does not fit, parts that
+            cannot be combined. Nothing has been changed then.
+    """
+    backbone = backbone_for(model)
+    composition = Composition.of(sources)
+    method, adapters = composition.method, composition.adapters
+    for single in method.singles:
+        backbone.check(model, set(single.modes))
+        _check_method(model, backbone, single)
+    for loaded in adapters:
+        check_base(loaded, backbone.identity(model))
+    schedule = schedule or composition.schedule
+    check_modes(model, backbone, method, schedule.modes, "schedule")
+    previous = engine_of(model)
+    if previous is None:
+        check_forward(model)
+    else:
+        uninstall(model)
+    try:
+        engine = Engine.build(model, backbone, method, adapters)
+        engine.execution = execution or Execution()
+    except Exception:
+        if previous is not None:
+            install(model, previous)
+        raise
+    own = (adapter.calibration for adapter in adapters if adapter.method == method)
+    engine.chooser.schedule, engine.chooser.calibration = schedule, next(own, None)
+    install(model, engine)
+    return engine
+
+
+def check_modes(
+    model: nn.Module, backbone: Backbone, method: Method, modes: set[Mode], who: str
+) -> None:
+    """Refuse modes that an adapter or its model lacks.
+
+    Args:
+        who: asks for them.
+
+    Raises:
+        ValueError: naming them, and the legal ones.
+    """
+    unknown = sorted(mode.name for mode in modes if not method.has(mode))
+    if unknown:
+        fitting = (mode.name for mode in method.modes if backbone.fits(model, mode))
+        names = ", ".join(["full", *fitting])
+        raise ValueError(f"{who} asks for {', '.join(unknown)}; legal for this adapter: {names}")
+    backbone.check(model, modes)
+
+
+def _check_method(model: nn.Module, backbone: Backbone, method: Method) -> None:
+    layers = backbone.adapting(method.adapts).low_rank_layers(model)
+    if method.low_rank and not any(True for _ in layers):
+        raise ValueError(
+            f"method {method.name!r} adapts feed-forward layers, and those of "
+            f"{backbone.model_class} are not linear; legal: a method that adapts attention too"
+        )
+    if method.conditions and not backbone.conditioning:
+        raise ValueError(
+            f"method {method.name!r} marks the conditioning vector, and none is known of "
+            f"{backbone.model_class}; legal: a method that marks tokens (flexidit, ddit)"
+        )
+
+
+def install(model: nn.Module, engine: Engine) -> None:
+    """Attach an engine and what it has prepared to its model; the inverse of `uninstall`."""
+    surgery = engine.surgery
+    surgery.install(model)
+    model.__class__ = elastic_class(surgery.stock, engine.wiring.backbone.rewired, engine.method)
+    model.__dict__[ENGINE], model.__dict__[WIRING] = engine, engine.wiring
+    rebind_hooks(model, surgery.stock)
+
+
+def uninstall(model: nn.Module) -> None:
+    """Make it the stock model again, exactly.
+
+    Raises:
+        RuntimeError: the adapter's own version of base weights is offloaded.
+    """
+    surgery = model.__dict__[ENGINE].surgery
+    surgery.uninstall(model)
+    was, model.__class__ = type(model), surgery.stock
+    del model.__dict__[ENGINE], model.__dict__[WIRING]
+    rebind_hooks(model, was)
 
 
 @functools.cache
@@ -42,110 +154,9 @@ def elastic_class(
         rewired: methods of the stock class, and what the backbone puts in their place.
         method: makes the models of ``from_config`` elastic; without it they are as stock ones.
     """
-    bound = _binder(inspect.signature(stock.forward))
-    cached = getattr(stock, "cache_context", lambda *_, **__: contextlib.nullcontext())
-
-    @functools.wraps(stock.forward)  # caches and modular pipelines read the signature
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        engine: Engine | None = self.__dict__.get(ENGINE)
-        if engine is None:  # built from the class, not by elastify
-            return stock.forward(self, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            return engine.run_inside(self, bound(self, *args, **kwargs))
-        # This is None unless `torch.compile(model)` is at work. It must not see what chooses the
-        # mode, only the stock forward, where the engine gives it back.
-        engine.compiler = set_eval_frame(None)
-        try:
-            return engine.run(self, bound(self, *args, **kwargs))
-        finally:
-            compiler, engine.compiler = engine.compiler, None
-            set_eval_frame(compiler)
-
-    skip_code(forward.__code__)
-
-    def compile(self: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """Compile the stock forward, once per mode; choosing the mode stays outside the graph."""
-        engine: Engine | None = self.__dict__.get(ENGINE)
-        if engine is None:
-            stock.compile(self, *args, **kwargs)
-        else:
-            engine.compiled = Graphs(
-                stock.forward,
-                engine.router,
-                lambda function: torch.compile(function, *args, **kwargs),
-            )
-
-    @contextlib.contextmanager
-    def cache_context(self: nn.Module, name: str, **facts: Any) -> Iterator[None]:
-        """Stock context, where the class has one; its name also tells the branch."""
-        engine: Engine | None = self.__dict__.get(ENGINE)
-        if engine is None:
-            with cached(self, name, **facts):
-                yield
-            return
-        previous, engine.timeline.context = engine.timeline.context, (name, facts)
-        try:
-            with cached(self, name, **facts):
-                yield
-        finally:
-            engine.timeline.context = previous
-
-    @functools.wraps(stock.save_pretrained)  # pipelines read what it accepts
-    def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
-        engine: Engine | None = self.__dict__.get(ENGINE)
-        if engine is None:
-            stock.save_pretrained(self, save_directory, *args, **kwargs)
-            return
-        # The adapter goes first: with the stock model's files the folder may go to the hub at once.
-        if kwargs.get("is_main_process", True):
-            engine.adapter(self).save(Path(save_directory) / FOLDER)
-        engine.uninstall(self)
-        try:
-            self.save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            engine.install(self)
-
-    @classmethod
-    def from_pretrained(
-        cls: type, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
-    ) -> Any:
-        """The model of a folder, elastic if `save_pretrained` has left an adapter inside."""
-        from ditdial.elastify import elastify  # it makes use of this class
-
-        folder = pretrained_model_name_or_path
-        adapter = Path(folder) / (kwargs.get("subfolder") or "") / FOLDER
-        # New tensors take part in the placement, so they must be there before it.
-        later = adapter.is_dir() and offloads(kwargs)
-        options = without_places(kwargs) if later else kwargs
-        loaded = stock.from_pretrained(folder, *args, **options)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
-        if adapter.is_dir():
-            elastify(model, adapter)
-        if later:
-            dispatch(model, SIZES, kwargs)
-        return loaded
-
-    @classmethod
-    def from_config(cls: type, config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """A new model, as elastic as the one whose class this is, with the method's schedule.
-
-        ``EMAModel.save_pretrained`` puts the average into such a model.
-        """
-        from ditdial.elastify import elastify  # it makes use of this class
-
-        built = stock.from_config(config, *args, **kwargs)
-        if method is not None:
-            elastify(built[0] if isinstance(built, tuple) else built, method)
-        return built
-
-    # The stock names go into saved configs and are what caches and loaders look for.
     parts: dict[str, Any] = {
-        "forward": forward,
-        "compile": compile,
-        "cache_context": cache_context,
-        "save_pretrained": save_pretrained,
-        "from_pretrained": from_pretrained,
-        "from_config": from_config,
+        "forward": _forward_of(stock),
+        "save_pretrained": _save_pretrained_of(stock),
         "__reduce_ex__": pickled_as(elastic_class, stock, rewired, method),
         MADE_OF: (stock, rewired, method),
         **{name: _rewired(getattr(stock, name), coarse) for name, coarse in rewired},
@@ -155,7 +166,109 @@ def elastic_class(
     }
     if hasattr(stock, "from_single_file"):  # a file of the base's weights, loaded by from_config
         parts["from_single_file"] = staticmethod(stock.from_single_file)
-    return _alike(type(stock))(stock.__name__, (stock,), parts)
+    return _alike(type(stock))(stock.__name__, (ElasticModel, stock), parts)
+
+
+class ElasticModel(nn.Module):
+    """What an elastic model does otherwise than a stock one; mixed in front of the stock class.
+
+    An object of such a class that has no engine was built from the class, not by `make_elastic`,
+    and does as a stock one.
+    """
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the stock forward, once per mode; choosing the mode stays outside the graph."""
+        engine = engine_of(self)
+        if engine is None:
+            super().compile(*args, **kwargs)
+        else:
+            engine.passes.compiled.compile(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def cache_context(self, name: str, **facts: Any) -> Iterator[None]:
+        """Stock context, where the class has one; its name also tells the branch."""
+        stock: Any = super()
+        cached = getattr(stock, "cache_context", lambda *_, **__: contextlib.nullcontext())
+        engine = engine_of(self)
+        if engine is None:
+            with cached(name, **facts):
+                yield
+            return
+        position = engine.position
+        previous, position.context = position.context, (name, facts)
+        try:
+            with cached(name, **facts):
+                yield
+        finally:
+            position.context = previous
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The model of a folder, elastic if ``save_pretrained`` has left an adapter inside."""
+        stock, folder = getattr(cls, MADE_OF)[0], pretrained_model_name_or_path
+        adapter = Path(folder) / (kwargs.get("subfolder") or "") / FOLDER
+        # New tensors take part in the placement, so they must be there before it.
+        later = adapter.is_dir() and offloads(kwargs)
+        options = without_places(kwargs) if later else kwargs
+        loaded = stock.from_pretrained(folder, *args, **options)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        if adapter.is_dir():
+            make_elastic(model, [Adapter.from_pretrained(adapter)])
+        if later:
+            dispatch(model, NEW, kwargs)
+        return loaded
+
+    @classmethod
+    def from_config(cls, config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """A new model, as elastic as the one whose class this is, with the method's schedule.
+
+        ``EMAModel.save_pretrained`` puts the average into such a model.
+        """
+        stock, _, method = getattr(cls, MADE_OF)
+        built = stock.from_config(config, *args, **kwargs)
+        if method is not None:
+            make_elastic(built[0] if isinstance(built, tuple) else built, [method])
+        return built
+
+
+def _forward_of(stock: type) -> Callable[..., Any]:
+    """The forward of an elastic class; it has the signature of the stock one."""
+    bound = _binder(inspect.signature(stock.forward))
+
+    @unseen
+    @functools.wraps(stock.forward)  # caches and modular pipelines read the signature
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        engine: Engine | None = self.__dict__.get(ENGINE)
+        if engine is None:
+            return stock.forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return engine.passes.run_inside(self, bound(self, *args, **kwargs))
+        return engine.passes.compiled.outside(engine.run, self, bound(self, *args, **kwargs))
+
+    return forward
+
+
+def _save_pretrained_of(stock: type) -> Callable[..., None]:
+    """What saves an elastic model: the stock files, and the adapter in a folder beside them."""
+
+    @functools.wraps(stock.save_pretrained)  # pipelines read what it accepts
+    def save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        engine = engine_of(self)
+        if engine is None:
+            stock.save_pretrained(self, save_directory, *args, **kwargs)
+            return
+        # The adapter goes first: with the stock model's files the folder may go to the hub at once.
+        if kwargs.get("is_main_process", True):
+            engine.adapter(self).save_pretrained(Path(save_directory) / FOLDER)
+        uninstall(self)
+        try:
+            self.save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            install(self, engine)
+
+    return save_pretrained
 
 
 @functools.cache
@@ -178,10 +291,10 @@ class _Alike(type):
     """
 
     def __eq__(cls, other: object) -> bool:
-        return cls is other or cls.__bases__[0] is other
+        return cls is other or getattr(cls, MADE_OF)[0] is other
 
     def __hash__(cls) -> int:
-        return hash(cls.__bases__[0])
+        return hash(getattr(cls, MADE_OF)[0])
 
 
 def _binder(signature: inspect.Signature) -> Callable[..., dict[str, Any]]:
@@ -214,8 +327,8 @@ def _rewired(stock: Callable[..., Any], coarse: Rewired) -> Callable[..., Any]:
     def method(self: nn.Module, *args: Any) -> Any:
         engine: Engine | None = self.__dict__.get(ENGINE)
         own = functools.partial(stock, self)
-        if engine is None or not engine.router.sizes.routes(engine.router.mode):
+        if engine is None or not engine.wiring.state.makes_tokens:
             return own(*args)
-        return coarse(self, engine.router, own, *args)
+        return coarse(self, engine.wiring.state, own, *args)
 
     return method

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditdial.backbones.base import Backbone
-from ditdial.backbones.call import Branches, Call
+from ditdial.backbones.arguments import Arguments, Branches, Call
 from ditdial.plan.controller import Decision
 from ditdial.plan.schedule import Segment
 
@@ -49,7 +48,7 @@ RunGroup = Callable[[Call, Group, Branches | None, tuple[int, ...] | None], Any]
 
 
 def run_groups(
-    backbone: Backbone,
+    arguments: Arguments,
     call: Call,
     groups: Sequence[Group],
     branches: Branches | None,
@@ -66,14 +65,13 @@ def run_groups(
     for group in groups:
         assert group.pictures is not None
         rows, own = _rows_of(group.pictures, branches)
-        part = backbone.rows(call, rows) | {"return_dict": False}
-        prediction = backbone.stack(run(part, group, own, rows)[0])
+        part = arguments.rows(call, rows) | {"return_dict": False}
+        prediction = arguments.stack(run(part, group, own, rows)[0])
         if out is None:
-            out = prediction.new_empty(len(call[backbone.sample]), *prediction.shape[1:])
+            out = prediction.new_empty(arguments.count(call), *prediction.shape[1:])
         out = out.index_copy(0, torch.tensor(rows, device=out.device), prediction)
     assert out is not None
-    output = backbone.unstack(out)
-    return backbone.wrap_output(output) if call.get("return_dict", True) else (output,)
+    return arguments.answer(call, out)
 
 
 def _rows_of(

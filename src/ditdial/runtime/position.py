@@ -1,4 +1,4 @@
-"""Where a call stands in its run: noise level, first call or a later one, guidance or not.
+"""The position of a call in its run: noise level, first call or a later one, guidance or not.
 
 diffusers' pipelines tell their models none of this. It is read from the scheduler that is at work,
 from the name of the ``cache_context`` that is open, and from the latent.
@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ditdial.backbones import Backbone
+from ditdial.backbones.arguments import Call
 from ditdial.host.pipelines import TRANSFORMERS, called_levels
 from ditdial.host.weights import versions
 
@@ -21,7 +22,7 @@ ROUNDING = 2**-7
 
 
 @dataclass(eq=False)
-class Timeline:
+class Position:
     """Of one elastic model's runs.
 
     Attributes:
@@ -62,6 +63,22 @@ class Timeline:
         scheduler = getattr(self.pipe_of(model), "scheduler", None)
         return scheduler, getattr(scheduler, "timesteps", None)
 
+    def level(self, model: nn.Module, call: Call) -> tuple[float, float]:
+        """Lowest and highest noise level of a call's rows, as exact as the scheduler knows them.
+
+        Some pipelines (FLUX) cast the time to the dtype of the latents, and a rounded level may lie
+        on the other side of a segment's edge than the planned one.
+        """
+        low, high = self.backbone.times.levels(call)
+        if low != high:
+            return low, high
+        return (self.as_planned(model, high),) * 2
+
+    def calls_by_branch(self, model: nn.Module) -> bool:
+        """Whether the pipeline calls the model once per guidance branch."""
+        by_itself = self.backbone.arguments.conditional_first is None
+        return self.context is not None or (by_itself and self.pipe_of(model) is not None)
+
     def levels_ahead(self, model: nn.Module) -> tuple[float, ...]:
         """Noise levels of a run's calls; none where no scheduler tells them."""
         scheduler, timesteps = self._scheduler(model)
@@ -101,8 +118,8 @@ class Timeline:
         The pipeline's ``cache_context`` tells. One that opens none gives the same latent again.
         """
         if self.context is not None:
-            return self.context[0] in self.backbone.contexts
-        if self.backbone.conditional_first is not None or self.pipe_of(model) is None:
+            return self.context[0] in self.backbone.arguments.contexts
+        if self.backbone.arguments.conditional_first is not None or self.pipe_of(model) is None:
             return False
         seen = (versions(latent), level)
         before, self.previous = self.previous, (weakref.ref(latent), seen)

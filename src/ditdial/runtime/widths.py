@@ -16,23 +16,23 @@ import torch
 from torch import Tensor, nn
 
 from ditdial.backbones import Backbone
-from ditdial.backbones.call import Call
+from ditdial.backbones.arguments import Call
+from ditdial.backbones.forward import WIRING
 from ditdial.backbones.routed import has_fused
 from ditdial.cost.blocks import Seen
 from ditdial.cost.shape import Kept, Routable
 from ditdial.host.weights import is_ordinary
-from ditdial.layers.state import ROUTER, Place
 from ditdial.layers.width import (
     ColumnsSeam,
     HeadsNormSeam,
     HeadsSeam,
+    Place,
     ResidualSeam,
     RowsSeam,
     SkipRowsSeam,
     SkipSeam,
 )
-from ditdial.layers.width_pass import Narrow
-from ditdial.methods.dydit import RoutedSizes
+from ditdial.layers.width_pass import Narrow, Routing
 from ditdial.ops.patching import coarse_grid
 from ditdial.plan.mode import Mode
 
@@ -51,8 +51,7 @@ class Widths:
 
     Attributes:
         buckets: how many different sub-networks of a mode a run may have; 0 for one per step.
-        slices: how many narrow copies of its weights each layer keeps for later calls. None saves
-            memory, at the price of cutting them at every call; as many as buckets cuts them once.
+        slices: how many narrow copies of its weights each layer keeps for later calls.
         routable: what can be left out of each block.
         layers, attention: names of the linear layers, and of the attention, that are narrowed.
         last: what the last forward pass left out.
@@ -60,11 +59,11 @@ class Widths:
 
     last: Narrow
 
-    def __init__(self, sizes: RoutedSizes, backbone: Backbone, model: nn.Module) -> None:
-        self.sizes, self.backbone, self.buckets, self.slices = sizes, backbone, 0, 1
+    def __init__(self, routing: Routing, backbone: Backbone, model: nn.Module) -> None:
+        self.routing, self.backbone, self.buckets, self.slices = routing, backbone, 0, 1
         blocks = list(backbone.routed_blocks(model))
         self.routable: tuple[Routable, ...] = tuple(
-            block.routable(sizes.method.tokens) for block in blocks
+            block.routable(routing.tokens) for block in blocks
         )
         names = {module: name for name, module in model.named_modules()}
         self.layers = [names[layer] for block in blocks for layer in block.layers]
@@ -91,7 +90,7 @@ class Widths:
             yield block.widen, RowsSeam, at(channels, block.widen)
             both = replace(channels, role="both") if block.shared else channels
             yield block.narrow, ColumnsSeam, at(both, block.narrow)
-            if block.residual is None or not self.sizes.method.tokens:
+            if block.residual is None or not self.routing.tokens:
                 continue
             yield block.residual, ResidualSeam, both
             if block.feed_forward is not None:
@@ -110,16 +109,16 @@ class Widths:
             ValueError: rows of different noise levels, which cannot share slices.
             RuntimeError: a layer that is no longer a plain one.
         """
-        if self.sizes.gated:
-            times = torch.as_tensor(call[self.backbone.time]).reshape(-1)
-            self.last = self.sizes.gating(mode, self.backbone.time_vector(model, times))
+        if self.routing.gated:
+            times = torch.as_tensor(call[self.backbone.times.argument]).reshape(-1)
+            self.last = self.routing.gating(mode, self.backbone.times.vector(model, times))
             self.last.text = self.backbone.text_tokens(call)
             return self.last
-        low, high = self.backbone.levels(call)
+        low, high = self.backbone.times.levels(call)
         if low != high:
             raise ValueError(
                 f"noise levels of a batch go from {low} to {high}, and mode {mode.name!r} cuts its "
-                "layers for one; legal: one noise level, or handle.widths.sizes.gated = True"
+                "layers for one; legal: one noise level"
             )
         self._check_layers(model)
         self.last = self.narrow(model, mode, level)
@@ -136,7 +135,7 @@ class Widths:
                 )
         for name in self.layers:
             layer: Any = model.get_submodule(name)
-            if ROUTER in layer.__dict__ and is_ordinary(layer.weight):
+            if WIRING in layer.__dict__ and is_ordinary(layer.weight):
                 continue
             raise RuntimeError(
                 f"{name} is a {type(layer).__name__} by now (a LoRA, quantisation), from which no "
@@ -159,17 +158,17 @@ class Widths:
 
     def at(self, model: nn.Module, mode: Mode, level: float) -> Opened:
         """What a mode opens at a noise level."""
-        mode = self.sizes.method.routing(mode)
+        mode = self.routing.routed_as(mode)
         key = (mode, level)
         if key not in self.opened:
             self._dial(model, mode)
             levels = self.levels if level in self.levels else (level,)
-            times = torch.tensor([self.backbone.time_of(each) for each in levels])
+            times = torch.tensor([self.backbone.times.time_of(each) for each in levels])
             with torch.no_grad():
-                time = self.backbone.time_vector(model, times)
-            found = {role: x.cpu() for role, x in self.sizes.decide(mode, time).items()}
+                time = self.backbone.times.vector(model, times)
+            found = {role: x.cpu() for role, x in self.routing.decide(mode, time).items()}
             with torch.no_grad():
-                mixes = self.sizes.mix(time)
+                mixes = self.routing.mix(time)
             opened = [{role: x[i] for role, x in found.items()} for i in range(len(levels))]
             if self.buckets and len(levels) > 1:
                 opened = united(opened, self.buckets)
@@ -185,17 +184,17 @@ class Widths:
         Raises:
             ValueError: a width that no threshold gives; says which ones are given.
         """
-        offsets = self.sizes.offsets
-        if mode in offsets or mode in self.sizes.method.routed:
+        offsets = self.routing.offsets
+        if mode in offsets or self.routing.is_trained(mode):
             return
-        times = torch.tensor([self.backbone.time_of(each) for each in EVEN])
-        time = self.backbone.time_vector(model, times)
-        tokens = torch.tensor([self.sizes.token_shares(mode, each) for each in EVEN])
+        times = torch.tensor([self.backbone.times.time_of(each) for each in EVEN])
+        time = self.backbone.times.vector(model, times)
+        tokens = torch.tensor([self.routing.token_shares(mode, each) for each in EVEN])
         works = torch.tensor(self.works(model, mode))
 
         def share(offset: float) -> float:
             offsets[mode] = offset
-            opened = self.sizes.decide(mode, time)
+            opened = self.routing.decide(mode, time)
             heads, channels = (opened[x].float().mean(-1).cpu() for x in ("heads", "channels"))
             left = heads * works[:, 0] + channels * tokens * works[:, 1]
             return float(left.sum(1).mean() / works.sum())
@@ -228,17 +227,15 @@ class Widths:
         key = (mode, level)
         opened = self.at(model, mode, level)
         if key not in self.made:
-            self.made[key] = self.sizes.sliced(mode, opened, self.mixes[level], self.features)
+            self.made[key] = self.routing.sliced(mode, opened, self.mixes[level], self.features)
         narrow = self.made[key]
         narrow.slices = self.slices
-        narrow.logits.clear()
-        narrow.entering.clear()
-        narrow.token_shares.clear()
+        narrow.forget()
         return narrow
 
     def kept(self, model: nn.Module, mode: Mode, level: float | None) -> list[Kept]:
         """What each block leaves in; in the mean over all levels if none is given."""
-        tokens = self.sizes.token_shares(mode, level)
+        tokens = self.routing.token_shares(mode, level)
         if level is None:
             shares = [_shares(self.at(model, mode, each)) for each in EVEN]
             means = torch.tensor(shares).mean(0).tolist()

@@ -21,14 +21,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ditdial.adapter import Adapter, load_adapter
+from ditdial.adapter import Adapter
 from ditdial.checks import require
 from ditdial.elastify import elastify
 from ditdial.methods import DDiT, FlexiDiT, Method, PPFlow, SparseDiT
-from ditdial.methods.flexidit import SharedSizes
+from ditdial.methods.flexidit import SharedPatches
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule
-from ditdial.runtime.surgery import is_new
+from ditdial.runtime.model_class import engine_of
+from ditdial.runtime.tensors import is_new
 from ditdial.training.config import Recipe, from_table
 from ditdial.training.objectives import NoisyBatch, noisy_batch
 from ditdial.training.sparse_stages import SparseSettings, draw_stage, min_snr_weighted
@@ -154,8 +155,8 @@ class AdapterTask:
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(not settings.distils or self._trains(name))
         if self.shared:
-            sizes = self._shared_sizes()
-            sizes.live = True
+            shared = self._shared_patches()
+            shared.live = True
             for module in (self.module.pos_embed.proj, self.module.proj_out_2):
                 module.requires_grad_(False)  # the underlying weights stand in for them
 
@@ -169,7 +170,7 @@ class AdapterTask:
     def _start(self, method: Method) -> Method | Adapter:
         if not self.settings.init_from:
             return method
-        adapter = load_adapter(self.settings.init_from)
+        adapter = Adapter.from_pretrained(self.settings.init_from)
         if adapter.method != method:
             raise ValueError(
                 f"adapter.init_from = {self.settings.init_from!r} holds {adapter.method}; legal: "
@@ -285,17 +286,18 @@ class AdapterTask:
     def export(self, folder: Path, facts: dict[str, object]) -> None:
         """Save the adapter folder."""
         if self.shared:
-            sizes = self._shared_sizes()
-            sizes.write_base(self.module, self.handle.backbone)
-            sizes.live = False
+            shared = self._shared_patches()
+            shared.write_base(self.module, self.handle.backbone)
+            shared.live = False
         if self.settings.method not in ("ppflow", "sparsedit"):
             self.handle.schedule = Schedule.weak_first(
                 self.settings.weak_fraction, self.settings.scales[0]
             )
         notes = {"training": {"recipe": json.loads(self.recipe.to_json()), **facts}}
-        self.handle.adapter(**notes).save(folder)
+        self.handle.adapter(**notes).save_pretrained(folder)
 
-    def _shared_sizes(self) -> SharedSizes:
-        sizes = self.handle.sizes
-        assert isinstance(sizes, SharedSizes)
-        return sizes
+    def _shared_patches(self) -> SharedPatches:
+        engine = engine_of(self.module)
+        assert engine is not None
+        assert isinstance(engine.wiring.new, SharedPatches)
+        return engine.wiring.new

@@ -166,9 +166,9 @@ def grow(model: Any, coarse: Any) -> None:
     patch = model.config.patch_size
     state = coarse.state_dict()
     backbone, size = DiTBackbone(), (1, patch, patch)
-    embed = resize_embedding(backbone.embed_kernel(coarse)[0], size)
-    rows, bias = (resize_output(x, size) for x in backbone.output_rows(coarse))
+    embed = resize_embedding(backbone.patches.kernel(coarse)[0], size)
+    rows, bias = (resize_output(x, size) for x in backbone.patches.rows(coarse))
     state["pos_embed.proj.weight"] = embed[:, :, 0]
-    state["proj_out_2.weight"] = to_grouped(rows, (1, 1, 1), backbone.output_layout).T
-    state["proj_out_2.bias"] = to_grouped(bias, (1, 1, 1), backbone.output_layout)[0]
+    state["proj_out_2.weight"] = to_grouped(rows, (1, 1, 1), backbone.patches.output_layout).T
+    state["proj_out_2.bias"] = to_grouped(bias, (1, 1, 1), backbone.patches.output_layout)[0]
     model.load_state_dict(state)

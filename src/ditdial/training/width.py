@@ -21,10 +21,12 @@ from ditdial.checks import require
 from ditdial.elastify import elastify
 from ditdial.layers.width_pass import Narrow
 from ditdial.methods import DyDiT
-from ditdial.methods.dydit import LEVELS, RoutedSizes, work_share
+from ditdial.methods.dydit import LEVELS, RoutedModules, work_share
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule
-from ditdial.runtime.surgery import is_new
+from ditdial.runtime.model_class import engine_of
+from ditdial.runtime.tensors import is_new
+from ditdial.runtime.widths import Widths
 from ditdial.training.config import Recipe, from_table
 from ditdial.training.objectives import NoisyBatch, noisy_batch
 from ditdial.training.teacher import DTYPES, Teacher, distilled, open_base
@@ -118,18 +120,26 @@ class WidthTask:
         self.teacher = Teacher.of(self.module, settings.teacher_dtype) if settings.distil else None
         self.method = settings.build()
         self.handle = elastify(self.module, self.method)
-        widths = self.handle.widths
-        self.works = {m: widths.works(self.module, m) for m in self.method.routed}
+        self.works = {m: self.widths.works(self.module, m) for m in self.method.routed}
         self.share = 0.0
         for name, parameter in self.module.named_parameters():
             parameter.requires_grad_(settings.recipe == "full" or is_new(name))
 
     @property
-    def sizes(self) -> RoutedSizes:
+    def routed(self) -> RoutedModules:
         """The routers."""
-        sizes = self.handle.sizes
-        assert isinstance(sizes, RoutedSizes)
-        return sizes
+        engine = engine_of(self.module)
+        assert engine is not None
+        assert isinstance(engine.wiring.new, RoutedModules)
+        return engine.wiring.new
+
+    @property
+    def widths(self) -> Widths:
+        """What the routers leave in."""
+        engine = engine_of(self.module)
+        assert engine is not None
+        assert engine.surgery.widths is not None
+        return engine.surgery.widths
 
     def to(self, device: torch.device) -> None:
         """Move the teacher, where there is one."""
@@ -153,12 +163,12 @@ class WidthTask:
         modes = self.method.routed
         mode = modes[int(torch.randint(len(modes), (), generator=generator))]
         noisy = self.share < 1 - settings.settle
-        self.sizes.gated, self.sizes.drawing = True, generator if noisy else None
+        self.routed.gated, self.routed.drawing = True, generator if noisy else None
         try:
             total = self._error(model, batch, mode, taught)
-            narrow = self.handle.widths.last
+            narrow = self.widths.last
         finally:
-            self.sizes.gated, self.sizes.drawing = False, None
+            self.routed.gated, self.routed.drawing = False, None
         self._record(mode, narrow, batch.level)
         total = total + settings.budget_weight * (self._work(mode, narrow) - self._aim(mode)) ** 2
         if self.share < settings.complete:
@@ -188,7 +198,7 @@ class WidthTask:
     @torch.no_grad()
     def _record(self, mode: Mode, narrow: Narrow, level: Tensor) -> None:
         """Keep running shares of the tokens that each block keeps, by noise level."""
-        routers: Any = self.sizes.routers[mode.name]
+        routers: Any = self.routed.routers[mode.name]
         table: Tensor = routers.token_shares
         bins = (level * LEVELS).long().clamp(max=LEVELS - 1)
         for block, share in narrow.token_shares.items():
@@ -201,4 +211,4 @@ class WidthTask:
         if not self.settings.static:
             self.handle.schedule = Schedule.constant(self.method.routed[0])
         notes = {"training": {"recipe": json.loads(self.recipe.to_json()), **facts}}
-        self.handle.adapter(**notes).save(folder)
+        self.handle.adapter(**notes).save_pretrained(folder)

@@ -1,0 +1,98 @@
+"""The two layers that project base patches into a model and out of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ditdial.host.weights import values
+from ditdial.ops.patching import Triple, from_base, to_grouped
+
+Projection = tuple[Tensor, Tensor]
+"""Weight and bias."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patches:
+    """Where a model class makes tokens of patches and patches of tokens.
+
+    Args:
+        embed, output: submodules that make tokens and turn them into base patch vectors.
+        embed_layout, output_layout: order of channels and pixels inside a base patch vector.
+        fixed: latent frames, rows and columns of one base token, where the config does not say.
+    """
+
+    embed: str
+    output: str
+    embed_layout: str = "Cthw"
+    output_layout: str = "thwC"
+    fixed: Triple | None = None
+
+    def size(self, model: Any) -> Triple:
+        """Latent frames, rows and columns of one base token."""
+        if self.fixed is not None:
+            return self.fixed
+        size, frames = model.config.patch_size, getattr(model.config, "patch_size_t", None)
+        return (frames or 1, size, size) if isinstance(size, int) else tuple(size)
+
+    def vectors(self, latent: Tensor, size: Triple) -> Tensor:
+        """Latents ``(B, C, frames, height, width)`` -> base patch vectors ``(B, T, H, W, c)``."""
+        t, h, w = size
+        B, C, frames, height, width = latent.shape
+        T, H, W = frames // t, height // h, width // w
+        x = latent[:, :, : T * t, : H * h, : W * w].reshape(B, C, T, t, H, h, W, w)
+        inside = {"C": 1, "t": 3, "h": 5, "w": 7}
+        return x.permute(0, 2, 4, 6, *(inside[axis] for axis in self.embed_layout)).flatten(4)
+
+    def by_channel(self, vectors: Tensor, size: Triple) -> Tensor:
+        """Base patch vectors ``(..., c)`` -> ``(..., C, p)``, ``p`` numbers of each channel."""
+        p = math.prod(size)
+        if self.embed_layout == "Cthw":
+            return vectors.unflatten(-1, (-1, p))
+        return vectors.unflatten(-1, (p, -1)).transpose(-1, -2)
+
+    def layers(self, model: Any) -> tuple[Any, Any]:
+        """The layers that project patches into the model and out of it."""
+        module = model.get_submodule(self.embed)
+        return getattr(module, "proj", module), model.get_submodule(self.output)
+
+    def kernel(self, model: Any) -> Projection:
+        """Weight ``(D, C, pt, ph, pw)`` and bias ``(D,)`` of the base patch embedding."""
+        layer, _ = self.layers(model)
+        patch, weight = self.size(model), values(layer)
+        if weight.ndim == 2:
+            channels = weight.shape[1] // math.prod(patch)
+            kernel = from_base(weight, channels, patch, self.embed_layout)
+        else:
+            kernel = weight.reshape(*weight.shape[:2], *patch)
+        return kernel, _bias(layer, weight)
+
+    def rows(self, model: Any) -> Projection:
+        """Weight ``(D, C, pt, ph, pw)`` and bias ``(1, C, pt, ph, pw)`` of the base output."""
+        (_, layer), patch = self.layers(model), self.size(model)
+        weight = values(layer)
+        bias = _bias(layer, weight)
+        channels = len(bias) // math.prod(patch)
+        rows = from_base(weight.T, channels, patch, self.output_layout)
+        return rows, from_base(bias[None], channels, patch, self.output_layout)
+
+    @torch.no_grad()
+    def load(self, model: Any, embed: Projection, output: Projection) -> None:
+        """Write a base patch embedding and output projection, formed as `kernel` and `rows`."""
+        (layer, last), one = self.layers(model), (1, 1, 1)
+        kernel = to_grouped(embed[0], one, self.embed_layout)
+        layer.weight.copy_(kernel if layer.weight.ndim == 2 else embed[0].view_as(layer.weight))
+        last.weight.copy_(to_grouped(output[0], one, self.output_layout).T)
+        if layer.bias is not None:
+            layer.bias.copy_(embed[1])
+        if last.bias is not None:
+            last.bias.copy_(to_grouped(output[1], one, self.output_layout)[0])
+
+
+def _bias(layer: Any, weight: Tensor) -> Tensor:
+    """Of a layer, in the dtype of its weight; zeros where it has none."""
+    return weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.to(weight.dtype)

@@ -1,0 +1,174 @@
+"""One forward pass of the stock model in a mode.
+
+Everything that a mode needs is checked and made ready outside any compiled region; then the stock
+``forward`` runs, in which the swapped submodules look at the state (`ditdial.layers`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditdial.backbones.arguments import Call
+from ditdial.host import step_caches
+from ditdial.host.weights import onloaded
+from ditdial.layers.state import TextKey
+from ditdial.layers.width_pass import Narrow
+from ditdial.plan.execution import Execution
+from ditdial.plan.mode import Mode
+from ditdial.runtime.chooser import Chooser
+from ditdial.runtime.compiled import Compiled
+from ditdial.runtime.costs import Ledger
+from ditdial.runtime.position import Position
+from ditdial.runtime.prompts import Prompts
+from ditdial.runtime.surgery import Surgery
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """Of one elastic model, in whichever mode it is asked for.
+
+    Attributes:
+        surgery: what was changed on the model.
+        position: where a call stands in its run.
+        chooser: who chooses its modes.
+        costs: what calls cost; learns what routed modes left in.
+        compiled: how the stock forward is run.
+        prompts: of the present run.
+        execution: how calls are run.
+    """
+
+    surgery: Surgery
+    position: Position
+    chooser: Chooser
+    costs: Ledger
+    compiled: Compiled
+    prompts: Prompts
+    execution: Execution = field(default_factory=Execution)
+
+    def run(
+        self, model: nn.Module, call: Call, mode: Mode, branch: str = step_caches.ALL_ROWS
+    ) -> Any:
+        """The stock forward in a mode (of all rows, unless the state has a packed layout).
+
+        Args:
+            branch: of a batched call, if its rows run by themselves.
+        """
+        with onloaded(self.surgery.silent if self.surgery.away else ()):
+            wiring = self.surgery.wiring
+            state, new = wiring.state, wiring.new
+            state.mode, state.makes_tokens = mode, new.makes_tokens(mode)
+            state.device = wiring.backbone.arguments.device(call)
+            state.merging = self.execution.merge and not torch.is_grad_enabled()
+            for each in state.modes:
+                self._check(model, call, each, branch)
+                self._ready(model, each)
+            if state.makes_tokens:
+                call = wiring.backbone.prepare(call, state, mode)
+            narrow, text = self._narrow(model, call, mode), self._prompt(call)
+            grids = new.grids(model, wiring.backbone, state, mode)
+            begun = state.begin(narrow=narrow, grids=grids, text=text)
+            with begun, self._cache_state(model, mode, branch):
+                output = self.compiled.run(model, call)
+            if narrow is not None and not self.compiled.at_work:
+                self.costs.kept[mode] = narrow.kept()
+            return output
+
+    def _cache_state(self, model: nn.Module, mode: Mode, branch: str) -> Any:
+        """The state of a step cache that belongs to a mode and branch."""
+        alone = self.chooser.is_alone(mode)
+        context, stock = self.position.context, self.surgery.stock
+        return step_caches.state(model, stock, context, mode, branch, alone=alone)
+
+    def _check(self, model: nn.Module, call: Call, mode: Mode, branch: str) -> None:
+        """Refuse a mode that this call, or what was put on the model, does not allow."""
+        if not mode.is_full:
+            self._check_coarse(model, call, mode)
+        self.check_cache_dit(model, mode, branch)
+
+    def _check_coarse(self, model: nn.Module, call: Call, mode: Mode) -> None:
+        backbone = self.surgery.wiring.backbone
+        if not mode.has_base_patch or mode.is_sparse:
+            backbone.check_grid(self.surgery.wiring.state.grid, mode)
+            backbone.check_call(call, mode)
+        step_caches.check_sparse(model, mode)
+        if getattr(model, "_parallel_config", None) is not None:
+            raise RuntimeError(
+                f"context parallelism splits the base tokens and heads, and mode {mode.name!r} has "
+                "others; legal together with it: full mode"
+            )
+
+    def check_cache_dit(self, model: nn.Module, mode: Mode, branch: str) -> None:
+        """Refuse what cache-dit would get wrong."""
+        reads_blocks = self.surgery.wiring.backbone.reads_blocks
+        step_caches.check_cache_dit(model, mode, branch, reads_blocks=reads_blocks)
+
+    def _ready(self, model: nn.Module, mode: Mode) -> None:
+        """Make what a mode keeps between calls, outside any compiled region."""
+        wiring, state = self.surgery.wiring, self.surgery.wiring.state
+        if state.merging and not mode.is_full:
+            self.surgery.merged.ready(mode, state)
+        if wiring.new.makes_tokens(mode):
+            wiring.new.ready(mode)
+            if self.compiled.at_work:  # else the module itself makes its table when asked
+                embed = model.get_submodule(wiring.backbone.patches.embed)
+                wiring.backbone.positions(embed, state, mode)
+
+    def _narrow(self, model: nn.Module, call: Call, mode: Mode) -> Narrow | None:
+        """What a routed mode leaves out of a call."""
+        if self.surgery.widths is None or not mode.is_routed:
+            return None
+        _, level = self.position.level(model, call)
+        return self.surgery.widths.of(model, call, mode, level)
+
+    def _prompt(self, call: Call) -> TextKey | None:
+        """The prompt of a call, if what depends on it alone is kept for the run."""
+        kept = self.execution.keep_text and self.prompts.in_one_group
+        kept = kept and self.chooser.forced is None
+        if not kept or self.compiled.at_work or torch.is_grad_enabled():
+            return None
+        state = self.surgery.wiring.state
+        return None if state.layout is not None else self.prompts.key(call, state.run)
+
+    def run_inside(self, model: nn.Module, call: Call) -> Any:
+        """One call inside a larger graph or an export: nothing is read from tensors or recorded.
+
+        Raises:
+            RuntimeError: the mode would depend on the noise level, or the call does not allow it.
+        """
+        wiring = self.surgery.wiring
+        state, new = wiring.state, wiring.new
+        mode = self._mode_inside()
+        state.mode, state.makes_tokens, state.merging = mode, new.makes_tokens(mode), False
+        if state.makes_tokens or mode.is_sparse:
+            state.grid = wiring.backbone.grid(model, call)
+            state.device = wiring.backbone.arguments.device(call)
+            if not mode.is_full:
+                self.surgery.keep_fused_seams()
+                self._check_coarse(model, call, mode)
+            call = wiring.backbone.prepare(call, state, mode)
+        state.grids = new.grids(model, wiring.backbone, state, mode)
+        state.running = True
+        try:
+            return self.surgery.stock.forward(model, **call)
+        finally:
+            state.running, state.grids = False, None
+
+    def _mode_inside(self) -> Mode:
+        """The mode of a call inside a larger graph."""
+        mode = self.chooser.only_mode
+        if mode is None:
+            raise RuntimeError(
+                "a call inside a larger graph has one mode at all noise levels; legal: a schedule "
+                "of one mode, handle.using(mode), or to compile the model itself"
+            )
+        if mode.is_routed:
+            raise RuntimeError(
+                f"mode {mode.name!r} cuts its layers for the noise level of a call, which is not "
+                "read inside a larger graph; legal there: modes of full width, or to compile the "
+                "model itself"
+            )
+        return mode

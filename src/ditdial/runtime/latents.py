@@ -1,0 +1,41 @@
+"""Latents and predictions as a controller sees them: conditional rows on the base grid."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ditdial.backbones.arguments import Branches
+from ditdial.host.parametrization import Parametrisation
+from ditdial.layers.wiring import Wiring
+
+
+def shared_part(latent: Tensor, prediction: Tensor) -> tuple[slice, ...]:
+    """What latents and predictions both have.
+
+    A learned variance comes behind the prediction, given channels behind the latent.
+    """
+    sides = zip(latent.shape, prediction.shape, strict=True)
+    return tuple(slice(0, min(n, m)) for n, m in sides)
+
+
+def on_base_grid(wiring: Wiring, sample: Tensor, branches: Branches | None) -> Tensor:
+    """Conditional rows of latents or predictions as ``(B, T, H, W, C, p)``."""
+    backbone, state = wiring.backbone, wiring.state
+    x = sample if branches is None else sample[branches.conditional]
+    vectors = backbone.vectors(x.detach(), state)
+    if len(vectors) != len(x):  # frames folded into the batch
+        vectors = vectors.reshape(len(x), -1, *vectors.shape[2:])
+    return backbone.patches.by_channel(vectors, state.patch)
+
+
+def clean_latents(
+    wiring: Wiring, told: Parametrisation, level: float, latent: Tensor, prediction: Tensor
+) -> Any:
+    """The clean latents that predictions at a noise level imply; what is given stays as it is."""
+    shared = shared_part(latent, prediction)
+    moves = wiring.backbone.direction * prediction[shared]
+    clean = latent.clone()
+    clean[shared] = told.clean(level, latent[shared], moves).to(clean)
+    return clean

@@ -1,0 +1,139 @@
+"""What a run will do and cost, before it is made."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ditdial.host.device import device_name
+from ditdial.host.pipelines import called_levels
+from ditdial.ops.patching import Triple
+from ditdial.plan.budget import Budget
+from ditdial.plan.controller import Controller, Facts
+from ditdial.plan.plan import Plan
+from ditdial.plan.solved import Offer, SolvedBudget
+from ditdial.plan.weak_first import WeakFirstBudget
+from ditdial.runtime.engine import Engine
+
+
+@dataclass(frozen=True)
+class Planning:
+    """For the runs of one elastic model."""
+
+    engine: Engine
+    model: nn.Module
+
+    @property
+    def pipe(self) -> Any:
+        """The pipeline that the model is part of, if it was given with one."""
+        return self.engine.position.pipe_of(self.model)
+
+    def levels(
+        self, num_inference_steps: int, scheduler: Any = None, grid: Triple | None = None
+    ) -> tuple[float, ...]:
+        """Noise levels at which a pipeline will call the model, one per step.
+
+        Raises:
+            ValueError: no scheduler, fewer than one step, or none at which this model is called.
+        """
+        backbone, pipe = self.engine.wiring.backbone, self.pipe
+        scheduler = scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
+        if scheduler is None:
+            raise ValueError("scheduler = None; a bare model has none of its own, so pass one")
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps = {num_inference_steps}; legal: >= 1")
+        scheduler = copy.deepcopy(scheduler)
+        grid = grid or self.engine.shape(self.model).grid
+        backbone.times.set_timesteps(scheduler, num_inference_steps, grid, pipe)
+        levels = called_levels(pipe, self.model, scheduler)
+        if not levels:
+            raise ValueError(
+                f"num_inference_steps = {num_inference_steps}; at none of them does the pipeline "
+                "call this transformer (boundary_ratio gives them all to the other one)"
+            )
+        return levels
+
+    def plan(
+        self,
+        levels: Sequence[float],
+        *,
+        guidance: bool = True,
+        grid: Triple | None = None,
+        text_tokens: int | None = None,
+    ) -> Plan:
+        """The modes and the cost of a run at given noise levels."""
+        engine, backbone = self.engine, self.engine.wiring.backbone
+        usual_grid, usual_text = backbone.default_size(self.model)
+        text = usual_text if text_tokens is None else text_tokens
+        size = backbone.planned_size(grid or usual_grid, text, self.pipe)
+        shape = engine.shape(self.model, size)
+        facts = Facts(levels=tuple(levels), macs=shape.macs, guided=guidance)
+        keeps = engine.execution.keep_text and engine.passes.compiled.own is None
+        return Plan.bind(
+            engine.chooser.planned(facts),
+            levels,
+            shape.macs,
+            guidance=guidance,
+            packed=engine.execution.packed,
+            kept=shape.text_tokens * shape.text_once if keeps else 0.0,
+            together=backbone.arguments.conditional_first is not None,
+            budget=engine.chooser.share,
+        )
+
+    def offers(
+        self,
+        levels: Sequence[float],
+        *,
+        guidance: bool = True,
+        currency: str = "flops",
+        criterion: str = "path",
+        count: int = 50,
+    ) -> list[Offer]:
+        """What budgets buy at given noise levels: the best plans, cheapest first."""
+        controller = self._solved(Budget(1.0, currency, criterion=criterion))
+        macs = self.engine.shape(self.model).macs
+        facts = Facts(levels=tuple(levels), macs=macs, guided=guidance)
+        return controller.offers(facts, count)
+
+    def spend(self, budget: float | Budget) -> None:
+        """Have every run planned for its own noise levels within a budget.
+
+        Raises:
+            ValueError: outside (0, 1], below the cheapest plan, or one that asks for what was not
+                measured, or not on this device.
+        """
+        chooser, facts = (
+            self.engine.chooser,
+            Facts(levels=(), macs=self.engine.shape(self.model).macs),
+        )
+        asked = budget if isinstance(budget, Budget) else Budget(budget)
+        controller: Controller | None
+        if chooser.calibration is not None:
+            controller = self._solved(asked)
+            schedule = controller.begin(facts)
+        else:
+            if asked != Budget(asked.share):
+                raise ValueError(
+                    f"budget = {asked} needs a calibration, and this adapter has none; legal: a "
+                    "share of the FLOPs (handle.calibrate measures one)"
+                )
+            controller = WeakFirstBudget(share=asked.share, coarse=chooser.modes)
+            schedule = controller.begin(facts)
+            if len(schedule.modes) == 1:  # whatever the levels
+                controller = None
+        chooser.controller, chooser.schedule, chooser.budget = controller, schedule, budget
+
+    def _solved(self, budget: Budget) -> SolvedBudget:
+        calibration = self.engine.chooser.calibration
+        if calibration is None:
+            raise ValueError("this adapter has no calibration; handle.calibrate measures one")
+        seconds = None
+        if budget.currency == "seconds":
+            own, pipe = next(self.model.parameters()).device, self.pipe
+            device = own if pipe is None else pipe._execution_device  # offloaded weights lie idle
+            seconds = calibration.seconds_on(device_name(device))
+        return SolvedBudget(calibration=calibration, budget=budget, seconds=seconds)
