@@ -20,12 +20,22 @@ from diffusers import (
 )
 from tests.backbones.pipes import PIPES
 
-from ditdial import FULL, FlexiDiT, Mode, PixelDiTPipeline, Schedule, elastify, load_adapter
+from ditdial import (
+    FULL,
+    FlexiDiT,
+    Mode,
+    PixelDiTPipeline,
+    Schedule,
+    Segment,
+    elastify,
+    load_adapter,
+)
 from ditdial.cli.app import main
 from ditdial.host.device import device_name
 from ditdial.measure.calibrate import calibrate
-from ditdial.plan.budget import Budget, Choice, pairings
+from ditdial.plan.budget import Budget, pairings
 from ditdial.plan.calibration import FILE, Band, Calibration, Point
+from ditdial.plan.choice import Choice
 from ditdial.plan.controller import Facts
 from ditdial.plan.frontier import Frontier
 from ditdial.plan.seconds import Seconds
@@ -200,13 +210,13 @@ def test_what_is_no_calibration(tmp_path):
 
 def test_seconds_of_a_step():
     (seconds,) = made_up().seconds
-    both = [seconds.of(choice.segment(1, 0), guided=True) for choice in made_up().choices]
+    both = [seconds.of(choice, guided=True) for choice in made_up().choices]
     assert both == [1.8, 1.4, 0.5]
-    alone = [seconds.of(choice.segment(1, 0), guided=False) for choice in made_up().choices]
+    alone = [seconds.of(choice, guided=False) for choice in made_up().choices]
     assert alone == [1.0, 1.0, 0.4]
-    assert seconds.of(Choice(gain=0).segment(1, 0), guided=True) == 1.0
-    assert seconds.of(Choice(gain=2).segment(1, 0), guided=True) == 2.0
-    assert replace(seconds, together=None).of(Choice().segment(1, 0), guided=True) == 2.0
+    assert seconds.of(Choice(gain=0), guided=True) == 1.0
+    assert seconds.of(Choice(gain=2), guided=True) == 2.0
+    assert replace(seconds, together=None).of(Choice(), guided=True) == 2.0
     again = (
         made_up().with_seconds(replace(seconds, rows=7)).with_seconds(replace(seconds, device="b"))
     )
@@ -327,10 +337,10 @@ def test_measured_errors_are_those_of_real_runs(name, choices):
     else:
         kept = float(pipe.scheduler.alphas_cumprod[round(first.level * 1000)])
         factor = ((1 - kept) / kept) ** 0.5
-    handle.schedule = Schedule([choices[0].segment(1, 0)])
+    handle.schedule = Schedule.throughout(choices[0])
     full = first_step(pipe, lambda: case.draw(pipe))
     for choice, error in zip(measured.choices[1:], first.step_error[1:], strict=True):
-        handle.schedule = Schedule([choice.segment(1, 0)])
+        handle.schedule = Schedule.throughout(choice)
         found = first_step(pipe, lambda: case.draw(pipe))
         expected = (factor * (found - full)).square().mean().item()
         assert expected > 0
@@ -412,7 +422,7 @@ def test_bands_are_changes_of_final_latents(pixel, make_elastic):
     assert [(band.start, band.stop) for band in found.bands] == [(1, edge), (edge, 0)]
     handle.schedule = Schedule.constant()
     full = final()
-    handle.schedule = Schedule([choices[1].segment(1, edge), choices[0].segment(edge, 0)])
+    handle.schedule = Schedule([Segment.of(choices[1], 1, edge), Segment.of(choices[0], edge, 0)])
     first = (final() - full).square().mean().item()
     damage = found.damage(levels, criterion="picture")
     assert damage[:2, 1].sum() == pytest.approx(first, rel=1e-4)
@@ -494,7 +504,7 @@ def test_the_dearest_plan_below_full_mode_lacks_one_branch_of_one_step(steps, gu
     choices, ratios = pairings([FULL, WEAK, Mode(4)]), {FULL: 1.0, WEAK: 0.4, Mode(4): 0.1}
     if not guidance:
         choices = [choice for choice in choices if choice.guide is None]
-    cost = [(ratios[c.mode] + ratios[c.segment(1, 0).guide_mode]) / 2 / steps for c in choices]
+    cost = [(ratios[c.mode] + ratios[c.guide_mode]) / 2 / steps for c in choices]
     damage = np.random.default_rng(0).random((steps, 1)) * (1 - np.array(cost) * steps)
     found = Frontier.of(damage, cost)
     assert found.costs[-1] == pytest.approx(1)
@@ -572,7 +582,7 @@ def test_more_budget_does_less_damage(calibrated):
         assert plan.ratio == pytest.approx(ratio)
         table = measured.damage([step.level for step in plan.steps])
         chosen = [schedule.at(step.level) for step in plan.steps]
-        segments = [(choice.mode, choice.segment(1, 0).guide_mode) for choice in STAGES]
+        segments = [(choice.mode, choice.guide_mode) for choice in STAGES]
         picked = [segments.index((s.mode, s.guide_mode)) for s in chosen]
         assert table[np.arange(25), picked].sum() == pytest.approx(damage)
 
@@ -586,7 +596,7 @@ def test_a_solved_plan_beats_weak_first(calibrated):
     weak_first = handle.plan(25)
     assert weak_first.ratio == pytest.approx(solved.ratio, abs=0.03)
     table = measured.damage([step.level for step in solved.steps])
-    pairs = [(choice.mode, choice.segment(1, 0).guide_mode) for choice in STAGES]
+    pairs = [(choice.mode, choice.guide_mode) for choice in STAGES]
 
     def damage(plan):
         return sum(table[i, pairs.index((s.mode, s.guide))] for i, s in enumerate(plan.steps))
@@ -680,7 +690,7 @@ def test_without_a_calibration(make_elastic, make_model):
 # A reference that changes with the noise level
 
 CFG_THEN_WEAK = Schedule.weak_guidance_below(0.5)
-WEAKLY = Choice.of(CFG_THEN_WEAK.segments[1])
+WEAKLY = CFG_THEN_WEAK.segments[1].choice
 BOTH = pairings([FULL, WEAK], "both")
 
 
@@ -704,7 +714,7 @@ def test_no_reference_is_the_first_choice_throughout():
     assert "reference" not in json.loads(plain.to_json())
     weak = pairings([FULL, WEAK], "weak")
     points = tuple(replace(point, step_error=point.step_error[:2]) for point in plain.points)
-    assert made_up(choices=weak, points=points).reference == Schedule([weak[0].segment(1, 0)])
+    assert made_up(choices=weak, points=points).reference == Schedule.throughout(weak[0])
 
 
 def test_the_usual_reference_goes_without_saying():
@@ -730,7 +740,7 @@ def test_a_reference_round_trips():
     again = Calibration.from_json(calibration.to_json())
     assert again == calibration
     assert again.reference == CFG_THEN_WEAK
-    split = Schedule([Choice().segment(1, 0.7), *CFG_THEN_WEAK.between(0.7, 0)])
+    split = Schedule([Segment.of(Choice(), 1, 0.7), *CFG_THEN_WEAK.between(0.7, 0)])
     assert two_aims(reference=split) == calibration  # as few stretches as it takes
 
 
@@ -773,12 +783,12 @@ def test_the_solver_is_brute_force_with_both_kinds_of_guidance(budget):
     levels = [0.95, 0.7, 0.55, 0.45, 0.3, 0.1]
     calibration, own = two_aims(), facts_of(levels)
     damage = calibration.damage(levels)
-    cost = np.array([own.cost(choice.segment(1, 0)) for choice in BOTH]) / (2 * len(levels))
+    cost = np.array([own.cost(choice) for choice in BOTH]) / (2 * len(levels))
     plans = np.array(list(itertools.product(range(len(BOTH)), repeat=len(levels))))
     within = cost[plans].sum(axis=1) <= budget + 1e-9
     best = damage[np.arange(len(levels)), plans[within]].sum(axis=1).min()
     schedule = SolvedBudget(calibration=calibration, budget=Budget(budget)).begin(own)
-    chosen = [BOTH.index(Choice.of(schedule.at(level))) for level in levels]
+    chosen = [BOTH.index(schedule.at(level).choice) for level in levels]
     assert damage[np.arange(len(levels)), chosen].sum() == pytest.approx(best, rel=1e-4)
     assert cost[chosen].sum() <= budget + 1e-9
 
@@ -815,8 +825,10 @@ def made_at(pipe, handle, schedule, sample):
 
 MIXED = {
     "cfg, then weak": CFG_THEN_WEAK,
-    "weak, then cfg": Schedule([WEAKLY.segment(1, 0.6), Choice().segment(0.6, 0)]),
-    "coarse, then weak": Schedule([Choice(mode=WEAK).segment(1, 0.8), WEAKLY.segment(0.8, 0)]),
+    "weak, then cfg": Schedule([Segment.of(WEAKLY, 1, 0.6), Segment.of(Choice(), 0.6, 0)]),
+    "coarse, then weak": Schedule(
+        [Segment.of(Choice(mode=WEAK), 1, 0.8), Segment.of(WEAKLY, 0.8, 0)]
+    ),
 }
 
 
@@ -836,7 +848,7 @@ def test_errors_are_those_of_leaving_the_reference(pixel, make_elastic, name):
         for step, level in enumerate(levels):
             stop = max(level - 1e-6, 0.0)
             start = min(level + 1e-6, 1.0)
-            parts = (*reference.between(1, start), choice.segment(start, stop))
+            parts = (*reference.between(1, start), Segment.of(choice, start, stop))
             schedule = Schedule([*parts, *reference.between(stop, 0)])
             _, found = made_at(pipe, handle, schedule, sample)
             expected = (level * (found[step] - own[step])).square().mean().item()
@@ -855,10 +867,10 @@ def test_bands_end_where_the_reference_changes(pixel, make_elastic):
     assert 0.5 in [band.stop for band in found.bands]
     damage = found.damage(levels, criterion="picture")
     for step, level in enumerate(levels):
-        assert damage[step, BOTH.index(Choice.of(CFG_THEN_WEAK.at(level)))] == 0
+        assert damage[step, BOTH.index(CFG_THEN_WEAK.at(level).choice)] == 0
     final, _ = made_at(pipe, handle, CFG_THEN_WEAK, sample)
     band = found.bands[-1]
-    parts = (*CFG_THEN_WEAK.between(1, band.start), Choice().segment(band.start, 0))
+    parts = (*CFG_THEN_WEAK.between(1, band.start), Segment.of(Choice(), band.start, 0))
     other, _ = made_at(pipe, handle, Schedule(parts), sample)
     inside = [step for step, level in enumerate(levels) if level < band.start]
     assert damage[inside, 0].sum() > 0
@@ -876,8 +888,8 @@ def test_budgets_run_what_a_reference_made_of_them(pixel, make_elastic):
     handle.budget = 0.99
     sample(0)
     levels = [call.level for call in handle.report().calls]
-    chosen = [Choice.of(handle.schedule.at(level)) for level in levels]
-    assert chosen == [Choice.of(CFG_THEN_WEAK.at(level)) for level in levels]
+    chosen = [handle.schedule.at(level).choice for level in levels]
+    assert chosen == [CFG_THEN_WEAK.at(level).choice for level in levels]
     assert {Choice(), WEAKLY} == set(chosen)
     handle.budget = 1.0
     expected = sample(0).images
@@ -902,7 +914,7 @@ def test_a_reference_in_stock_pipelines(name):
 
 
 NARROW = Schedule(
-    [Choice().segment(1, 0.59), WEAKLY.segment(0.59, 0.58), Choice().segment(0.58, 0)]
+    [Segment.of(Choice(), 1, 0.59), Segment.of(WEAKLY, 0.59, 0.58), Segment.of(Choice(), 0.58, 0)]
 )
 
 

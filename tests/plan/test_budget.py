@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from ditdial import FULL, Mode, Plan, Schedule
-from ditdial.plan.budget import Budget, Choice, pairings
+from ditdial import FULL, Mode, Plan, Schedule, Segment
+from ditdial.plan.budget import Budget, pairings
+from ditdial.plan.choice import Choice
 from ditdial.plan.frontier import Frontier
 from ditdial.plan.weak_first import weak_first_for_budget
 
@@ -71,7 +72,7 @@ def test_usual_choices():
     weak = pairings(MODES, "weak")
     guided = ["full/patch4 weak 0.4", "patch2/patch4 weak 0.4"]
     assert [choice.name for choice in weak] == [*guided, "patch4/patch4"]
-    assert [choice.segment(1, 0).weak_guidance for choice in weak] == [True, True, False]
+    assert [choice.weak_guidance for choice in weak] == [True, True, False]
     assert [choice.gain for choice in weak] == [0.4, 0.4, 1.0]
     frames, width = Mode((2, 1, 1)), Mode((1, 1, 2))  # neither is coarser than the other
     assert "patch2x1x1/patch1x1x2" not in [choice.name for choice in pairings([frames, width])]
@@ -89,12 +90,14 @@ def test_usual_choices():
 
 def test_a_choice_is_what_runs_not_how_it_is_written():
     weak = Choice(guide=Mode(2), guidance="weak", gain=0.4)
-    segment = weak.segment(0.8, 0.1)
-    assert Choice.of(segment) == weak
+    segment = Segment.of(weak, 0.8, 0.1)
+    assert segment.choice == weak != segment
+    assert Segment.of(segment, 0.4, 0.2) == Segment.of(weak, 0.4, 0.2)
+    assert {weak: "found"}[segment.choice] == "found"
     assert weak.runs_as(segment)
     assert not Choice(guide=Mode(2)).runs_as(segment)
     assert not Choice(guide=Mode(2), guidance="weak").runs_as(segment)
-    assert Choice().runs_as(Choice(guide=FULL, guidance="weak").segment(1, 0))
+    assert Choice().runs_as(Segment(start=1, stop=0, guide=FULL, guidance="weak"))
     assert Choice(gain=0.0).name == "full/full cfg 0"
 
 

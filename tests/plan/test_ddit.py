@@ -41,7 +41,7 @@ def texture(seed=0):
 def modes(run, trajectory, steps=10):
     """Modes of all pictures at each step; a trajectory maps a level to latents."""
     return [
-        [decision.segment.mode for decision in run.decide(level, trajectory(level))]
+        [decision.choice.mode for decision in run.decide(level, trajectory(level))]
         for level in levels(steps)
     ]
 
@@ -191,7 +191,7 @@ def test_settling_follows_what_coarse_steps_do():
         for level in levels(20):
             rough = still_and_lively(level) * (1 + 0.2 * coarse)
             (*_, last) = decisions = run.decide(level, rough)
-            coarse += last.segment.mode != FULL
+            coarse += last.choice.mode != FULL
             trace.append(decisions)
         return [[step[i].why for step in trace] for i in range(2)]
 

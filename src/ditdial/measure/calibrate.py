@@ -27,8 +27,9 @@ from ditdial.host.device import device_name
 from ditdial.host.parametrization import Parametrisation, parametrisation
 from ditdial.measure.bench import interleave
 from ditdial.measure.provenance import provenance
-from ditdial.plan.budget import Choice, pairings
+from ditdial.plan.budget import pairings
 from ditdial.plan.calibration import Band, Calibration, Point, as_choices, check_stretches
+from ditdial.plan.choice import Choice
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule, Segment
 from ditdial.plan.seconds import Seconds
@@ -151,12 +152,12 @@ def _usual(modes: Sequence[Mode], reference: Schedule | None, guided: bool) -> t
     usual = list(pairings(modes, "both" if weak else "cfg"))
     for stretch in stretches:
         if not any(choice.runs_as(stretch) for choice in usual):
-            usual.append(Choice.of(stretch))
-    return tuple(x for x in usual if guided or x.segment(1, 0).guide_mode == x.mode)
+            usual.append(stretch.choice)
+    return tuple(x for x in usual if guided or x.guide_mode == x.mode)
 
 
 def _check(handle: Handle, choices: Sequence[Choice]) -> None:
-    unknown = set().union(*(choice.segment(1, 0).modes for choice in choices)) - set(handle.modes)
+    unknown = set().union(*(choice.modes for choice in choices)) - set(handle.modes)
     legal = ", ".join(mode.name for mode in handle.modes)
     names = sorted(mode.name for mode in unknown)
     if unknown or not choices:
@@ -226,12 +227,8 @@ class _Watch:
     guided: bool = False
 
     @property
-    def segments(self) -> list[Segment]:
-        return [choice.segment(1, 0) for choice in self.choices]
-
-    @property
     def modes(self) -> list[Mode]:
-        return list(dict.fromkeys(m for s in self.segments for m in (s.mode, s.guide_mode)))
+        return list(dict.fromkeys(m for x in self.choices for m in (x.mode, x.guide_mode)))
 
     @property
     def pictures(self) -> int:
@@ -276,7 +273,7 @@ class _Watch:
 
     def _own(self, level: float) -> int:
         """Index of the choice that runs."""
-        return self.choices.index(Choice.of(self.reference.at(level)))
+        return self.choices.index(self.reference.at(level).choice)
 
     def _predict(
         self, model: nn.Module, call: Call, output: Any, latent: Tensor, level: float
@@ -296,13 +293,13 @@ class _Watch:
     def _sum(self, level: float, c: dict[Mode, Tensor], n: dict[Mode, Tensor] | None) -> None:
         """Add the squared errors of a step to those of its level."""
         self.guided |= n is not None
-        made = [c[segment.mode] for segment in self.segments]
+        made = [c[choice.mode] for choice in self.choices]
         if n is not None:
-            for k, segment in enumerate(self.segments):
-                guide = (c if segment.weak_guidance else n)[segment.guide_mode]
-                made[k] = made[k] + segment.gain * (self.scale - 1) * (made[k] - guide)
+            for k, choice in enumerate(self.choices):
+                guide = (c if choice.weak_guidance else n)[choice.guide_mode]
+                made[k] = made[k] + choice.gain * (self.scale - 1) * (made[k] - guide)
         own = self._own(level)
-        modes = dict.fromkeys(segment.mode for segment in self.segments)
+        modes = dict.fromkeys(choice.mode for choice in self.choices)
         errors = [self._error(level, x - made[own]) for x in made]
         errors += [self._error(level, c[mode] - c[self.choices[own].mode]) for mode in modes]
         self.sums[level] = self.sums.get(level, 0) + torch.stack(errors)
@@ -383,7 +380,7 @@ def _measure_bands(
     for start, stop, part in zip(edges, edges[1:], parts, strict=False):
         rates = []
         for choice in calibration.choices:
-            own = choice.segment(start, stop)
+            own = Segment.of(choice, start, stop)
             if reference.between(start, stop) == (own,):
                 rates.append(0.0)
                 continue

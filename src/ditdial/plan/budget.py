@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from ditdial.plan.choice import WEAK_GUIDANCE_GAIN, Choice
 from ditdial.plan.mode import FULL, Mode, coarseness
-from ditdial.plan.schedule import WEAK_GUIDANCE_GAIN, Segment
 
 CURRENCIES = ("flops", "seconds")
 CRITERIA = ("path", "picture")
@@ -47,58 +47,6 @@ class Budget:
             value = getattr(self, name)
             if value not in legal:
                 raise ValueError(f"{name} = {value!r}; legal: {', '.join(map(repr, legal))}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """How one step runs: a `Segment` without noise levels, with the same arguments.
-
-    Raises:
-        ValueError: guidance or gain out of range.
-    """
-
-    mode: Mode = FULL
-    guide: Mode | None = None
-    guidance: str = "cfg"
-    gain: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.segment(1, 0)
-
-    @classmethod
-    def of(cls, segment: Segment) -> Choice:
-        """The choice that a segment makes."""
-        return cls(
-            mode=segment.mode, guide=segment.guide, guidance=segment.guidance, gain=segment.gain
-        )
-
-    def runs_as(self, segment: Segment) -> bool:
-        """Whether a segment runs its steps just so, however it is written down."""
-        own, facts = self.segment(1, 0), ("mode", "guide_mode", "weak_guidance", "gain")
-        return all(getattr(own, name) == getattr(segment, name) for name in facts)
-
-    def segment(self, start: float, stop: float) -> Segment:
-        """This choice for a stretch of noise levels."""
-        return Segment(
-            start=start,
-            stop=stop,
-            mode=self.mode,
-            guide=self.guide,
-            guidance=self.guidance,
-            gain=self.gain,
-        )
-
-    @property
-    def name(self) -> str:
-        """``patch2/patch4`` for modes of the conditional and the guidance branch.
-
-        What is not plain CFG is added: ``full/patch2 weak 0.4`` is weak guidance with that gain.
-        """
-        own = self.segment(1, 0)
-        name = f"{own.mode.name}/{own.guide_mode.name}"
-        if own.gain == 1 and not own.weak_guidance:
-            return name
-        return f"{name} {'weak' if own.weak_guidance else 'cfg'} {own.gain:g}"
 
 
 def pairings(modes: Iterable[Mode], guidance: str = "cfg") -> tuple[Choice, ...]:

@@ -35,9 +35,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditdial.plan.budget import CRITERIA, Choice
+from ditdial.plan.budget import CRITERIA
+from ditdial.plan.choice import Choice
 from ditdial.plan.mode import Mode
-from ditdial.plan.schedule import Schedule
+from ditdial.plan.schedule import Schedule, Segment
 from ditdial.plan.seconds import Seconds
 
 FORMAT = 1
@@ -121,7 +122,7 @@ class Calibration:
         modes = [mode.name for mode in self.conditional]
         for point in self.points:
             at, own = f"at level {point.level}", self.reference.at(point.level)
-            _check_errors(f"step_error {at}", point.step_error, self.names, Choice.of(own).name)
+            _check_errors(f"step_error {at}", point.step_error, self.names, own.name)
             _check_errors(f"branch_error {at}", point.branch_error, modes, own.mode.name)
         starts, stops = [b.start for b in self.bands], [b.stop for b in self.bands]
         falls = all(band.stop < band.start for band in self.bands)
@@ -136,7 +137,7 @@ class Calibration:
                     f"band from {band.start} to {band.stop}; legal: one that ends at "
                     f"{parts[0].stop}, where the reference changes"
                 )
-            own = Choice.of(parts[0]).name
+            own = parts[0].name
             _check_errors(f"rates of band {band.start}", band.rates, self.names, own)
         devices = [each.device for each in self.seconds]
         if len(set(devices)) != len(devices):
@@ -145,7 +146,7 @@ class Calibration:
     @property
     def modes(self) -> set[Mode]:
         """Every mode that a choice needs."""
-        return set().union(*(choice.segment(1, 0).modes for choice in self.choices))
+        return set().union(*(choice.modes for choice in self.choices))
 
     @property
     def conditional(self) -> tuple[Mode, ...]:
@@ -343,20 +344,20 @@ def as_choices(reference: Schedule | None, choices: Sequence[Choice]) -> Schedul
         ValueError: a schedule that somewhere is none of the choices.
     """
     if reference is None:
-        return Schedule([choices[0].segment(1, 0)])
-    segments = []
+        return Schedule.throughout(choices[0])
+    segments: list[Segment] = []
     for segment in reference.segments:
         choice = next((choice for choice in choices if choice.runs_as(segment)), None)
         if choice is None:
             raise ValueError(
-                f"reference = {Choice.of(segment).name!r} from noise level {segment.start} to "
+                f"reference = {segment.name!r} from noise level {segment.start} to "
                 f"{segment.stop}; legal: one of the choices "
                 f"({', '.join(repr(choice.name) for choice in choices)})"
             )
         start = segment.start
-        if segments and Choice.of(segments[-1]) == choice:
+        if segments and segments[-1].choice == choice:
             start = segments.pop().start
-        segments.append(choice.segment(start, segment.stop))
+        segments.append(Segment.of(choice, start, segment.stop))
     return Schedule(segments)
 
 
@@ -369,7 +370,7 @@ def check_stretches(reference: Schedule, levels: Sequence[float]) -> None:
     for stretch in reference.segments:
         if not any(reference.at(level) is stretch for level in levels):
             raise ValueError(
-                f"reference = {Choice.of(stretch).name!r} from noise level {stretch.start} to "
+                f"reference = {stretch.name!r} from noise level {stretch.start} to "
                 f"{stretch.stop}, where nothing was measured; legal: stretches with at least one "
                 f"of the levels {', '.join(f'{level:.3g}' for level in levels)}"
             )

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ditdial.checks import require
 from ditdial.ops.differences import derivative, roughness
+from ditdial.plan.choice import Choice
 from ditdial.plan.controller import Controller, Decision, Facts, Run
 from ditdial.plan.mode import FULL, Mode
-from ditdial.plan.schedule import Segment
 
 SIGNALS = ("latent", "clean")
 TOLERANCE = 1e-9
@@ -76,7 +76,7 @@ class DDiTController(Controller):
         signal: ``latent``, or ``clean`` to look at the predicted clean latents instead, whose
             derivative a stochastic sampler does not drown in its own noise.
         guide: mode of the guidance branch; that of the conditional branch unless given.
-        guidance, gain: as in `Segment`.
+        guidance, gain: as in `Choice`.
         per_picture: choose for each picture by itself; otherwise all of a batch take the mode of
             the one that needs the finest.
         cap: share of its full cost that no picture ever exceeds.
@@ -128,11 +128,9 @@ class DDiTController(Controller):
         guide = set() if self.guide is None else {self.guide}
         return {FULL, *self.coarse} | guide
 
-    def segment(self, mode: Mode) -> Segment:
+    def choice(self, mode: Mode) -> Choice:
         """A step whose conditional branch runs in a mode."""
-        return Segment(
-            start=1, stop=0, mode=mode, guide=self.guide, guidance=self.guidance, gain=self.gain
-        )
+        return Choice(mode=mode, guide=self.guide, guidance=self.guidance, gain=self.gain)
 
     def begin(self, facts: Facts) -> DDiTRun:
         """Start a run.
@@ -157,7 +155,7 @@ class DDiTRun(Run):
                 f"{len(facts.levels)} steps; legal with order = {controller.order}: more than "
                 f"{self.warmup}, the history that the first choice needs"
             )
-        costs = {mode: facts.cost(controller.segment(mode)) for mode in controller.modes}
+        costs = {mode: facts.cost(controller.choice(mode)) for mode in controller.modes}
         self.by_cost = sorted({FULL, *controller.coarse}, key=costs.__getitem__)
         self.full = facts.macs(FULL, None) * (1 if facts.guided is False else 2)
         self.shares = {mode: costs[mode] / self.full for mode in self.by_cost}
@@ -238,7 +236,7 @@ class DDiTRun(Run):
             self.allowance -= spent
             controller.account.book(count * self.full, spent * self.full)
         return [
-            Decision(segment=controller.segment(mode), why=self._why(statistic, want, mode))
+            Decision(choice=controller.choice(mode), why=self._why(statistic, want, mode))
             for mode, want, statistic in zip(allowed, wanted, statistics, strict=True)
         ]
 

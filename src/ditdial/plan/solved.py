@@ -13,8 +13,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ditdial.plan.budget import Budget, Choice
+from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
+from ditdial.plan.choice import Choice
 from ditdial.plan.controller import Controller, Facts
 from ditdial.plan.frontier import Frontier
 from ditdial.plan.mode import Mode
@@ -72,8 +73,7 @@ class SolvedBudget(Controller):
             ValueError: a budget below the cheapest plan.
         """
         if self.budget.share == 1:
-            first = self.calibration.choices[0]
-            return Schedule([first.segment(1, 0)])
+            return Schedule.throughout(self.calibration.choices[0])
         steps = _Steps(self, facts)
         frontier = steps.frontier(self.budget.share)
         return steps.schedule(frontier.choices(frontier.best(self.budget.share)))
@@ -112,14 +112,12 @@ class _Steps:
             self.choices = [Choice(mode=mode) for mode in calibration.conditional]
         self.damage = calibration.damage(self.levels, criterion=criterion, guided=guided)
         self.ordered = self.damage + TIE * calibration.errors(self.levels, guided=guided)
-        self.segments = segments = [choice.segment(1, 0) for choice in self.choices]
-        full = Choice().segment(1, 0)
-        seconds = controller.seconds
+        full, seconds = Choice(), controller.seconds
         if controller.budget.currency == "seconds" and seconds is not None:
-            shares = np.array([seconds.of(segment, guided=guided) for segment in segments])
+            shares = np.array([seconds.of(choice, guided=guided) for choice in self.choices])
             shares /= seconds.of(full, guided=guided)
         else:
-            rows = [[facts.cost(s, level) for s in segments] for level in self.levels]
+            rows = [[facts.cost(each, level) for each in self.choices] for level in self.levels]
             shares = np.array(rows) / facts.cost(full)
         self.costs = counts[::-1, None] * shares / counts.sum()
 
@@ -131,4 +129,4 @@ class _Steps:
 
     def schedule(self, plan: NDArray[np.intp]) -> Schedule:
         """The choices of all steps."""
-        return Schedule.of_steps(self.levels, [self.segments[choice] for choice in plan])
+        return Schedule.of_steps(self.levels, [self.choices[choice] for choice in plan])

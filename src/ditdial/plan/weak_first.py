@@ -10,12 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from ditdial.plan.choice import Choice
 from ditdial.plan.controller import Controller, Facts
 from ditdial.plan.frontier import ROUNDING
 from ditdial.plan.mode import FULL, Mode
-from ditdial.plan.schedule import Schedule, Segment
+from ditdial.plan.schedule import Schedule
 
-POWERFUL = Segment(start=1, stop=0)
+POWERFUL = Choice()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +50,13 @@ class WeakFirstBudget(Controller):
         counts = Counter(min(max(level, 0.0), 1.0) for level in facts.levels)
         levels = sorted(counts, reverse=True)
 
-        def costs(segment: Segment) -> list[float]:
-            return [counts[level] * facts.cost(segment, level) for level in levels]
+        def costs(choice: Choice) -> list[float]:
+            return [counts[level] * facts.cost(choice, level) for level in levels]
 
         full = costs(POWERFUL)
         whole = sum(full)
         weak = {mode: replace(POWERFUL, mode=mode) for mode in self.coarse}
-        shares = {mode: sum(costs(segment)) / whole for mode, segment in weak.items()}
+        shares = {mode: sum(costs(choice)) / whole for mode, choice in weak.items()}
         reachable = [mode for mode in self.coarse if shares[mode] <= self.share + ROUNDING]
         if not reachable:
             raise ValueError(

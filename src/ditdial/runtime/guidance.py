@@ -20,8 +20,8 @@ from torch import Tensor
 from ditdial.backbones.call import Branches, Call
 from ditdial.layers.packing import MASKED, Layout, Packing, Part
 from ditdial.layers.state import Router
+from ditdial.plan.choice import Choice
 from ditdial.plan.mode import Mode
-from ditdial.plan.schedule import Segment
 
 Forward = Callable[..., Any]
 """``forward(call, mode, branch="")`` runs the stock forward, on all rows or those of a branch."""
@@ -42,12 +42,12 @@ def run_batch(
     router: Router,
     forward: Forward,
     call: Call,
-    segment: Segment,
+    segment: Choice,
     branches: Branches | None,
     *,
     packed: Packing,
 ) -> Any:
-    """One model call that holds all branches, in the modes of a segment.
+    """One model call that holds all branches, in the modes of a choice.
 
     Args:
         branches: which rows guide which; None if all rows are conditional.
@@ -81,7 +81,7 @@ def run_batch(
 
 
 def run_guidance(
-    router: Router, forward: Forward, call: Call, segment: Segment, conditional: Remembered | None
+    router: Router, forward: Forward, call: Call, segment: Choice, conditional: Remembered | None
 ) -> Any:
     """The guidance branch of a pipeline that calls the model once per branch.
 
@@ -89,7 +89,7 @@ def run_guidance(
         conditional: the conditional call of the same step, if there was one.
 
     Raises:
-        RuntimeError: the segment needs the conditional call, and there was none before this one.
+        RuntimeError: the choice needs the conditional call, and there was none before this one.
     """
     if segment.gain == 1 and not segment.weak_guidance:
         return forward(call, segment.guide_mode)
@@ -107,7 +107,7 @@ def run_guidance(
 
 
 def _packed(
-    router: Router, forward: Forward, calls: tuple[Call, Call], segment: Segment, *, masked: bool
+    router: Router, forward: Forward, calls: tuple[Call, Call], segment: Choice, *, masked: bool
 ) -> tuple[Tensor, Tensor]:
     """Predictions of a conditional and a guidance call that run as one."""
     count = len(calls[0][router.backbone.sample])
