@@ -50,9 +50,11 @@ def test_illegal_budgets_are_named(budget):
 
 
 def test_a_budget_below_the_cheapest_mode_names_it():
-    with pytest.raises(ValueError, match=r"budget = 0.05; legal: 0.080 .*cheapest.* to 1"):
+    with pytest.raises(ValueError, match=r"budget = 0.05; legal: 0.0800 .*cheapest.* to 1"):
         weak_first_for_budget(0.05, macs_of, MODES)
-    with pytest.raises(ValueError, match=r"budget = 0.5; legal: 1.000"):
+    with pytest.raises(
+        ValueError, match=r"budget = 0.5; legal: 1 \(nothing is cheaper: the cheapest mode"
+    ):
         weak_first_for_budget(0.5, macs_of, ())
 
 
@@ -172,6 +174,27 @@ def test_the_cheapest_plan_is_within_its_own_cost():
         Frontier.of(np.ones((7, 2)), cost, limit=0.33)
     with pytest.raises(ValueError, match=r"budget = 0.33; legal: 0.3334 .*cheapest.* to 1"):
         frontier.best(0.33)
+
+
+@pytest.mark.parametrize("least", [1.0, 0.99999, 1.03])
+def test_where_nothing_is_cheaper_than_full_mode_only_all_is_legal(least):
+    """In seconds, on a device where coarse modes save none, say."""
+    cost = np.array([least, least + 0.1]) / 7
+    words = rf"budget = 0.6; legal: 1 \(nothing is cheaper: .* takes {max(least, 1):.4f} of the"
+    with pytest.raises(ValueError, match=words):
+        Frontier.of(np.ones((7, 2)), cost, limit=0.6)
+    with pytest.raises(ValueError, match=words):
+        Frontier.of(np.ones((7, 2)), cost).best(0.6)
+
+
+@pytest.mark.parametrize("least", [1 / 3, 0.5, 0.08, 0.99987])
+def test_a_budget_that_is_told_can_be_kept(least):
+    cost = np.array([least, 1.0]) / 7
+    with pytest.raises(ValueError, match="to 1") as told:
+        Frontier.of(np.ones((7, 2)), cost, limit=0.01)
+    budget = float(str(told.value).split("legal: ")[1].split()[0])
+    assert least <= budget + 1e-9 < least + 1e-4 + 1e-9
+    assert len(Frontier.of(np.ones((7, 2)), cost, limit=budget))
 
 
 @pytest.mark.parametrize(

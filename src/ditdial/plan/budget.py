@@ -1,12 +1,7 @@
-"""A budget, and the best way to spend it: one choice per step, exactly, for every budget at once.
+"""A budget, and the choices that it is usually spent on.
 
-Where the damage of a plan is the sum over its steps, the best plan for a budget is a
-multiple-choice knapsack. `Frontier.of` solves it by dynamic programming over labels (cost, damage):
-after each step only those stay that no cheaper label beats, and each remembers where it came from.
-Without a calibration there is no damage to weigh, and FlexiDiT's one-parameter dial remains: weak
-first.
-
-Shape legend: S steps, K choices, P plans on the frontier.
+`ditdial.plan.frontier` finds the best way to spend it; where nothing was measured,
+`ditdial.plan.weak_first` is what remains.
 """
 
 from __future__ import annotations
