@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass
-from typing import Any
-
-import torch
+from typing import Any, Protocol
 
 from ditdial.plan.mode import Mode
 
 
-class Stopwatch:
-    """Seconds of device work from creation to `stop`; on CUDA by events, without a wait."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._start = self._mark()
-        self._end: float | torch.cuda.Event = self._start
-
-    def _mark(self) -> float | torch.cuda.Event:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def stop(self) -> Stopwatch:
-        """Mark the end; returns itself."""
-        self._end = self._mark()
-        return self
+class Timed(Protocol):
+    """What took time: a `ditdial.host.device.Stopwatch`, which is read only when asked."""
 
     @property
     def seconds(self) -> float:
-        """Elapsed seconds; waits for the device if it is still at work."""
-        if isinstance(self._start, float) and isinstance(self._end, float):
-            return self._end - self._start
-        self._end.synchronize()  # pyrefly: ignore[missing-attribute]
-        return self._start.elapsed_time(self._end) / 1000  # pyrefly: ignore[missing-attribute]
+        """Seconds that it took."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +30,7 @@ class CallRecord:
         macs, full_macs: multiply-adds of all rows, as run and as full mode would have cost.
         pictures: which of the batch ran in this mode, where not all of them did.
         why: what led to each of their modes, if a controller chose them.
+        watch: knows the seconds of the call.
         guided: the rows hold both branches.
     """
 
@@ -63,7 +41,7 @@ class CallRecord:
     rows: int
     macs: float
     full_macs: float
-    watch: Stopwatch
+    watch: Timed
     pictures: tuple[int, ...] | None = None
     why: tuple[dict[str, Any] | None, ...] = ()
     guided: bool = False

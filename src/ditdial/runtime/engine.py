@@ -22,6 +22,7 @@ from ditdial.backbones import Backbone
 from ditdial.backbones.call import Branches, Call
 from ditdial.cost.shape import TransformerShape
 from ditdial.host import step_caches
+from ditdial.host.device import Stopwatch
 from ditdial.host.parametrization import parametrisation
 from ditdial.host.pipelines import is_guided
 from ditdial.host.weights import onloaded
@@ -34,7 +35,6 @@ from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.controller import Controller, Facts, Run
 from ditdial.plan.mode import FULL, Mode
-from ditdial.plan.report import Stopwatch
 from ditdial.plan.schedule import Schedule
 from ditdial.runtime.compiled import Graphs
 from ditdial.runtime.costs import Ledger
