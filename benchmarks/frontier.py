@@ -37,7 +37,7 @@ from ditdial.measure.provenance import write_results
 from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.controller import Facts
-from ditdial.plan.ddit import settled
+from ditdial.plan.threshold import settled
 from ditdial.plan.weak_first import weak_first_for_budget
 from ditdial.reference import reference_adapter
 from ditdial.sampling.batches import cyclic_labels, sample
