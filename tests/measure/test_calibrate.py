@@ -145,6 +145,17 @@ def test_round_trip(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [FILE, "deep"]
 
 
+def test_a_folder_need_not_be_there_yet(tmp_path):
+    """Only a path that ends in .json is a file."""
+    calibration, folder = made_up(), tmp_path / "new" / "v1.5"
+    assert calibration.save(folder) == folder / FILE
+    assert Calibration.load(folder) == calibration
+    (tmp_path / "odd.json").mkdir()
+    assert calibration.save(tmp_path / "odd.json") == tmp_path / "odd.json" / FILE
+    with pytest.raises(FileNotFoundError, match=rf"calibration '.*other/{FILE}' does not exist"):
+        Calibration.load(tmp_path / "other")
+
+
 def test_a_measured_one_round_trips(calibrated):
     *_, measured = calibrated
     assert Calibration.from_json(measured.to_json()) == measured

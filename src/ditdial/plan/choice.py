@@ -8,7 +8,8 @@ stretch of noise levels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Self
 
 from ditdial.plan.mode import FULL, Mode
 
@@ -91,6 +92,35 @@ class Choice:
         """Whether another choice, or a segment, runs its steps just so, however it is written."""
         facts = ("mode", "guide_mode", "weak_guidance", "gain")
         return all(getattr(self, name) == getattr(other, name) for name in facts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; the inverse of `from_dict`."""
+        return {
+            "mode": self.mode.name,
+            "guide": None if self.guide is None else self.guide.name,
+            "guidance": self.guidance,
+            "gain": self.gain,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Self:
+        """A choice, or a segment, from plain data.
+
+        Raises:
+            ValueError: missing or unknown entries, unknown modes, values out of range.
+        """
+        names = [each.name for each in fields(cls)]
+        needed = [each.name for each in fields(cls) if each.default is MISSING] + ["mode"]
+        if not isinstance(data, dict) or not set(needed) <= set(data) <= set(names):
+            others = ", ".join(name for name in names if name not in needed)
+            raise ValueError(
+                f"{cls.__name__.lower()} {data!r}; legal: {', '.join(needed)} and optionally "
+                f"{others}"
+            )
+        facts: dict[str, Any] = {**data, "mode": Mode.parse(str(data["mode"]))}
+        if data.get("guide") is not None:
+            facts["guide"] = Mode.parse(str(data["guide"]))
+        return cls(**facts)
 
 
 def is_number(value: object) -> bool:

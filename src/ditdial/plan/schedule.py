@@ -16,11 +16,12 @@ of diffusers tells it in two ways, by its ``timesteps`` and by its ``sigmas``:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
+from ditdial import json_files
 from ditdial.plan.choice import WEAK_GUIDANCE_GAIN, Choice, is_number
 from ditdial.plan.mode import FULL, Mode
 
@@ -43,16 +44,22 @@ class Segment(Choice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        numbers = is_number(self.start) and is_number(self.stop)
-        if not numbers or not 0 <= self.stop < self.start <= 1:
+        for name, value in (("start", self.start), ("stop", self.stop)):
+            if not is_number(value):
+                raise ValueError(f"{name} = {value!r}; legal: a number")
+        if not 0 <= self.stop < self.start <= 1:
             raise ValueError(
-                f"segment from {self.start!r} to {self.stop!r}; legal: 0 <= stop < start <= 1"
+                f"segment from {self.start} to {self.stop}; legal: 0 <= stop < start <= 1"
             )
 
     @classmethod
     def of(cls, choice: Choice, start: float, stop: float) -> Segment:
         """A choice for a stretch of noise levels; of another segment, what that chooses."""
         return cls(start=start, stop=stop, **_facts(choice))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; the inverse of `from_dict`."""
+        return {"start": self.start, "stop": self.stop, **super().to_dict()}
 
     @property
     def choice(self) -> Choice:
@@ -222,58 +229,53 @@ class Schedule:
         """Every mode the schedule can ask for."""
         return set().union(*(segment.modes for segment in self.segments))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; the inverse of `from_dict`."""
+        return {"segments": [segment.to_dict() for segment in self.segments]}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Schedule:
+        """A schedule from plain data.
+
+        Raises:
+            ValueError: unknown entries or modes, gaps, values out of range.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("segments"), list):
+            raise ValueError("schedule JSON must be an object with a list 'segments'")
+        return cls([Segment.from_dict(row) for row in data["segments"]])
+
     def to_json(self) -> str:
-        """Plain JSON; the inverse of `from_json`."""
-        rows = [
-            {
-                "start": s.start,
-                "stop": s.stop,
-                "mode": s.mode.name,
-                "guide": None if s.guide is None else s.guide.name,
-                "guidance": s.guidance,
-                "gain": s.gain,
-            }
-            for s in self.segments
-        ]
-        return json.dumps({"segments": rows})
+        """`to_dict` as JSON; the inverse of `from_json`."""
+        return json_files.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
         """Read a schedule.
 
         Raises:
-            ValueError: not JSON, unknown keys or modes, gaps, values out of range.
+            ValueError: not JSON, or what `from_dict` refuses.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"schedule is not valid JSON: {error}") from error
-        if not isinstance(data, dict) or not isinstance(data.get("segments"), list):
-            raise ValueError("schedule JSON must be an object with a list 'segments'")
-        return cls([_segment_from(row) for row in data["segments"]])
+        return json_files.loads(text, "schedule", cls.from_dict)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a JSON file, complete or not at all.
+
+        Returns:
+            The file.
+        """
+        return json_files.write(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schedule:
+        """Read a JSON file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file that is not understood.
+        """
+        return json_files.read(path, "schedule", cls.from_dict)
 
 
 def _weak(mode: Mode | int) -> Mode:
     """The weak mode of a schedule, or that of its patch scale."""
     return Mode(mode) if isinstance(mode, int) else Choice(mode=mode).mode
-
-
-def _segment_from(row: Any) -> Segment:
-    legal = {"start", "stop", "mode", "guide", "guidance", "gain"}
-    if not isinstance(row, dict) or set(row) - legal or not {"start", "stop", "mode"} <= set(row):
-        raise ValueError(
-            f"schedule segment {row!r}; legal: start, stop, mode and optionally guide, guidance, "
-            "gain"
-        )
-    for key in ("start", "stop", "gain"):
-        if key in row and not is_number(row[key]):
-            raise ValueError(f"schedule segment: {key} = {row[key]!r}; legal: a number")
-    guide = row.get("guide")
-    return Segment(
-        start=row["start"],
-        stop=row["stop"],
-        mode=Mode.parse(str(row["mode"])),
-        guide=None if guide is None else Mode.parse(str(guide)),
-        guidance=row.get("guidance", "cfg"),
-        gain=row.get("gain", 1.0),
-    )
