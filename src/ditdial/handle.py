@@ -16,6 +16,7 @@ from ditdial.cost.shape import TransformerShape
 from ditdial.host.device import device_name
 from ditdial.host.pipelines import called_levels
 from ditdial.layers.packing import MASKED, Packing
+from ditdial.measure.calibrate import Measuring, calibrate, time_modes
 from ditdial.methods import Method
 from ditdial.ops.patching import Triple
 from ditdial.plan.budget import Budget
@@ -193,22 +194,20 @@ class Handle:
         Args:
             sample: calls the pipeline for a batch: ``sample(0)``, ``sample(1)``, ...
             only_seconds: keep the errors, and measure what each mode takes on this device.
-            settings: of `ditdial.measure.calibrate.calibrate`; its ``guidance_scale`` is
-                needed, and its ``reference`` says what the choices are compared with at each noise
-                level.
+            settings: of `ditdial.measure.calibrate.Measuring`; its ``guidance_scale`` is needed,
+                and its ``reference`` says what the choices are compared with at each noise level.
+                With ``only_seconds``, ``rounds`` alone.
 
         Raises:
             ValueError: a setting out of range, or only seconds without a calibration.
         """
-        from ditdial.measure.calibrate import calibrate, time_modes  # it measures with handles
-
-        known = self.calibration
+        known, place = self.calibration, (self._live(), self.model, self._pipe)
         if not only_seconds:
-            measured = calibrate(self, sample, **settings)
+            measured = calibrate(*place, sample, Measuring(**settings))
         elif known is None:
             raise ValueError("only_seconds = True; legal with a calibration: this adapter has none")
         else:
-            measured = known.with_seconds(time_modes(self, sample, **settings))
+            measured = known.with_seconds(time_modes(*place, sample, **settings))
         self.calibration = measured
         return measured
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -32,7 +33,6 @@ from ditdial import (
 )
 from ditdial.cli.app import main
 from ditdial.host.device import device_name
-from ditdial.measure.calibrate import calibrate
 from ditdial.plan.budget import Budget, pairings
 from ditdial.plan.calibration import FILE, Band, Calibration, Point
 from ditdial.plan.choice import Choice
@@ -42,6 +42,7 @@ from ditdial.plan.seconds import Seconds
 from ditdial.plan.solved import SolvedBudget
 from ditdial.plan.weak_first import WeakFirstBudget
 from ditdial.reference import load_reference, reference_adapter
+from ditdial.runtime.model_class import ENGINE
 from ditdial.sampling.pixel_pipeline import flow_matched_betas
 
 WEAK = Mode(2)
@@ -269,14 +270,14 @@ def test_levels_are_mapped_to_the_flows(pixel):
     for name in SCHEDULERS:
         pipe = pixel(name)
         handle = elastify(pipe, FlexiDiT(rank=4))
-        found = calibrate(handle, sampler(pipe, steps=2), guidance_scale=2.5, rounds=1)
+        found = handle.calibrate(sampler(pipe, steps=2), guidance_scale=2.5, rounds=1)
         np.testing.assert_allclose(found.u(levels), levels, atol=1e-6)
 
 
 def test_variance_preserving_levels():
     pipe = PIPES["dit"].pipe()
     handle = PIPES["dit"].elastic(pipe)
-    found = calibrate(handle, lambda n: PIPES["dit"].draw(pipe), guidance_scale=4.0, rounds=1)
+    found = handle.calibrate(lambda n: PIPES["dit"].draw(pipe), guidance_scale=4.0, rounds=1)
     kept = pipe.scheduler.alphas_cumprod.double().numpy()
     times = np.arange(0, 1000, 10)  # the table's own entries
     a, s = kept[times] ** 0.5, (1 - kept[times]) ** 0.5
@@ -338,8 +339,8 @@ def test_measured_errors_are_those_of_real_runs(name, choices):
     case, scale = PIPES[name], GUIDED[name]
     pipe = case.pipe()
     handle = case.elastic(pipe)
-    measured = calibrate(
-        handle, lambda n: case.draw(pipe), guidance_scale=scale, choices=choices, rounds=1
+    measured = handle.calibrate(
+        lambda n: case.draw(pipe), guidance_scale=scale, choices=choices, rounds=1
     )
     first = measured.points[0]
     flow = "flow" in str(pipe.scheduler.config.get("prediction_type", "flow"))
@@ -361,14 +362,14 @@ def test_measured_errors_are_those_of_real_runs(name, choices):
 def test_errors_without_guidance(pixel, make_elastic):
     pipe = pixel()
     handle = make_elastic(pipe)
-    found = calibrate(handle, sampler(pipe, scale=1.0), guidance_scale=1.0, rounds=1)
+    found = handle.calibrate(sampler(pipe, scale=1.0), guidance_scale=1.0, rounds=1)
     assert [choice.name for choice in found.choices] == [f"{m}/{m}" for m in handle.modes]
     assert all(point.step_error == point.branch_error for point in found.points)
     assert found.seconds[0].together is None
     case = PIPES["flux"]
     pipe = case.pipe()
     handle = case.elastic(pipe)
-    found = calibrate(handle, lambda n: case.draw(pipe, guided=False), guidance_scale=1.0, rounds=1)
+    found = handle.calibrate(lambda n: case.draw(pipe, guided=False), guidance_scale=1.0, rounds=1)
     assert all(point.step_error == point.branch_error for point in found.points)
 
 
@@ -376,22 +377,22 @@ def test_a_scale_that_the_runs_do_not_have_is_refused(pixel, make_elastic):
     pipe = pixel()
     handle = make_elastic(pipe)
     with pytest.raises(ValueError, match=r"scale = 1, and the runs made guidance calls; legal"):
-        calibrate(handle, sampler(pipe), guidance_scale=1, rounds=1)
+        handle.calibrate(sampler(pipe), guidance_scale=1, rounds=1)
     with pytest.raises(ValueError, match=r"scale = 3, and the runs made no guidance calls"):
-        calibrate(handle, sampler(pipe, scale=1), guidance_scale=3, rounds=1)
+        handle.calibrate(sampler(pipe, scale=1), guidance_scale=3, rounds=1)
     with pytest.raises(ValueError, match=r"scale = 3, and the runs made no calls"):
-        calibrate(handle, lambda n: None, guidance_scale=3, rounds=1)
+        handle.calibrate(lambda n: None, guidance_scale=3, rounds=1)
     case = PIPES["chroma"]
     pipe = case.pipe()
     with pytest.raises(ValueError, match=r"scale = 1, and the runs made guidance calls"):
-        calibrate(case.elastic(pipe), lambda n: case.draw(pipe), guidance_scale=1, rounds=1)
+        case.elastic(pipe).calibrate(lambda n: case.draw(pipe), guidance_scale=1, rounds=1)
 
 
 def test_batches_do_not_matter(pixel, make_elastic):
     pipe = pixel()
     handle = make_elastic(pipe)
-    whole = calibrate(handle, sampler(pipe, per_batch=4), guidance_scale=2.5, rounds=1)
-    parts = calibrate(handle, sampler(pipe, per_batch=2), guidance_scale=2.5, batches=2, rounds=1)
+    whole = handle.calibrate(sampler(pipe, per_batch=4), guidance_scale=2.5, rounds=1)
+    parts = handle.calibrate(sampler(pipe, per_batch=2), guidance_scale=2.5, batches=2, rounds=1)
     assert whole.data["pictures"] == parts.data["pictures"] == 4
     for one, other in zip(whole.points, parts.points, strict=True):
         assert one.level == other.level
@@ -405,11 +406,49 @@ def test_measuring_leaves_no_trace(pixel, make_elastic):
     sample = sampler(pipe)
     expected = sample(0).images
     before = handle.schedule, handle.budget, handle.controller
-    calibrate(handle, sample, guidance_scale=2.5, bands=1, rounds=1)
+    handle.calibrate(sample, guidance_scale=2.5, bands=1, rounds=1)
     assert (handle.schedule, handle.budget, handle.controller) == before
-    assert "run" not in handle._engine.__dict__
+    assert not handle._engine.observers
     assert "step" not in pipe.scheduler.__dict__
     assert torch.equal(sample(0).images, expected)
+
+
+def test_a_failed_measurement_leaves_no_trace(pixel, make_elastic):
+    """Nor does it take away what somebody else has put on the scheduler or the engine."""
+    pipe = pixel()
+    handle, seen = make_elastic(pipe), []
+    step = pipe.scheduler.step
+    pipe.scheduler.step = own = functools.wraps(step)(lambda *a, **k: step(*a, **k))
+    handle._engine.observers.append(lambda model, call, output: seen.append(call))
+    observers = list(handle._engine.observers)
+
+    def sample(batch):
+        sampler(pipe)(batch)
+        raise RuntimeError("the disk is full")
+
+    before = handle.schedule, handle.budget, handle.controller, handle.calibration
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        handle.calibrate(sample, guidance_scale=2.5, rounds=1)
+    assert (handle.schedule, handle.budget, handle.controller, handle.calibration) == before
+    assert handle._engine.observers == observers
+    assert pipe.scheduler.step is own
+    assert len(seen) == 4
+
+
+def test_observers_see_every_call_and_what_came_of_it(pixel, make_elastic):
+    pipe = pixel()
+    handle, seen = make_elastic(pipe), []
+    handle.schedule = Schedule.weak_first(0.5)
+    handle._engine.observers.append(lambda *facts: seen.append((*facts, handle.report())))
+    sampler(pipe)(0)
+    assert [model for model, *_ in seen] == [handle.model] * 4
+    assert [len(report.calls) for *_, report in seen] == [1, 2, 3, 4]  # it is in the ledger by then
+    handle._engine.observers.clear()
+    for _, call, output, report in seen:
+        with handle.using(report.calls[-1].mode), torch.inference_mode():
+            assert torch.equal(handle.model(**call)[0], output[0])
+    handle._engine.observers.append(print)
+    assert not copy.deepcopy(handle.model).__dict__[ENGINE].observers
 
 
 def test_bands_are_changes_of_final_latents(pixel, make_elastic):
@@ -427,7 +466,7 @@ def test_bands_are_changes_of_final_latents(pixel, make_elastic):
         return kept[-1].prev_sample.double()
 
     choices = (Choice(), Choice(mode=WEAK))
-    found = calibrate(handle, sample, guidance_scale=2.5, choices=choices, bands=2, rounds=1)
+    found = handle.calibrate(sample, guidance_scale=2.5, choices=choices, bands=2, rounds=1)
     levels = [point.level for point in found.points]
     edge = (levels[1] + levels[2]) / 2
     assert [(band.start, band.stop) for band in found.bands] == [(1, edge), (edge, 0)]
@@ -457,20 +496,20 @@ def test_bands_are_changes_of_final_latents(pixel, make_elastic):
 def test_illegal_settings_are_named(pixel, make_elastic, changes, words):
     pipe = pixel()
     with pytest.raises(ValueError, match=words):
-        calibrate(
-            make_elastic(pipe), sampler(pipe), **{"guidance_scale": 2.5, "rounds": 1} | changes
+        make_elastic(pipe).calibrate(
+            sampler(pipe), **{"guidance_scale": 2.5, "rounds": 1} | changes
         )
 
 
 def test_a_bare_model_and_a_step_cache_are_refused(pixel, make_elastic, make_model):
     with pytest.raises(ValueError, match="need a pipeline's scheduler"):
-        calibrate(make_elastic(make_model()), lambda n: None, guidance_scale=2)
+        make_elastic(make_model()).calibrate(lambda n: None, guidance_scale=2)
     case = PIPES["flux"]
     pipe = case.pipe()
     handle = case.elastic(pipe)
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(ValueError, match="a step cache is on"):
-        calibrate(handle, lambda n: case.draw(pipe), guidance_scale=3.0)
+        handle.calibrate(lambda n: case.draw(pipe), guidance_scale=3.0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -810,7 +849,7 @@ def test_the_constant_reference_measures_the_same(pixel, make_elastic):
     for reference in (None, Schedule.constant(), Schedule.constant(guide=FULL)):
         pipe = pixel()
         facts = {"choices": BOTH, "reference": reference, "bands": 2, "rounds": 1}
-        found.append(calibrate(make_elastic(pipe), sampler(pipe), guidance_scale=2.5, **facts))
+        found.append(make_elastic(pipe).calibrate(sampler(pipe), guidance_scale=2.5, **facts))
     assert found[0].points == found[1].points == found[2].points
     assert found[0].bands == found[1].bands == found[2].bands
 
@@ -849,7 +888,7 @@ def test_errors_are_those_of_leaving_the_reference(pixel, make_elastic, name):
     reference, pipe = MIXED[name], pixel()
     handle = make_elastic(pipe)
     sample = sampler(pipe, steps=5)
-    measured = calibrate(handle, sample, guidance_scale=2.5, reference=reference, rounds=1)
+    measured = handle.calibrate(sample, guidance_scale=2.5, reference=reference, rounds=1)
     assert set(BOTH) < set(measured.choices)
     assert measured.reference == reference
     levels = [point.level for point in measured.points]
@@ -915,10 +954,10 @@ def test_a_reference_in_stock_pipelines(name):
     pipe = case.pipe()
     handle = case.elastic(pipe)
     settings = {"guidance_scale": 3.0, "rounds": 1}
-    plain = calibrate(handle, lambda n: case.draw(pipe), **settings)
+    plain = handle.calibrate(lambda n: case.draw(pipe), **settings)
     levels = [point.level for point in plain.points]
     reference = Schedule.weak_guidance_below((levels[0] + levels[1]) / 2)
-    found = calibrate(handle, lambda n: case.draw(pipe), reference=reference, **settings)
+    found = handle.calibrate(lambda n: case.draw(pipe), reference=reference, **settings)
     assert found.points[0].step_error[: len(plain.choices)] == plain.points[0].step_error
     own = [found.names[np.argmin(point.step_error)] for point in found.points]
     assert own == ["full/full"] + ["full/patch2 weak 0.4"] * (len(levels) - 1)
@@ -947,16 +986,16 @@ NARROW = Schedule(
 def test_illegal_references_are_named(pixel, make_elastic, changes, words):
     pipe = pixel()
     with pytest.raises(ValueError, match=words):
-        calibrate(make_elastic(pipe), sampler(pipe), guidance_scale=2.5, rounds=1, **changes)
+        make_elastic(pipe).calibrate(sampler(pipe), guidance_scale=2.5, rounds=1, **changes)
 
 
 def test_weak_guidance_is_no_reference_without_guidance(pixel, make_elastic):
     pipe = pixel()
     handle, sample = make_elastic(pipe), sampler(pipe, scale=1.0)
     with pytest.raises(ValueError, match=r"reference = 'full/patch2 weak 0.4'.*one of the choices"):
-        calibrate(handle, sample, guidance_scale=1, reference=CFG_THEN_WEAK, rounds=1)
+        handle.calibrate(sample, guidance_scale=1, reference=CFG_THEN_WEAK, rounds=1)
     coarse = Schedule.weak_first(0.5)
-    found = calibrate(handle, sample, guidance_scale=1, reference=coarse, rounds=1)
+    found = handle.calibrate(sample, guidance_scale=1, reference=coarse, rounds=1)
     assert [segment.mode for segment in found.reference.segments] == [WEAK, FULL]
     assert all(point.step_error == point.branch_error for point in found.points)
 

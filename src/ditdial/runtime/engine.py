@@ -43,6 +43,9 @@ from ditdial.runtime.pictures import Group, grouped, run_groups
 from ditdial.runtime.position import Timeline
 from ditdial.runtime.surgery import Surgery
 
+Observer = Callable[[nn.Module, Call, Any], None]
+"""``observe(model, call, output)`` after a call of an elastic model."""
+
 
 @dataclass(eq=False)
 class Engine:
@@ -72,6 +75,7 @@ class Engine:
         compiled: the stock forward by mode, if ``model.compile`` was called.
         compiler: of the present call, if ``torch.compile`` was given the whole model.
         apart: the stock forward by mode, for that compiler.
+        observers: are shown every call and what came of it, once it is in the ledger.
     """
 
     surgery: Surgery
@@ -97,6 +101,7 @@ class Engine:
     compiled: Graphs | None = None
     compiler: Any = None
     apart: Graphs | None = None
+    observers: list[Observer] = field(default_factory=list)
 
     @classmethod
     def build(
@@ -146,16 +151,22 @@ class Engine:
     def __getstate__(self) -> dict[str, Any]:
         # A copied model must not call the compiled forward of the original.
         dropped = ("compiled", "apart", "remembered")
-        return {**self.__dict__, **dict.fromkeys(dropped)}
+        return {**self.__dict__, **dict.fromkeys(dropped), "observers": []}
 
     def run(self, model: nn.Module, call: Call) -> Any:
-        """One call of the elastic model.
+        """One call of the elastic model, which the observers then see.
 
         Raises:
             ValueError: the rows have noise levels of different modes, or the latent is too small
                 for a mode.
             RuntimeError: the weights or arguments of the call do not allow a coarse mode.
         """
+        output = self._run(model, call)
+        for observe in self.observers:
+            observe(model, call, output)
+        return output
+
+    def _run(self, model: nn.Module, call: Call) -> Any:
         backbone, router = self.router.backbone, self.router
         sample = backbone.stack(call[backbone.sample])
         count, size = len(sample), backbone.size(model, call)
