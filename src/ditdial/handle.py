@@ -26,7 +26,7 @@ from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.plan import Plan
 from ditdial.plan.report import Report
 from ditdial.plan.schedule import Schedule
-from ditdial.plan.solved import Offer, SolvedBudget
+from ditdial.plan.solved import Offers, SolvedBudget
 from ditdial.plan.weak_first import WeakFirstBudget
 from ditdial.runtime.engine import Engine
 from ditdial.runtime.model_class import ENGINE
@@ -220,7 +220,7 @@ class Handle:
         currency: str = "flops",
         criterion: str = "path",
         count: int = 50,
-    ) -> list[Offer]:
+    ) -> Offers:
         """What budgets buy: the best plans of a run, cheapest first.
 
         Args:

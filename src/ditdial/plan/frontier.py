@@ -20,6 +20,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ditdial import figures
+from ditdial.table import Table
+
 RESOLUTION = 1e-9
 """Costs that agree to this share of the full cost count as one.
 
@@ -33,6 +36,9 @@ ROUNDING = 1e-12
 It is far above what rounding does and far below `RESOLUTION`, so it makes no plan legal that is
 dearer than the budget.
 """
+
+SHOWN = 20
+"""Plans in a frontier's table at most."""
 
 CHEAPEST = "the cheapest choice throughout"
 
@@ -87,6 +93,21 @@ class Frontier:
 
     def __len__(self) -> int:
         return len(self.costs)
+
+    @property
+    def table(self) -> Table:
+        """Costs and damages of the plans; of many, as many as fit a page, evenly apart."""
+        shown = np.unique(np.linspace(0, len(self) - 1, min(len(self), SHOWN)).round().astype(int))
+        rows = [(figures.share(self.costs[i]), f"{self.damages[i]:.3g}") for i in shown]
+        rest = f", {len(shown)} of them shown" if len(shown) < len(self) else ""
+        below = (f"{len(self)} plan{'s' if len(self) > 1 else ''}{rest}",)
+        return Table(headings=("cost", "damage"), rows=rows, below=below, least=(8, 10))
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
 
     def best(self, budget: float) -> int:
         """Index of the plan with the least damage within a budget.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ditdial import json_files
 from ditdial.plan.mode import Mode
+from ditdial.table import Table
 
 
 class Timed(Protocol):
@@ -144,23 +145,33 @@ class Report:
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json_files.dumps(self.to_dict())
 
-    def __str__(self) -> str:
-        lines = [
-            f"{'call':>4} {'level':>6} {'mode':>8} {'guide':>8} {'rows':>5} {'GMAC':>10} {'ms':>9}"
-        ]
-        for index, call in enumerate(self.calls):
-            level = "-" if call.level is None else f"{call.level:.3f}"
-            guide = call.guide.name if call.guide else "-"
-            mode = call.mode.name if call.mode else "-"
-            lines.append(
-                f"{index:>4} {level:>6} {mode:>8} {guide:>8} {call.rows:>5} "
-                f"{call.macs / 1e9:>10.3f} {call.watch.seconds * 1e3:>9.1f}"
+    @property
+    def table(self) -> Table:
+        """A row for each call, and the sums below."""
+        rows = [
+            (
+                str(index),
+                "-" if call.level is None else f"{call.level:.3f}",
+                "-" if call.mode is None else call.mode.name,
+                "-" if call.guide is None else call.guide.name,
+                str(call.rows),
+                f"{call.macs / 1e9:.3f}",
+                f"{call.watch.seconds * 1e3:.1f}",
             )
+            for index, call in enumerate(self.calls)
+        ]
         asked = "" if self.budget is None else f" (of {self.budget:.1%} allowed)"
-        lines.append(
+        sums = (
             f"{self.ratio:.1%} of the full cost{asked}, {self.macs / 1e9:.3f} GMAC, "
             f"{self.seconds:.3f} s in the model"
         )
-        return "\n".join(lines)
+        headings = ("call", "level", "mode", "guide", "rows", "GMAC", "ms")
+        return Table(headings=headings, rows=rows, below=(sums,), least=(4, 6, 8, 8, 5, 10, 9))
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def _repr_html_(self) -> str:
+        return self.table.html()

@@ -24,6 +24,7 @@ from typing import Any
 from ditdial import json_files
 from ditdial.plan.choice import WEAK_GUIDANCE_GAIN, Choice, is_number
 from ditdial.plan.mode import FULL, Mode
+from ditdial.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,6 +275,33 @@ class Schedule:
             ValueError: a file that is not understood.
         """
         return json_files.read(path, "schedule", cls.from_dict)
+
+    @property
+    def table(self) -> Table:
+        """A row for each stretch of noise levels, from noise to data."""
+        rows = [
+            (
+                f"{segment.start:.4g}",
+                f"{segment.stop:.4g}",
+                segment.mode.name,
+                segment.guide_mode.name if segment.gain else "-",
+                "weak" if segment.weak_guidance else "cfg" if segment.gain else "none",
+                f"{segment.gain:.3g}",
+            )
+            for segment in self.segments
+        ]
+        return Table(
+            headings=("from", "to", "mode", "guide", "guidance", "gain"),
+            rows=rows,
+            below=("from and to are noise levels: 1 is pure noise, 0 is data",),
+            least=(6, 6, 8, 8, 9, 6),
+        )
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
 
 
 def _weak(mode: Mode | int) -> Mode:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ditdial import figures
 from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.choice import Choice
@@ -21,6 +22,7 @@ from ditdial.plan.frontier import Frontier
 from ditdial.plan.mode import Mode
 from ditdial.plan.schedule import Schedule
 from ditdial.plan.seconds import Seconds
+from ditdial.table import Table
 
 USUAL_STEPS = 50
 """Evenly spaced steps to solve for where nobody tells the levels of a run."""
@@ -35,6 +37,29 @@ class Offer(NamedTuple):
     ratio: float
     damage: float
     schedule: Schedule
+
+
+class Offers(tuple[Offer, ...]):
+    """What several budgets buy, cheapest first."""
+
+    __slots__ = ()
+
+    @property
+    def table(self) -> Table:
+        """A row for each offer: its cost, its damage, and from which noise level it runs what."""
+        rows = []
+        for offer in self:
+            stretches = [f"{x.start:.3g} {x.name}" for x in offer.schedule.segments]
+            rows.append((figures.share(offer.ratio), f"{offer.damage:.3g}", ", ".join(stretches)))
+        below = ("what runs: the noise level a stretch begins at, mode/guide",)
+        headings = ("cost", "damage", "runs")
+        return Table(headings=headings, rows=rows, below=below, least=(8, 10), left=("runs",))
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +103,7 @@ class SolvedBudget(Controller):
         frontier = steps.frontier(self.budget.share)
         return steps.schedule(frontier.choices(frontier.best(self.budget.share)))
 
-    def offers(self, facts: Facts, count: int = 50) -> list[Offer]:
+    def offers(self, facts: Facts, count: int = 50) -> Offers:
         """The best plans for a run at evenly spaced budgets, cheapest first.
 
         Args:
@@ -89,10 +114,10 @@ class SolvedBudget(Controller):
         budgets = np.linspace(frontier.costs[0], frontier.costs[-1], count)
         found = sorted({frontier.best(budget) for budget in budgets})
         plans = {index: frontier.choices(index) for index in found}
-        return [
+        return Offers(
             Offer(float(frontier.costs[i]), steps.damage_of(plan), steps.schedule(plan))
             for i, plan in plans.items()
-        ]
+        )
 
 
 class _Steps:
