@@ -12,6 +12,7 @@ from torch import nn
 
 from ditdial.adapter import Adapter, identity
 from ditdial.backbones import Backbone
+from ditdial.checks import did_you_mean
 from ditdial.cost.shape import TransformerShape
 from ditdial.host.device import device_name
 from ditdial.host.pipelines import called_levels
@@ -447,5 +448,8 @@ def check_modes(
     if unknown:
         fitting = (mode.name for mode in method.modes if backbone.fits(model, mode))
         names = ", ".join(["full", *fitting])
-        raise ValueError(f"{who} asks for {', '.join(unknown)}; legal for this adapter: {names}")
+        near = did_you_mean(unknown[0], names.split(", "))
+        raise ValueError(
+            f"{who} asks for {', '.join(unknown)}; legal for this adapter: {names}{near}"
+        )
     backbone.check(model, modes)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from ditdial.checks import did_you_mean, one_of
 from ditdial.plan.choice import WEAK_GUIDANCE_GAIN, Choice
 from ditdial.plan.mode import FULL, Mode, coarseness
 
@@ -38,10 +39,8 @@ class Budget:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ValueError(f"budget = {self.share}; legal: (0, 1]")
-        for name, legal in (("currency", CURRENCIES), ("criterion", CRITERIA)):
-            value = getattr(self, name)
-            if value not in legal:
-                raise ValueError(f"{name} = {value!r}; legal: {', '.join(map(repr, legal))}")
+        one_of("currency", self.currency, CURRENCIES)
+        one_of("criterion", self.criterion, CRITERIA)
 
 
 def pairings(modes: Iterable[Mode], guidance: str = "cfg") -> tuple[Choice, ...]:
@@ -59,10 +58,12 @@ def pairings(modes: Iterable[Mode], guidance: str = "cfg") -> tuple[Choice, ...]
         ValueError: guidance out of range, or weak guidance without a coarse mode.
     """
     known = sorted(set(modes) | {FULL}, key=coarseness)
-    if guidance not in ("cfg", "weak", "both") or (guidance != "cfg" and len(known) < 2):
+    kinds = ("cfg", "weak", "both")
+    if guidance not in kinds or (guidance != "cfg" and len(known) < 2):
+        near = "" if guidance in kinds else did_you_mean(guidance, kinds)
         raise ValueError(
             f"guidance = {guidance!r} with modes {', '.join(mode.name for mode in known)}; legal: "
-            "'cfg', or 'weak' and 'both' with at least one coarse mode"
+            f"'cfg', or 'weak' and 'both' with at least one coarse mode{near}"
         )
     ordinary = tuple(
         Choice(mode=mode, guide=None if guide == mode else guide)

@@ -24,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditdial import json_files
+from ditdial.checks import one_of
 from ditdial.plan.budget import CRITERIA
 from ditdial.plan.choice import Choice
 from ditdial.plan.damage import between_points, path_damage, widths
@@ -196,11 +197,10 @@ class Calibration:
             ValueError: levels that rise, or a criterion that was not measured.
         """
         _check_order("levels", levels, equal=True)
+        one_of("criterion", criterion, CRITERIA)
         u = self.u(levels)
         if criterion == "path":
             return path_damage(u, self.errors(levels, guided=guided))
-        if criterion != "picture":
-            raise ValueError(f"criterion = {criterion!r}; legal: {', '.join(map(repr, CRITERIA))}")
         if not self.bands or (not guided and self.guidance_scale != 1):
             raise ValueError(
                 "criterion = 'picture', which this calibration has not measured"

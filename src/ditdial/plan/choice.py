@@ -11,6 +11,7 @@ import math
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
+from ditdial.checks import one_of
 from ditdial.plan.mode import FULL, Mode
 
 GUIDANCE = ("cfg", "weak")
@@ -50,10 +51,7 @@ class Choice:
                     f"{name} = {value!r}; legal: {none}a Mode, as in Mode(2) or "
                     "Mode.parse('patch2')"
                 )
-        if self.guidance not in GUIDANCE:
-            raise ValueError(
-                f"guidance = {self.guidance!r}; legal: {', '.join(map(repr, GUIDANCE))}"
-            )
+        one_of("guidance", self.guidance, GUIDANCE)
         if not is_number(self.gain) or not 0 <= self.gain < math.inf:
             raise ValueError(f"gain = {self.gain!r}; legal: a number >= 0")
 

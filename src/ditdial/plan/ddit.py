@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditdial.checks import require
+from ditdial.checks import one_of, require
 from ditdial.ops.differences import derivative, roughness
 from ditdial.plan.choice import Choice
 from ditdial.plan.controller import Controller, Decision, Facts, Run
@@ -118,7 +118,7 @@ class DDiTController(Controller):
         fits = not self.lowest or len(self.lowest) == len(self.coarse)
         legal = f"{len(self.coarse)} noise levels in [0, 1], or none"
         require(fits and all(0 <= x <= 1 for x in self.lowest), "lowest", self.lowest, legal)
-        require(self.signal in SIGNALS, "signal", self.signal, ", ".join(SIGNALS))
+        one_of("signal", self.signal, SIGNALS)
         fits = self.cap is None or 0 < self.cap <= 1
         require(fits, "cap", self.cap, "(0, 1], or None")
         if self.refine_only:
