@@ -20,9 +20,10 @@ from ditdial.host.parametrization import Parametrisation, parametrisation
 from ditdial.measure.onlookers import Clock, Errors, Onlooker, final_latents, modes_of, observed
 from ditdial.measure.provenance import provenance
 from ditdial.plan.budget import pairings
-from ditdial.plan.calibration import Band, Calibration, as_choices, check_stretches
+from ditdial.plan.calibration import Band, Calibration
 from ditdial.plan.choice import Choice
 from ditdial.plan.mode import FULL, Mode
+from ditdial.plan.reference_schedule import as_choices, check_stretches
 from ditdial.plan.schedule import Schedule, Segment
 from ditdial.plan.seconds import Seconds
 from ditdial.runtime.engine import Engine

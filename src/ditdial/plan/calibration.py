@@ -2,12 +2,8 @@
 
 It holds errors, as plain data; what they do to a run, its damage, is `ditdial.plan.damage`.
 
-Errors are differences to the *reference*, whose path the measured runs follow. It may be one choice
-throughout, such as the base with full guidance, or another at each noise level; the theory of the
-damage asks nothing of it. That matters where kinds of guidance are mixed. Weak-model guidance aims
-at other pictures than ordinary guidance does; measured against the latter it is charged for the
-distance of the two aims, which no error of any mode has made. The reference says which aim is meant
-where.
+Errors are differences to a reference (`ditdial.plan.reference_schedule`), whose path the measured
+runs follow.
 
 Shape legend: S steps, K choices.
 """
@@ -29,7 +25,8 @@ from ditdial.plan.budget import CRITERIA
 from ditdial.plan.choice import Choice
 from ditdial.plan.damage import between_points, path_damage, widths
 from ditdial.plan.mode import Mode
-from ditdial.plan.schedule import Schedule, Segment
+from ditdial.plan.reference_schedule import as_choices, check_stretches
+from ditdial.plan.schedule import Schedule
 from ditdial.plan.seconds import Seconds
 
 FORMAT = 1
@@ -322,48 +319,6 @@ def _file(path: str | Path) -> Path:
     path = Path(path).expanduser()
     is_file = path.is_file() or (path.suffix == ".json" and not path.is_dir())
     return path if is_file else path / FILE
-
-
-def as_choices(reference: Schedule | None, choices: Sequence[Choice]) -> Schedule:
-    """A reference in the words of the choices, in as few stretches as it takes.
-
-    Args:
-        reference: None for the first choice throughout.
-
-    Raises:
-        ValueError: a schedule that somewhere is none of the choices.
-    """
-    if reference is None:
-        return Schedule.throughout(choices[0])
-    segments: list[Segment] = []
-    for segment in reference.segments:
-        choice = next((choice for choice in choices if choice.runs_as(segment)), None)
-        if choice is None:
-            raise ValueError(
-                f"reference = {segment.name!r} from noise level {segment.start} to "
-                f"{segment.stop}; legal: one of the choices "
-                f"({', '.join(repr(choice.name) for choice in choices)})"
-            )
-        start = segment.start
-        if segments and segments[-1].choice == choice:
-            start = segments.pop().start
-        segments.append(Segment.of(choice, start, segment.stop))
-    return Schedule(segments)
-
-
-def check_stretches(reference: Schedule, levels: Sequence[float]) -> None:
-    """Refuse a reference that was not measured throughout.
-
-    Raises:
-        ValueError: a stretch of it without any of the levels.
-    """
-    for stretch in reference.segments:
-        if not any(reference.at(level) is stretch for level in levels):
-            raise ValueError(
-                f"reference = {stretch.name!r} from noise level {stretch.start} to "
-                f"{stretch.stop}, where nothing was measured; legal: stretches with at least one "
-                f"of the levels {', '.join(f'{level:.3g}' for level in levels)}"
-            )
 
 
 def _point(row: dict[str, Any]) -> Point:
