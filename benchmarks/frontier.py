@@ -32,13 +32,12 @@ from torch import Tensor
 from ditdial import FULL, DDiTController, Handle, Mode, Schedule, Segment, elastify
 from ditdial.evaluation.pareto import plot_pareto
 from ditdial.measure.bench import interleave
-from ditdial.measure.calibrate import calibrate
 from ditdial.measure.provenance import write_results
 from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.controller import Facts
-from ditdial.plan.ddit import settled
 from ditdial.plan.execution import Execution
+from ditdial.plan.threshold import settled
 from ditdial.plan.weak_first import weak_first_for_budget
 from ditdial.reference import reference_adapter
 from ditdial.sampling.batches import cyclic_labels, sample
@@ -174,8 +173,7 @@ def weak_reference(bench: Frontier, path: Path, *, restart: bool) -> Calibration
     def draw(batch: int) -> None:
         sample(bench.pipe, labels, seeds, guidance_scale=scale, steps=PICTURE_STEPS)
 
-    found = calibrate(
-        handle,
+    found = handle.calibrate(
         draw,
         guidance_scale=scale,
         reference=reference,

@@ -208,6 +208,10 @@ def broken_json(folder):
     (folder / CONFIG).write_text('{"format": 1,')
 
 
+def deep_json(folder):
+    (folder / CONFIG).write_text("[" * 100_000 + "]" * 100_000)
+
+
 def json_list(folder):
     (folder / CONFIG).write_text("[1]")
 
@@ -272,6 +276,7 @@ def pickled_instead(folder):
         (not_a_number, "tensor '.*' holds NaN or infinite values; legal: finite numbers"),
         (infinite, "holds NaN or infinite values"),
         (broken_json, "config.json' is not valid JSON"),
+        (deep_json, "config.json' is nested too deeply to be read"),
         (json_list, r"format = \[1\]; legal: 1"),
         (another_format, "format = 99; legal: 1"),
         (another_method, "unknown method 'toad'; legal: flexidit"),

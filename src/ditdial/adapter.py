@@ -5,7 +5,6 @@ Everything about a file is checked before a model is touched.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ditdial import json_files
 from ditdial.methods import Combined, Method, method_from_config
 from ditdial.plan.calibration import FILE as CALIBRATION
 from ditdial.plan.calibration import Calibration
@@ -155,10 +155,10 @@ class Adapter:
             "method": self.method.name,
             "settings": self.method.to_config(),
             "base": self.base,
-            "schedule": json.loads(self.schedule.to_json()) if self.schedule else None,
+            "schedule": self.schedule.to_dict() if self.schedule else None,
             "notes": self.notes,
         }
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        json_files.write(folder / CONFIG, config)
         if self.calibration is not None:
             self.calibration.save(folder / CALIBRATION)
 
@@ -196,7 +196,7 @@ def _read(folder: Path) -> Adapter:
         method=method_from_config(config["method"], config["settings"]),
         base=config["base"],
         tensors=tensors,
-        schedule=Schedule.from_json(json.dumps(schedule)) if schedule else None,
+        schedule=Schedule.from_dict(schedule) if schedule else None,
         notes=config["notes"],
         calibration=Calibration.load(measured) if measured.is_file() else None,
     )
@@ -283,10 +283,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {CONFIG}; it is no adapter folder")
-    try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
+    config = json_files.loads(path.read_text(encoding="utf-8"), repr(str(path)), lambda data: data)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else config
         raise ValueError(f"{str(path)!r}: format = {found!r}; legal: {FORMAT}")

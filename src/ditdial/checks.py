@@ -1,9 +1,11 @@
-"""The one form of an out-of-range error, and of a warning."""
+"""The forms of an error about a value, and of a warning."""
 
 from __future__ import annotations
 
+import difflib
 import sys
 import warnings
+from collections.abc import Iterable
 
 INSIDE = ("ditdial", "torch.")
 """Modules that a warning is never about."""
@@ -25,3 +27,29 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals["__name__"].startswith(INSIDE):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+def one_of(name: str, value: object, legal: Iterable[str]) -> None:
+    """Refuse a value that is none of the legal names.
+
+    Raises:
+        ValueError: naming the value, the legal names, and the one that was probably meant.
+    """
+    legal = tuple(legal)
+    if value not in legal:
+        names = ", ".join(map(repr, legal))
+        raise ValueError(f"{name} = {value!r}; legal: {names}{did_you_mean(value, legal)}")
+
+
+def did_you_mean(value: object, legal: Iterable[str]) -> str:
+    """`` (did you mean 'patch2'?)`` for the legal name most like an unknown one, or nothing.
+
+    Args:
+        value: the unknown name; what is no text is like none.
+        legal: the known names.
+    """
+    if not isinstance(value, str):
+        return ""
+    by_small = {name.lower(): name for name in legal}
+    found = difflib.get_close_matches(value.lower().strip(), by_small, n=1)
+    return f" (did you mean {by_small[found[0]]!r}?)" if found else ""

@@ -14,7 +14,7 @@ from ditdial.adapter import Adapter, identity
 from ditdial.backbones import Backbone
 from ditdial.checks import require
 from ditdial.cost.shape import TransformerShape
-from ditdial.measure.calibrate import calibrate, time_modes
+from ditdial.measure.calibrate import Measuring, calibrate, time_modes
 from ditdial.methods import Method
 from ditdial.ops.patching import Triple
 from ditdial.plan.budget import Budget
@@ -25,7 +25,7 @@ from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.plan import Plan
 from ditdial.plan.report import Report
 from ditdial.plan.schedule import Schedule
-from ditdial.plan.solved import Offer
+from ditdial.plan.solved import Offers
 from ditdial.runtime.engine import Engine
 from ditdial.runtime.model_class import check_modes, engine_of, uninstall
 from ditdial.runtime.planning import Planning
@@ -170,21 +170,21 @@ class Handle:
         Args:
             sample: calls the pipeline for a batch: ``sample(0)``, ``sample(1)``, ...
             only_seconds: keep the errors, and measure what each mode takes on this device.
-            settings: of `ditdial.measure.calibrate.calibrate`; its ``guidance_scale`` is needed,
+            settings: of `ditdial.measure.calibrate.Measuring`; its ``guidance_scale`` is needed,
                 and its ``reference`` says what the choices are compared with at each noise level.
+                With ``only_seconds``, ``rounds`` alone.
 
         Raises:
             ValueError: a setting out of range, or only seconds without a calibration.
         """
-        engine, known = self._live(), self.calibration
-        pipe = self._planning.pipe
+        place = self._live(), self.model, self._planning.pipe
+        known = self.calibration
         if not only_seconds:
-            measured = calibrate(engine, self.model, pipe, sample, **settings)
+            measured = calibrate(*place, sample, Measuring(**settings))
         elif known is None:
             raise ValueError("only_seconds = True; legal with a calibration: this adapter has none")
         else:
-            seconds = time_modes(engine, self.model, sample, **settings)
-            measured = known.with_seconds(seconds)
+            measured = known.with_seconds(time_modes(*place, sample, **settings))
         self.calibration = measured
         return measured
 
@@ -197,7 +197,7 @@ class Handle:
         currency: str = "flops",
         criterion: str = "path",
         count: int = 50,
-    ) -> list[Offer]:
+    ) -> Offers:
         """What budgets buy: the best plans of a run, cheapest first.
 
         Args:

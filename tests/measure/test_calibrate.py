@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 import json
@@ -21,18 +22,28 @@ from diffusers import (
 from tests.backbones.pipes import PIPES
 from tests.elastic_models import run_as
 
-from ditdial import FULL, Adapter, FlexiDiT, Mode, PixelDiTPipeline, Schedule, elastify
+from ditdial import (
+    FULL,
+    Adapter,
+    FlexiDiT,
+    Mode,
+    PixelDiTPipeline,
+    Schedule,
+    Segment,
+    elastify,
+)
 from ditdial.cli.app import main
 from ditdial.host.device import device_name
-from ditdial.measure.calibrate import calibrate
-from ditdial.plan.budget import Budget, Choice, pairings
+from ditdial.plan.budget import Budget, pairings
 from ditdial.plan.calibration import FILE, Band, Calibration, Point
+from ditdial.plan.choice import Choice
 from ditdial.plan.controller import Facts
 from ditdial.plan.frontier import Frontier
 from ditdial.plan.seconds import Seconds
 from ditdial.plan.solved import SolvedBudget
 from ditdial.plan.weak_first import WeakFirstBudget
 from ditdial.reference import load_reference, reference_adapter
+from ditdial.runtime.model_class import ENGINE
 from ditdial.sampling.pixel_pipeline import flow_matched_betas
 
 WEAK = Mode(2)
@@ -136,6 +147,17 @@ def test_round_trip(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == [FILE, "deep"]
 
 
+def test_a_folder_need_not_be_there_yet(tmp_path):
+    """Only a path that ends in .json is a file."""
+    calibration, folder = made_up(), tmp_path / "new" / "v1.5"
+    assert calibration.save(folder) == folder / FILE
+    assert Calibration.load(folder) == calibration
+    (tmp_path / "odd.json").mkdir()
+    assert calibration.save(tmp_path / "odd.json") == tmp_path / "odd.json" / FILE
+    with pytest.raises(FileNotFoundError, match=rf"calibration '.*other/{FILE}' does not exist"):
+        Calibration.load(tmp_path / "other")
+
+
 def test_a_measured_one_round_trips(calibrated):
     *_, measured = calibrated
     assert Calibration.from_json(measured.to_json()) == measured
@@ -201,13 +223,13 @@ def test_what_is_no_calibration(tmp_path):
 
 def test_seconds_of_a_step():
     (seconds,) = made_up().seconds
-    both = [seconds.of(choice.segment(1, 0), guided=True) for choice in made_up().choices]
+    both = [seconds.of(choice, guided=True) for choice in made_up().choices]
     assert both == [1.8, 1.4, 0.5]
-    alone = [seconds.of(choice.segment(1, 0), guided=False) for choice in made_up().choices]
+    alone = [seconds.of(choice, guided=False) for choice in made_up().choices]
     assert alone == [1.0, 1.0, 0.4]
-    assert seconds.of(Choice(gain=0).segment(1, 0), guided=True) == 1.0
-    assert seconds.of(Choice(gain=2).segment(1, 0), guided=True) == 2.0
-    assert replace(seconds, together=None).of(Choice().segment(1, 0), guided=True) == 2.0
+    assert seconds.of(Choice(gain=0), guided=True) == 1.0
+    assert seconds.of(Choice(gain=2), guided=True) == 2.0
+    assert replace(seconds, together=None).of(Choice(), guided=True) == 2.0
     again = (
         made_up().with_seconds(replace(seconds, rows=7)).with_seconds(replace(seconds, device="b"))
     )
@@ -249,14 +271,14 @@ def test_levels_are_mapped_to_the_flows(pixel):
     for name in SCHEDULERS:
         pipe = pixel(name)
         handle = elastify(pipe, FlexiDiT(rank=4))
-        found = calibrate(handle, sampler(pipe, steps=2), guidance_scale=2.5, rounds=1)
+        found = handle.calibrate(sampler(pipe, steps=2), guidance_scale=2.5, rounds=1)
         np.testing.assert_allclose(found.u(levels), levels, atol=1e-6)
 
 
 def test_variance_preserving_levels():
     pipe = PIPES["dit"].pipe()
     handle = PIPES["dit"].elastic(pipe)
-    found = calibrate(handle, lambda n: PIPES["dit"].draw(pipe), guidance_scale=4.0, rounds=1)
+    found = handle.calibrate(lambda n: PIPES["dit"].draw(pipe), guidance_scale=4.0, rounds=1)
     kept = pipe.scheduler.alphas_cumprod.double().numpy()
     times = np.arange(0, 1000, 10)  # the table's own entries
     a, s = kept[times] ** 0.5, (1 - kept[times]) ** 0.5
@@ -318,8 +340,8 @@ def test_measured_errors_are_those_of_real_runs(name, choices):
     case, scale = PIPES[name], GUIDED[name]
     pipe = case.pipe()
     handle = case.elastic(pipe)
-    measured = calibrate(
-        handle, lambda n: case.draw(pipe), guidance_scale=scale, choices=choices, rounds=1
+    measured = handle.calibrate(
+        lambda n: case.draw(pipe), guidance_scale=scale, choices=choices, rounds=1
     )
     first = measured.points[0]
     flow = "flow" in str(pipe.scheduler.config.get("prediction_type", "flow"))
@@ -328,10 +350,10 @@ def test_measured_errors_are_those_of_real_runs(name, choices):
     else:
         kept = float(pipe.scheduler.alphas_cumprod[round(first.level * 1000)])
         factor = ((1 - kept) / kept) ** 0.5
-    handle.schedule = Schedule([choices[0].segment(1, 0)])
+    handle.schedule = Schedule.throughout(choices[0])
     full = first_step(pipe, lambda: case.draw(pipe))
     for choice, error in zip(measured.choices[1:], first.step_error[1:], strict=True):
-        handle.schedule = Schedule([choice.segment(1, 0)])
+        handle.schedule = Schedule.throughout(choice)
         found = first_step(pipe, lambda: case.draw(pipe))
         expected = (factor * (found - full)).square().mean().item()
         assert expected > 0
@@ -341,14 +363,14 @@ def test_measured_errors_are_those_of_real_runs(name, choices):
 def test_errors_without_guidance(pixel, make_elastic):
     pipe = pixel()
     handle = make_elastic(pipe)
-    found = calibrate(handle, sampler(pipe, scale=1.0), guidance_scale=1.0, rounds=1)
+    found = handle.calibrate(sampler(pipe, scale=1.0), guidance_scale=1.0, rounds=1)
     assert [choice.name for choice in found.choices] == [f"{m}/{m}" for m in handle.modes]
     assert all(point.step_error == point.branch_error for point in found.points)
     assert found.seconds[0].together is None
     case = PIPES["flux"]
     pipe = case.pipe()
     handle = case.elastic(pipe)
-    found = calibrate(handle, lambda n: case.draw(pipe, guided=False), guidance_scale=1.0, rounds=1)
+    found = handle.calibrate(lambda n: case.draw(pipe, guided=False), guidance_scale=1.0, rounds=1)
     assert all(point.step_error == point.branch_error for point in found.points)
 
 
@@ -356,22 +378,22 @@ def test_a_scale_that_the_runs_do_not_have_is_refused(pixel, make_elastic):
     pipe = pixel()
     handle = make_elastic(pipe)
     with pytest.raises(ValueError, match=r"scale = 1, and the runs made guidance calls; legal"):
-        calibrate(handle, sampler(pipe), guidance_scale=1, rounds=1)
+        handle.calibrate(sampler(pipe), guidance_scale=1, rounds=1)
     with pytest.raises(ValueError, match=r"scale = 3, and the runs made no guidance calls"):
-        calibrate(handle, sampler(pipe, scale=1), guidance_scale=3, rounds=1)
+        handle.calibrate(sampler(pipe, scale=1), guidance_scale=3, rounds=1)
     with pytest.raises(ValueError, match=r"scale = 3, and the runs made no calls"):
-        calibrate(handle, lambda n: None, guidance_scale=3, rounds=1)
+        handle.calibrate(lambda n: None, guidance_scale=3, rounds=1)
     case = PIPES["chroma"]
     pipe = case.pipe()
     with pytest.raises(ValueError, match=r"scale = 1, and the runs made guidance calls"):
-        calibrate(case.elastic(pipe), lambda n: case.draw(pipe), guidance_scale=1, rounds=1)
+        case.elastic(pipe).calibrate(lambda n: case.draw(pipe), guidance_scale=1, rounds=1)
 
 
 def test_batches_do_not_matter(pixel, make_elastic):
     pipe = pixel()
     handle = make_elastic(pipe)
-    whole = calibrate(handle, sampler(pipe, per_batch=4), guidance_scale=2.5, rounds=1)
-    parts = calibrate(handle, sampler(pipe, per_batch=2), guidance_scale=2.5, batches=2, rounds=1)
+    whole = handle.calibrate(sampler(pipe, per_batch=4), guidance_scale=2.5, rounds=1)
+    parts = handle.calibrate(sampler(pipe, per_batch=2), guidance_scale=2.5, batches=2, rounds=1)
     assert whole.data["pictures"] == parts.data["pictures"] == 4
     for one, other in zip(whole.points, parts.points, strict=True):
         assert one.level == other.level
@@ -385,11 +407,49 @@ def test_measuring_leaves_no_trace(pixel, make_elastic):
     sample = sampler(pipe)
     expected = sample(0).images
     before = handle.schedule, handle.budget, handle.controller
-    calibrate(handle, sample, guidance_scale=2.5, bands=1, rounds=1)
+    handle.calibrate(sample, guidance_scale=2.5, bands=1, rounds=1)
     assert (handle.schedule, handle.budget, handle.controller) == before
-    assert "run" not in handle._engine.__dict__
+    assert not handle._engine.observers
     assert "step" not in pipe.scheduler.__dict__
     assert torch.equal(sample(0).images, expected)
+
+
+def test_a_failed_measurement_leaves_no_trace(pixel, make_elastic):
+    """Nor does it take away what somebody else has put on the scheduler or the engine."""
+    pipe = pixel()
+    handle, seen = make_elastic(pipe), []
+    step = pipe.scheduler.step
+    pipe.scheduler.step = own = functools.wraps(step)(lambda *a, **k: step(*a, **k))
+    handle._engine.observers.append(lambda model, call, output: seen.append(call))
+    observers = list(handle._engine.observers)
+
+    def sample(batch):
+        sampler(pipe)(batch)
+        raise RuntimeError("the disk is full")
+
+    before = handle.schedule, handle.budget, handle.controller, handle.calibration
+    with pytest.raises(RuntimeError, match="the disk is full"):
+        handle.calibrate(sample, guidance_scale=2.5, rounds=1)
+    assert (handle.schedule, handle.budget, handle.controller, handle.calibration) == before
+    assert handle._engine.observers == observers
+    assert pipe.scheduler.step is own
+    assert len(seen) == 4
+
+
+def test_observers_see_every_call_and_what_came_of_it(pixel, make_elastic):
+    pipe = pixel()
+    handle, seen = make_elastic(pipe), []
+    handle.schedule = Schedule.weak_first(0.5)
+    handle._engine.observers.append(lambda *facts: seen.append((*facts, handle.report())))
+    sampler(pipe)(0)
+    assert [model for model, *_ in seen] == [handle.model] * 4
+    assert [len(report.calls) for *_, report in seen] == [1, 2, 3, 4]  # it is in the ledger by then
+    handle._engine.observers.clear()
+    for _, call, output, report in seen:
+        with handle.using(report.calls[-1].mode), torch.inference_mode():
+            assert torch.equal(handle.model(**call)[0], output[0])
+    handle._engine.observers.append(print)
+    assert not copy.deepcopy(handle.model).__dict__[ENGINE].observers
 
 
 def test_bands_are_changes_of_final_latents(pixel, make_elastic):
@@ -407,13 +467,13 @@ def test_bands_are_changes_of_final_latents(pixel, make_elastic):
         return kept[-1].prev_sample.double()
 
     choices = (Choice(), Choice(mode=WEAK))
-    found = calibrate(handle, sample, guidance_scale=2.5, choices=choices, bands=2, rounds=1)
+    found = handle.calibrate(sample, guidance_scale=2.5, choices=choices, bands=2, rounds=1)
     levels = [point.level for point in found.points]
     edge = (levels[1] + levels[2]) / 2
     assert [(band.start, band.stop) for band in found.bands] == [(1, edge), (edge, 0)]
     handle.schedule = Schedule.constant()
     full = final()
-    handle.schedule = Schedule([choices[1].segment(1, edge), choices[0].segment(edge, 0)])
+    handle.schedule = Schedule([Segment.of(choices[1], 1, edge), Segment.of(choices[0], edge, 0)])
     first = (final() - full).square().mean().item()
     damage = found.damage(levels, criterion="picture")
     assert damage[:2, 1].sum() == pytest.approx(first, rel=1e-4)
@@ -437,20 +497,20 @@ def test_bands_are_changes_of_final_latents(pixel, make_elastic):
 def test_illegal_settings_are_named(pixel, make_elastic, changes, words):
     pipe = pixel()
     with pytest.raises(ValueError, match=words):
-        calibrate(
-            make_elastic(pipe), sampler(pipe), **{"guidance_scale": 2.5, "rounds": 1} | changes
+        make_elastic(pipe).calibrate(
+            sampler(pipe), **{"guidance_scale": 2.5, "rounds": 1} | changes
         )
 
 
 def test_a_bare_model_and_a_step_cache_are_refused(pixel, make_elastic, make_model):
     with pytest.raises(ValueError, match="need a pipeline's scheduler"):
-        calibrate(make_elastic(make_model()), lambda n: None, guidance_scale=2)
+        make_elastic(make_model()).calibrate(lambda n: None, guidance_scale=2)
     case = PIPES["flux"]
     pipe = case.pipe()
     handle = case.elastic(pipe)
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(ValueError, match="a step cache is on"):
-        calibrate(handle, lambda n: case.draw(pipe), guidance_scale=3.0)
+        handle.calibrate(lambda n: case.draw(pipe), guidance_scale=3.0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -495,7 +555,7 @@ def test_the_dearest_plan_below_full_mode_lacks_one_branch_of_one_step(steps, gu
     choices, ratios = pairings([FULL, WEAK, Mode(4)]), {FULL: 1.0, WEAK: 0.4, Mode(4): 0.1}
     if not guidance:
         choices = [choice for choice in choices if choice.guide is None]
-    cost = [(ratios[c.mode] + ratios[c.segment(1, 0).guide_mode]) / 2 / steps for c in choices]
+    cost = [(ratios[c.mode] + ratios[c.guide_mode]) / 2 / steps for c in choices]
     damage = np.random.default_rng(0).random((steps, 1)) * (1 - np.array(cost) * steps)
     found = Frontier.of(damage, cost)
     assert found.costs[-1] == pytest.approx(1)
@@ -569,7 +629,7 @@ def test_more_budget_does_less_damage(calibrated):
         assert plan.ratio == pytest.approx(ratio)
         table = measured.damage([step.level for step in plan.steps])
         chosen = [schedule.at(step.level) for step in plan.steps]
-        segments = [(choice.mode, choice.segment(1, 0).guide_mode) for choice in STAGES]
+        segments = [(choice.mode, choice.guide_mode) for choice in STAGES]
         picked = [segments.index((s.mode, s.guide_mode)) for s in chosen]
         assert table[np.arange(25), picked].sum() == pytest.approx(damage)
 
@@ -583,7 +643,7 @@ def test_a_solved_plan_beats_weak_first(calibrated):
     weak_first = handle.plan(25)
     assert weak_first.ratio == pytest.approx(solved.ratio, abs=0.03)
     table = measured.damage([step.level for step in solved.steps])
-    pairs = [(choice.mode, choice.segment(1, 0).guide_mode) for choice in STAGES]
+    pairs = [(choice.mode, choice.guide_mode) for choice in STAGES]
 
     def damage(plan):
         return sum(table[i, pairs.index((s.mode, s.guide))] for i, s in enumerate(plan.steps))
@@ -677,7 +737,7 @@ def test_without_a_calibration(make_elastic, make_model):
 # A reference that changes with the noise level
 
 CFG_THEN_WEAK = Schedule.weak_guidance_below(0.5)
-WEAKLY = Choice.of(CFG_THEN_WEAK.segments[1])
+WEAKLY = CFG_THEN_WEAK.segments[1].choice
 BOTH = pairings([FULL, WEAK], "both")
 
 
@@ -701,7 +761,7 @@ def test_no_reference_is_the_first_choice_throughout():
     assert "reference" not in json.loads(plain.to_json())
     weak = pairings([FULL, WEAK], "weak")
     points = tuple(replace(point, step_error=point.step_error[:2]) for point in plain.points)
-    assert made_up(choices=weak, points=points).reference == Schedule([weak[0].segment(1, 0)])
+    assert made_up(choices=weak, points=points).reference == Schedule.throughout(weak[0])
 
 
 def test_the_usual_reference_goes_without_saying():
@@ -727,7 +787,7 @@ def test_a_reference_round_trips():
     again = Calibration.from_json(calibration.to_json())
     assert again == calibration
     assert again.reference == CFG_THEN_WEAK
-    split = Schedule([Choice().segment(1, 0.7), *CFG_THEN_WEAK.between(0.7, 0)])
+    split = Schedule([Segment.of(Choice(), 1, 0.7), *CFG_THEN_WEAK.between(0.7, 0)])
     assert two_aims(reference=split) == calibration  # as few stretches as it takes
 
 
@@ -770,12 +830,12 @@ def test_the_solver_is_brute_force_with_both_kinds_of_guidance(budget):
     levels = [0.95, 0.7, 0.55, 0.45, 0.3, 0.1]
     calibration, own = two_aims(), facts_of(levels)
     damage = calibration.damage(levels)
-    cost = np.array([own.cost(choice.segment(1, 0)) for choice in BOTH]) / (2 * len(levels))
+    cost = np.array([own.cost(choice) for choice in BOTH]) / (2 * len(levels))
     plans = np.array(list(itertools.product(range(len(BOTH)), repeat=len(levels))))
     within = cost[plans].sum(axis=1) <= budget + 1e-9
     best = damage[np.arange(len(levels)), plans[within]].sum(axis=1).min()
     schedule = SolvedBudget(calibration=calibration, budget=Budget(budget)).begin(own)
-    chosen = [BOTH.index(Choice.of(schedule.at(level))) for level in levels]
+    chosen = [BOTH.index(schedule.at(level).choice) for level in levels]
     assert damage[np.arange(len(levels)), chosen].sum() == pytest.approx(best, rel=1e-4)
     assert cost[chosen].sum() <= budget + 1e-9
 
@@ -786,7 +846,7 @@ def test_the_constant_reference_measures_the_same(pixel, make_elastic):
     for reference in (None, Schedule.constant(), Schedule.constant(guide=FULL)):
         pipe = pixel()
         facts = {"choices": BOTH, "reference": reference, "bands": 2, "rounds": 1}
-        found.append(calibrate(make_elastic(pipe), sampler(pipe), guidance_scale=2.5, **facts))
+        found.append(make_elastic(pipe).calibrate(sampler(pipe), guidance_scale=2.5, **facts))
     assert found[0].points == found[1].points == found[2].points
     assert found[0].bands == found[1].bands == found[2].bands
 
@@ -812,8 +872,10 @@ def made_at(pipe, handle, schedule, sample):
 
 MIXED = {
     "cfg, then weak": CFG_THEN_WEAK,
-    "weak, then cfg": Schedule([WEAKLY.segment(1, 0.6), Choice().segment(0.6, 0)]),
-    "coarse, then weak": Schedule([Choice(mode=WEAK).segment(1, 0.8), WEAKLY.segment(0.8, 0)]),
+    "weak, then cfg": Schedule([Segment.of(WEAKLY, 1, 0.6), Segment.of(Choice(), 0.6, 0)]),
+    "coarse, then weak": Schedule(
+        [Segment.of(Choice(mode=WEAK), 1, 0.8), Segment.of(WEAKLY, 0.8, 0)]
+    ),
 }
 
 
@@ -823,7 +885,7 @@ def test_errors_are_those_of_leaving_the_reference(pixel, make_elastic, name):
     reference, pipe = MIXED[name], pixel()
     handle = make_elastic(pipe)
     sample = sampler(pipe, steps=5)
-    measured = calibrate(handle, sample, guidance_scale=2.5, reference=reference, rounds=1)
+    measured = handle.calibrate(sample, guidance_scale=2.5, reference=reference, rounds=1)
     assert set(BOTH) < set(measured.choices)
     assert measured.reference == reference
     levels = [point.level for point in measured.points]
@@ -833,7 +895,7 @@ def test_errors_are_those_of_leaving_the_reference(pixel, make_elastic, name):
         for step, level in enumerate(levels):
             stop = max(level - 1e-6, 0.0)
             start = min(level + 1e-6, 1.0)
-            parts = (*reference.between(1, start), choice.segment(start, stop))
+            parts = (*reference.between(1, start), Segment.of(choice, start, stop))
             schedule = Schedule([*parts, *reference.between(stop, 0)])
             _, found = made_at(pipe, handle, schedule, sample)
             expected = (level * (found[step] - own[step])).square().mean().item()
@@ -852,10 +914,10 @@ def test_bands_end_where_the_reference_changes(pixel, make_elastic):
     assert 0.5 in [band.stop for band in found.bands]
     damage = found.damage(levels, criterion="picture")
     for step, level in enumerate(levels):
-        assert damage[step, BOTH.index(Choice.of(CFG_THEN_WEAK.at(level)))] == 0
+        assert damage[step, BOTH.index(CFG_THEN_WEAK.at(level).choice)] == 0
     final, _ = made_at(pipe, handle, CFG_THEN_WEAK, sample)
     band = found.bands[-1]
-    parts = (*CFG_THEN_WEAK.between(1, band.start), Choice().segment(band.start, 0))
+    parts = (*CFG_THEN_WEAK.between(1, band.start), Segment.of(Choice(), band.start, 0))
     other, _ = made_at(pipe, handle, Schedule(parts), sample)
     inside = [step for step, level in enumerate(levels) if level < band.start]
     assert damage[inside, 0].sum() > 0
@@ -873,8 +935,8 @@ def test_budgets_run_what_a_reference_made_of_them(pixel, make_elastic):
     handle.budget = 0.99
     sample(0)
     levels = [call.level for call in handle.report().calls]
-    chosen = [Choice.of(handle.schedule.at(level)) for level in levels]
-    assert chosen == [Choice.of(CFG_THEN_WEAK.at(level)) for level in levels]
+    chosen = [handle.schedule.at(level).choice for level in levels]
+    assert chosen == [CFG_THEN_WEAK.at(level).choice for level in levels]
     assert {Choice(), WEAKLY} == set(chosen)
     handle.budget = 1.0
     expected = sample(0).images
@@ -889,17 +951,17 @@ def test_a_reference_in_stock_pipelines(name):
     pipe = case.pipe()
     handle = case.elastic(pipe)
     settings = {"guidance_scale": 3.0, "rounds": 1}
-    plain = calibrate(handle, lambda n: case.draw(pipe), **settings)
+    plain = handle.calibrate(lambda n: case.draw(pipe), **settings)
     levels = [point.level for point in plain.points]
     reference = Schedule.weak_guidance_below((levels[0] + levels[1]) / 2)
-    found = calibrate(handle, lambda n: case.draw(pipe), reference=reference, **settings)
+    found = handle.calibrate(lambda n: case.draw(pipe), reference=reference, **settings)
     assert found.points[0].step_error[: len(plain.choices)] == plain.points[0].step_error
     own = [found.names[np.argmin(point.step_error)] for point in found.points]
     assert own == ["full/full"] + ["full/patch2 weak 0.4"] * (len(levels) - 1)
 
 
 NARROW = Schedule(
-    [Choice().segment(1, 0.59), WEAKLY.segment(0.59, 0.58), Choice().segment(0.58, 0)]
+    [Segment.of(Choice(), 1, 0.59), Segment.of(WEAKLY, 0.59, 0.58), Segment.of(Choice(), 0.58, 0)]
 )
 
 
@@ -921,16 +983,16 @@ NARROW = Schedule(
 def test_illegal_references_are_named(pixel, make_elastic, changes, words):
     pipe = pixel()
     with pytest.raises(ValueError, match=words):
-        calibrate(make_elastic(pipe), sampler(pipe), guidance_scale=2.5, rounds=1, **changes)
+        make_elastic(pipe).calibrate(sampler(pipe), guidance_scale=2.5, rounds=1, **changes)
 
 
 def test_weak_guidance_is_no_reference_without_guidance(pixel, make_elastic):
     pipe = pixel()
     handle, sample = make_elastic(pipe), sampler(pipe, scale=1.0)
     with pytest.raises(ValueError, match=r"reference = 'full/patch2 weak 0.4'.*one of the choices"):
-        calibrate(handle, sample, guidance_scale=1, reference=CFG_THEN_WEAK, rounds=1)
+        handle.calibrate(sample, guidance_scale=1, reference=CFG_THEN_WEAK, rounds=1)
     coarse = Schedule.weak_first(0.5)
-    found = calibrate(handle, sample, guidance_scale=1, reference=coarse, rounds=1)
+    found = handle.calibrate(sample, guidance_scale=1, reference=coarse, rounds=1)
     assert [segment.mode for segment in found.reference.segments] == [WEAK, FULL]
     assert all(point.step_error == point.branch_error for point in found.points)
 

@@ -7,8 +7,9 @@ import itertools
 import numpy as np
 import pytest
 
-from ditdial import FULL, Mode, Plan, Schedule
-from ditdial.plan.budget import Budget, Choice, pairings
+from ditdial import FULL, Mode, Plan, Schedule, Segment
+from ditdial.plan.budget import Budget, pairings
+from ditdial.plan.choice import Choice
 from ditdial.plan.frontier import Frontier
 from ditdial.plan.weak_first import weak_first_for_budget
 
@@ -49,9 +50,11 @@ def test_illegal_budgets_are_named(budget):
 
 
 def test_a_budget_below_the_cheapest_mode_names_it():
-    with pytest.raises(ValueError, match=r"budget = 0.05; legal: 0.080 .*cheapest.* to 1"):
+    with pytest.raises(ValueError, match=r"budget = 0.05; legal: 0.0800 .*cheapest.* to 1"):
         weak_first_for_budget(0.05, macs_of, MODES)
-    with pytest.raises(ValueError, match=r"budget = 0.5; legal: 1.000"):
+    with pytest.raises(
+        ValueError, match=r"budget = 0.5; legal: 1 \(nothing is cheaper: the cheapest mode"
+    ):
         weak_first_for_budget(0.5, macs_of, ())
 
 
@@ -71,7 +74,7 @@ def test_usual_choices():
     weak = pairings(MODES, "weak")
     guided = ["full/patch4 weak 0.4", "patch2/patch4 weak 0.4"]
     assert [choice.name for choice in weak] == [*guided, "patch4/patch4"]
-    assert [choice.segment(1, 0).weak_guidance for choice in weak] == [True, True, False]
+    assert [choice.weak_guidance for choice in weak] == [True, True, False]
     assert [choice.gain for choice in weak] == [0.4, 0.4, 1.0]
     frames, width = Mode((2, 1, 1)), Mode((1, 1, 2))  # neither is coarser than the other
     assert "patch2x1x1/patch1x1x2" not in [choice.name for choice in pairings([frames, width])]
@@ -89,12 +92,14 @@ def test_usual_choices():
 
 def test_a_choice_is_what_runs_not_how_it_is_written():
     weak = Choice(guide=Mode(2), guidance="weak", gain=0.4)
-    segment = weak.segment(0.8, 0.1)
-    assert Choice.of(segment) == weak
+    segment = Segment.of(weak, 0.8, 0.1)
+    assert segment.choice == weak != segment
+    assert Segment.of(segment, 0.4, 0.2) == Segment.of(weak, 0.4, 0.2)
+    assert {weak: "found"}[segment.choice] == "found"
     assert weak.runs_as(segment)
     assert not Choice(guide=Mode(2)).runs_as(segment)
     assert not Choice(guide=Mode(2), guidance="weak").runs_as(segment)
-    assert Choice().runs_as(Choice(guide=FULL, guidance="weak").segment(1, 0))
+    assert Choice().runs_as(Segment(start=1, stop=0, guide=FULL, guidance="weak"))
     assert Choice(gain=0.0).name == "full/full cfg 0"
 
 
@@ -169,6 +174,27 @@ def test_the_cheapest_plan_is_within_its_own_cost():
         Frontier.of(np.ones((7, 2)), cost, limit=0.33)
     with pytest.raises(ValueError, match=r"budget = 0.33; legal: 0.3334 .*cheapest.* to 1"):
         frontier.best(0.33)
+
+
+@pytest.mark.parametrize("least", [1.0, 0.99999, 1.03])
+def test_where_nothing_is_cheaper_than_full_mode_only_all_is_legal(least):
+    """In seconds, on a device where coarse modes save none, say."""
+    cost = np.array([least, least + 0.1]) / 7
+    words = rf"budget = 0.6; legal: 1 \(nothing is cheaper: .* takes {max(least, 1):.4f} of the"
+    with pytest.raises(ValueError, match=words):
+        Frontier.of(np.ones((7, 2)), cost, limit=0.6)
+    with pytest.raises(ValueError, match=words):
+        Frontier.of(np.ones((7, 2)), cost).best(0.6)
+
+
+@pytest.mark.parametrize("least", [1 / 3, 0.5, 0.08, 0.99987])
+def test_a_budget_that_is_told_can_be_kept(least):
+    cost = np.array([least, 1.0]) / 7
+    with pytest.raises(ValueError, match="to 1") as told:
+        Frontier.of(np.ones((7, 2)), cost, limit=0.01)
+    budget = float(str(told.value).split("legal: ")[1].split()[0])
+    assert least <= budget + 1e-9 < least + 1e-4 + 1e-9
+    assert len(Frontier.of(np.ones((7, 2)), cost, limit=budget))
 
 
 @pytest.mark.parametrize(

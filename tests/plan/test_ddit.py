@@ -13,8 +13,9 @@ from tests.backbones.pipes import PIPES, PROMPTS
 from ditdial import FULL, FlexiDiT, Mode, PixelDiTPipeline, Schedule, elastify
 from ditdial.evaluation.picture import decisions, mode_colour
 from ditdial.plan.controller import Facts
-from ditdial.plan.ddit import Account, DDiTController, calibrated, settled, traced
+from ditdial.plan.ddit import Account, DDiTController
 from ditdial.plan.report import Report
+from ditdial.plan.threshold import calibrated, settled, traced
 from ditdial.sampling.pixel_pipeline import flow_matched_betas
 
 WEAK, WEAKER = Mode(2), Mode(4)
@@ -41,7 +42,7 @@ def texture(seed=0):
 def modes(run, trajectory, steps=10):
     """Modes of all pictures at each step; a trajectory maps a level to latents."""
     return [
-        [decision.segment.mode for decision in run.decide(level, trajectory(level))]
+        [decision.choice.mode for decision in run.decide(level, trajectory(level))]
         for level in levels(steps)
     ]
 
@@ -191,7 +192,7 @@ def test_settling_follows_what_coarse_steps_do():
         for level in levels(20):
             rough = still_and_lively(level) * (1 + 0.2 * coarse)
             (*_, last) = decisions = run.decide(level, rough)
-            coarse += last.segment.mode != FULL
+            coarse += last.choice.mode != FULL
             trace.append(decisions)
         return [[step[i].why for step in trace] for i in range(2)]
 
@@ -223,7 +224,8 @@ def test_settling_follows_what_coarse_steps_do():
         ({"fine_below": 1}, "fine_below"),
         ({"lowest": (0.5,)}, "lowest = .*legal: 2 noise levels"),
         ({"lowest": (0.5, 1.5)}, "lowest = .*legal: 2 noise levels"),
-        ({"signal": "noise"}, "signal = 'noise' .*legal: latent, clean"),
+        ({"signal": "noise"}, "signal = 'noise'; legal: 'latent', 'clean'$"),
+        ({"signal": "latents"}, r"legal: 'latent', 'clean' \(did you mean 'latent'\?\)"),
         ({"cap": 0}, r"cap = 0 .*legal: \(0, 1\]"),
         ({"refine_only": True}, "start = 'full' .*legal: coarse"),
     ],

@@ -85,6 +85,38 @@ def test_what_is_coarser():
     assert Mode(width=0.5, token_keep=0.5).is_coarser_than(Mode(width=0.5))
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("Full", "full"),
+        ("ful", "full"),
+        ("pacth2", "patch2"),
+        ("patch-2", "patch2"),
+        ("Patch2 ", "patch2"),
+        ("patches4", "patch4"),
+        ("patch1", "full"),
+        ("width100", "full"),
+        ("patch2width50", "patch2_width50"),
+        ("widht50_kep80", "width50_keep80"),
+        ("grid8_patch2", "patch2_grid8"),
+        ("grid8x8", "grid8"),
+        ("grid 8x6", "grid8x6"),
+    ],
+)
+def test_a_name_that_was_nearly_right_gets_the_right_one(name, meant):
+    words = rf"unknown mode {name!r}; legal: 'full', .*\(did you mean '{meant}'\?\)$"
+    with pytest.raises(ValueError, match=words):
+        Mode.parse(name)
+    assert Mode.parse(meant).name == meant
+
+
+@pytest.mark.parametrize("name", ["", "x", "weak", "patch", "patch2x2", "keep50", "ptch0", 2, None])
+def test_nothing_is_proposed_where_nothing_is_near(name):
+    with pytest.raises(ValueError, match=f"unknown mode {name!r}; legal|token_keep") as told:
+        Mode.parse(name)
+    assert "did you mean" not in str(told.value)
+
+
 def test_a_zero_scale_in_a_name_is_refused():
     with pytest.raises(ValueError, match="patch_scale = 0"):
         Mode.parse("patch0")

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 
 from ditdial import FULL, Mode, Report, Schedule
-from ditdial.plan.report import CallRecord, Stopwatch
+from ditdial.host.device import Stopwatch
+from ditdial.plan.report import CallRecord
 
 WEAK = Mode(2)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from ditdial import FULL, Mode, Plan, Schedule, Segment
-from ditdial.plan.schedule import WEAK_GUIDANCE_GAIN
+from ditdial.plan.choice import WEAK_GUIDANCE_GAIN, Choice
 
 WEAK = Mode(2)
 COSTS = {FULL: 100.0, WEAK: 25.0, Mode(4): 8.0}
@@ -86,6 +87,48 @@ def test_json_round_trip(schedule):
             getattr(schedule.at(x), field) for x in levels
         ]
     assert again.to_json() == schedule.to_json()
+    assert again == schedule
+
+
+def any_schedule(seed):
+    """Any number of stretches with random edges, modes, guides, kinds of guidance and gains."""
+    generator = np.random.default_rng(seed)
+    edges = [1, *sorted(generator.random(int(generator.integers(0, 6))).tolist())[::-1], 0]
+    modes = [FULL, WEAK, Mode(4), Mode((2, 1, 1)), Mode(token_grid=8), Mode(2, width=0.57)]
+
+    def pick(values):
+        return values[int(generator.integers(len(values)))]
+
+    return Schedule(
+        Segment(
+            start=start,
+            stop=stop,
+            mode=pick(modes),
+            guide=pick([None, *modes]),
+            guidance=pick(["cfg", "weak"]),
+            gain=pick([0, 1, 1.0, float(generator.random()), float(generator.exponential(1e3))]),
+        )
+        for start, stop in zip(edges, edges[1:], strict=False)
+    )
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_any_schedule_comes_back_from_json_as_it_was(seed):
+    schedule = any_schedule(seed)
+    again = Schedule.from_json(schedule.to_json())
+    assert again == schedule
+    assert hash(again) == hash(schedule)
+    assert [segment.guide for segment in again.segments] == [x.guide for x in schedule.segments]
+
+
+def test_a_segment_is_a_choice_for_some_levels():
+    segment = Segment(start=0.9, stop=0.2, mode=WEAK, guide=Mode(4), guidance="weak", gain=0.5)
+    assert segment.choice == Choice(mode=WEAK, guide=Mode(4), guidance="weak", gain=0.5)
+    assert Segment.of(segment.choice, 0.9, 0.2) == segment
+    assert segment.choice.runs_as(segment)
+    assert segment.name == "patch2/patch4 weak 0.5"
+    with pytest.raises(AttributeError):
+        segment.mode = FULL
 
 
 def test_a_plan_knows_modes_and_cost():
@@ -141,6 +184,13 @@ def test_illegal_fractions_are_named(value):
         ({"start": 1, "stop": 0, "gain": -1}, "gain = -1; legal: a number >= 0"),
         ({"start": 1, "stop": 0, "gain": float("nan")}, "gain = nan"),
         ({"start": 1, "stop": 0, "gain": float("inf")}, "gain = inf"),
+        ({"start": 1, "stop": 0, "gain": "1"}, "gain = '1'; legal: a number >= 0"),
+        ({"start": 1, "stop": 0, "gain": True}, "gain = True; legal: a number >= 0"),
+        ({"start": "1", "stop": 0}, "start = '1'; legal: a number"),
+        ({"start": 1, "stop": 0, "mode": "patch2"}, r"mode = 'patch2'; legal: a Mode, as in Mode"),
+        ({"start": 1, "stop": 0, "mode": None}, "mode = None; legal: a Mode"),
+        ({"start": 1, "stop": 0, "mode": 2}, "mode = 2; legal: a Mode"),
+        ({"start": 1, "stop": 0, "guide": "full"}, "guide = 'full'; legal: None, or a Mode"),
     ],
 )
 def test_illegal_segments_are_named(fields, words):
@@ -185,6 +235,25 @@ def test_between_cuts_segments_off():
     assert schedule.between(0.6, 0.3) == (Segment(start=0.6, stop=0.3),)
     assert schedule.between(1, 1) == schedule.between(0, 0) == ()
     assert Schedule([*schedule.between(1, 0.7), *schedule.between(0.7, 0)]).segments[0].stop == 0.7
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Schedule.constant("patch2"),
+        lambda: Schedule.weak_first(0.5, "patch2"),
+        lambda: Schedule.weak_first(0.5, "patch2", guidance="weak"),
+        lambda: Schedule.weak_guidance_below(0.5, "patch2"),
+    ],
+)
+def test_a_name_is_no_mode(make):
+    with pytest.raises(ValueError, match=r"mode = 'patch2'; legal: a Mode"):
+        make()
+
+
+def test_a_mode_is_no_segment():
+    with pytest.raises(ValueError, match=r"segments hold Mode.*; legal: Segment\(start=, stop="):
+        Schedule([Mode(2)])
 
 
 ROW = {"start": 1, "stop": 0, "mode": "full"}

@@ -60,10 +60,34 @@ def test_all_of_the_cost_is_full_mode():
 
 def test_a_budget_below_the_cheapest_mode_is_refused():
     facts = Facts(levels=even(10), macs=macs, guided=True)
-    with pytest.raises(ValueError, match=r"budget = 0.05; legal: 0\.060 .*10 steps\) to 1"):
+    with pytest.raises(ValueError, match=r"budget = 0.05; legal: 0\.0600 .*10 steps\) to 1"):
         WeakFirstBudget(share=0.05, coarse=MODES).begin(facts)
 
 
 def test_without_levels_steps_are_taken_to_be_even():
     schedule = WeakFirstBudget(share=0.25, coarse=MODES).begin(Facts(levels=(), macs=macs))
     assert schedule.segments == (Segment(start=1, stop=0, mode=Mode(2), guide=Mode(2)),)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize("budget", [0.07, 0.3, 0.64, 0.99])
+def test_no_levels_are_the_limit_of_many_even_steps(budget, guided):
+    """One rule: the edge that many even steps find is the edge without any."""
+    dial = WeakFirstBudget(share=budget, coarse=MODES)
+    fine = dial.begin(Facts(levels=even(5000), macs=macs, guided=guided))
+    limit = dial.begin(Facts(levels=(), macs=macs, guided=guided))
+    assert fine.segments[0].mode == limit.segments[0].mode
+    assert fine.segments[-1].start == pytest.approx(limit.segments[-1].start, abs=1e-3)
+
+
+@pytest.mark.parametrize("share", [0, 1.5, float("nan")])
+def test_a_share_out_of_range_is_refused(share):
+    with pytest.raises(ValueError, match=rf"budget = {share}; legal: \(0, 1\]"):
+        WeakFirstBudget(share=share, coarse=MODES)
+
+
+def test_a_mode_that_saves_nothing_is_never_used():
+    facts = Facts(levels=(), macs=lambda mode, level=None: 1.0)
+    with pytest.raises(ValueError, match=r"legal: 1 \(nothing is cheaper"):
+        WeakFirstBudget(share=1 - 1e-13, coarse=MODES).begin(facts)
+    assert WeakFirstBudget(share=1, coarse=MODES).begin(facts).modes == {FULL}

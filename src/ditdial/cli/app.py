@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ditdial import json_files
 from ditdial.measure.memory import keep_freed_memory
 from ditdial.plan.execution import Execution
 
@@ -345,10 +346,7 @@ def report(
     """Print what a run did: one line per model call, or one per row of results."""
     if not path.is_file():
         raise FileNotFoundError(f"{str(path)!r} does not exist")
-    try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
+    data = json_files.loads(path.read_text(encoding="utf-8"), repr(str(path)), lambda data: data)
     if not isinstance(data, dict) or not ({"calls", "rows"} & set(data)):
         raise ValueError(f"{str(path)!r} is no report; legal: JSON with 'calls' or 'rows'")
     if as_json:
@@ -431,11 +429,7 @@ def parse_reference(text: str, weak: Any) -> Any:
 def _read_schedule(path: Path | None) -> Any:
     from ditdial.plan.schedule import Schedule
 
-    if path is None:
-        return None
-    if not path.is_file():
-        raise FileNotFoundError(f"schedule {str(path)!r} does not exist")
-    return Schedule.from_json(path.read_text())
+    return None if path is None else Schedule.load(path)
 
 
 def _elastic(model: str, adapter: str) -> tuple[Any, Any]:

@@ -73,5 +73,5 @@ def measure(
         ratio=plan.ratio,
         seconds=seconds["row"],
         time_ratio=seconds["row"] / seconds["full"] if compare else None,
-        schedule=schedule.to_json(),
+        schedule=schedule.to_dict(),
     )

@@ -1,12 +1,7 @@
-"""A budget, and the best way to spend it: one choice per step, exactly, for every budget at once.
+"""A budget, and the choices that it is usually spent on.
 
-Where the damage of a plan is the sum over its steps, the best plan for a budget is a
-multiple-choice knapsack. `Frontier.of` solves it by dynamic programming over labels (cost, damage):
-after each step only those stay that no cheaper label beats, and each remembers where it came from.
-Without a calibration there is no damage to weigh, and FlexiDiT's one-parameter dial remains: weak
-first.
-
-Shape legend: S steps, K choices, P plans on the frontier.
+`ditdial.plan.frontier` finds the best way to spend it; where nothing was measured,
+`ditdial.plan.weak_first` is what remains.
 """
 
 from __future__ import annotations
@@ -14,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from ditdial.checks import did_you_mean, one_of
+from ditdial.plan.choice import WEAK_GUIDANCE_GAIN, Choice
 from ditdial.plan.mode import FULL, Mode, coarseness
-from ditdial.plan.schedule import WEAK_GUIDANCE_GAIN, Segment
 
 CURRENCIES = ("flops", "seconds")
 CRITERIA = ("path", "picture")
@@ -43,62 +39,8 @@ class Budget:
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ValueError(f"budget = {self.share}; legal: (0, 1]")
-        for name, legal in (("currency", CURRENCIES), ("criterion", CRITERIA)):
-            value = getattr(self, name)
-            if value not in legal:
-                raise ValueError(f"{name} = {value!r}; legal: {', '.join(map(repr, legal))}")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice:
-    """How one step runs: a `Segment` without noise levels, with the same arguments.
-
-    Raises:
-        ValueError: guidance or gain out of range.
-    """
-
-    mode: Mode = FULL
-    guide: Mode | None = None
-    guidance: str = "cfg"
-    gain: float = 1.0
-
-    def __post_init__(self) -> None:
-        self.segment(1, 0)
-
-    @classmethod
-    def of(cls, segment: Segment) -> Choice:
-        """The choice that a segment makes."""
-        return cls(
-            mode=segment.mode, guide=segment.guide, guidance=segment.guidance, gain=segment.gain
-        )
-
-    def runs_as(self, segment: Segment) -> bool:
-        """Whether a segment runs its steps just so, however it is written down."""
-        own, facts = self.segment(1, 0), ("mode", "guide_mode", "weak_guidance", "gain")
-        return all(getattr(own, name) == getattr(segment, name) for name in facts)
-
-    def segment(self, start: float, stop: float) -> Segment:
-        """This choice for a stretch of noise levels."""
-        return Segment(
-            start=start,
-            stop=stop,
-            mode=self.mode,
-            guide=self.guide,
-            guidance=self.guidance,
-            gain=self.gain,
-        )
-
-    @property
-    def name(self) -> str:
-        """``patch2/patch4`` for modes of the conditional and the guidance branch.
-
-        What is not plain CFG is added: ``full/patch2 weak 0.4`` is weak guidance with that gain.
-        """
-        own = self.segment(1, 0)
-        name = f"{own.mode.name}/{own.guide_mode.name}"
-        if own.gain == 1 and not own.weak_guidance:
-            return name
-        return f"{name} {'weak' if own.weak_guidance else 'cfg'} {own.gain:g}"
+        one_of("currency", self.currency, CURRENCIES)
+        one_of("criterion", self.criterion, CRITERIA)
 
 
 def pairings(modes: Iterable[Mode], guidance: str = "cfg") -> tuple[Choice, ...]:
@@ -116,10 +58,12 @@ def pairings(modes: Iterable[Mode], guidance: str = "cfg") -> tuple[Choice, ...]
         ValueError: guidance out of range, or weak guidance without a coarse mode.
     """
     known = sorted(set(modes) | {FULL}, key=coarseness)
-    if guidance not in ("cfg", "weak", "both") or (guidance != "cfg" and len(known) < 2):
+    kinds = ("cfg", "weak", "both")
+    if guidance not in kinds or (guidance != "cfg" and len(known) < 2):
+        near = "" if guidance in kinds else did_you_mean(guidance, kinds)
         raise ValueError(
             f"guidance = {guidance!r} with modes {', '.join(mode.name for mode in known)}; legal: "
-            "'cfg', or 'weak' and 'both' with at least one coarse mode"
+            f"'cfg', or 'weak' and 'both' with at least one coarse mode{near}"
         )
     ordinary = tuple(
         Choice(mode=mode, guide=None if guide == mode else guide)

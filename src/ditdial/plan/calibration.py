@@ -1,32 +1,16 @@
-"""What each choice loses at each noise level, measured once, good for any run of the model.
+"""A calibration: what each choice loses at each noise level, measured once, good for any run.
 
-At signal scale ``alpha`` and noise scale ``s`` let ``u = s / (alpha + s)``, the level of the same
-ratio on the straight path of rectified flow: 1 is noise, 0 is data, whatever the schedule. Compare
-two stochastic samplers whose predictions of the clean latent have the squared difference ``D``. By
-Girsanov's theorem the divergence of the distributions of their paths grows, as ``u`` falls, like
+It holds errors, as plain data; what they do to a run, its damage, is `ditdial.plan.damage`.
 
-    dKL = (1 - u) / u^3 D du = 1/2 D dSNR,    SNR = (1 - u)^2 / u^2,
-
-which weighs the squared error as the continuous-time loss of variational diffusion models does
-(Kingma et al. 2107.00630). It adds up over the steps. So the damage of a plan is a sum, a frontier
-over plans is exact (`ditdial.plan.frontier`), and neither the number of steps nor the scheduler of
-the measurement matters: only the error at each level does. Damage is told per number of the latent
-(errors are means), so it does not grow with the picture.
-
-The second sampler is the *reference*, whose path the measured runs follow. Girsanov's theorem asks
-nothing of it: it may be one choice throughout, such as the base with full guidance, or another at
-each noise level. That matters where kinds of guidance are mixed. Weak-model guidance aims at other
-pictures than ordinary guidance does; measured against the latter it is charged for the distance of
-the two aims, which no error of any mode has made. The reference says which aim is meant where.
+Errors are differences to a reference (`ditdial.plan.reference_schedule`), whose path the measured
+runs follow.
 
 Shape legend: S steps, K choices.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -35,8 +19,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditdial.plan.budget import CRITERIA, Choice
+from ditdial import json_files
+from ditdial.checks import one_of
+from ditdial.plan.budget import CRITERIA
+from ditdial.plan.choice import Choice
+from ditdial.plan.damage import between_points, path_damage, widths
 from ditdial.plan.mode import Mode
+from ditdial.plan.reference_schedule import as_choices, check_stretches
 from ditdial.plan.schedule import Schedule
 from ditdial.plan.seconds import Seconds
 
@@ -110,19 +99,31 @@ class Calibration:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("base", "method", "data", "provenance"):  # as they come back from a file
-            object.__setattr__(self, name, json.loads(json.dumps(getattr(self, name))))
-        _check_order("points", [point.level for point in self.points])
-        _check_order("noise", list(reversed(self.noise)), equal=True)
+        for name in ("base", "method", "data", "provenance"):
+            object.__setattr__(self, name, json_files.plain(getattr(self, name)))
         if len(set(self.choices)) != len(self.choices) or not self.choices:
             raise ValueError(f"choices = {self.names}; legal: at least one, all different")
         object.__setattr__(self, "reference", as_choices(self.reference, self.choices))
-        check_stretches(self.reference, [point.level for point in self.points])
+        _check_order("noise", list(reversed(self.noise)), equal=True)
+        self._check_points()
+        self._check_bands()
+        devices = [each.device for each in self.seconds]
+        if len(set(devices)) != len(devices):
+            raise ValueError(f"seconds of {devices}; legal: one entry per device")
+
+    def _check_points(self) -> None:
+        """Refuse points that do not fall, or whose errors do not fit the choices."""
+        levels = [point.level for point in self.points]
+        _check_order("points", levels)
+        check_stretches(self.reference, levels)
         modes = [mode.name for mode in self.conditional]
         for point in self.points:
             at, own = f"at level {point.level}", self.reference.at(point.level)
-            _check_errors(f"step_error {at}", point.step_error, self.names, Choice.of(own).name)
+            _check_errors(f"step_error {at}", point.step_error, self.names, own.name)
             _check_errors(f"branch_error {at}", point.branch_error, modes, own.mode.name)
+
+    def _check_bands(self) -> None:
+        """Refuse bands that leave noise levels out, or go across a change of the reference."""
         starts, stops = [b.start for b in self.bands], [b.stop for b in self.bands]
         falls = all(band.stop < band.start for band in self.bands)
         if self.bands and not (falls and [*starts, 0] == [1, *stops]):
@@ -136,16 +137,12 @@ class Calibration:
                     f"band from {band.start} to {band.stop}; legal: one that ends at "
                     f"{parts[0].stop}, where the reference changes"
                 )
-            own = Choice.of(parts[0]).name
-            _check_errors(f"rates of band {band.start}", band.rates, self.names, own)
-        devices = [each.device for each in self.seconds]
-        if len(set(devices)) != len(devices):
-            raise ValueError(f"seconds of {devices}; legal: one entry per device")
+            _check_errors(f"rates of band {band.start}", band.rates, self.names, parts[0].name)
 
     @property
     def modes(self) -> set[Mode]:
         """Every mode that a choice needs."""
-        return set().union(*(choice.segment(1, 0).modes for choice in self.choices))
+        return set().union(*(choice.modes for choice in self.choices))
 
     @property
     def conditional(self) -> tuple[Mode, ...]:
@@ -176,12 +173,9 @@ class Calibration:
         for stretch in self.reference.segments:
             points = [x for x in self.points[::-1] if self.reference.at(x.level) is stretch]
             inside = [step for step, x in enumerate(levels) if self.reference.at(x) is stretch]
-            known = np.array([getattr(point, name) for point in points])
-            logs = np.log(np.maximum(known, np.finfo(float).tiny))
-            at, asked = [point.level for point in points], [levels[step] for step in inside]
-            between = np.exp(np.stack([np.interp(asked, at, log) for log in logs.T], axis=1))
-            # The reference's own choice has no error anywhere.
-            found[inside] = np.where(known.any(axis=0), between, 0.0)
+            known = [getattr(point, name) for point in points]
+            asked = [levels[step] for step in inside]
+            found[inside] = between_points(asked, [point.level for point in points], known)
         return found
 
     def damage(
@@ -200,21 +194,17 @@ class Calibration:
             ValueError: levels that rise, or a criterion that was not measured.
         """
         _check_order("levels", levels, equal=True)
+        one_of("criterion", criterion, CRITERIA)
         u = self.u(levels)
-        width = u - np.append(u[1:], 0.0)
         if criterion == "path":
-            # At u = 1 there is no signal yet; u = 0 has no step after it.
-            rate = np.divide(1 - u, u**3, out=np.zeros_like(u), where=u > 0)
-            return (rate * width)[:, None] * self.errors(levels, guided=guided)
-        if criterion != "picture":
-            raise ValueError(f"criterion = {criterion!r}; legal: {', '.join(map(repr, CRITERIA))}")
+            return path_damage(u, self.errors(levels, guided=guided))
         if not self.bands or (not guided and self.guidance_scale != 1):
             raise ValueError(
                 "criterion = 'picture', which this calibration has not measured"
                 f"{'' if not self.bands else ' without guidance'}; legal: 'path'"
             )
         rates = np.array([next(b for b in self.bands if x >= b.stop).rates for x in levels])
-        return width[:, None] * rates
+        return widths(u)[:, None] * rates
 
     def seconds_on(self, device: str) -> Seconds:
         """What was measured on a device.
@@ -245,7 +235,7 @@ class Calibration:
         pairs = {"base": (self.base, base), "method": (self.method, method)}
         differing = []
         for name, (own, other) in pairs.items():
-            other = json.loads(json.dumps(other))
+            other = json_files.plain(other)
             differing += [
                 f"{name} {key}: calibration {own.get(key)!r}, here {other.get(key)!r}"
                 for key in sorted({*own, *other})
@@ -254,130 +244,93 @@ class Calibration:
         if differing:
             raise ValueError("the calibration is of another model; " + "; ".join(differing))
 
-    def to_json(self) -> str:
-        """Plain JSON; the inverse of `from_json`."""
-        choices = [
-            {
-                **asdict(choice),
-                "mode": choice.mode.name,
-                "guide": choice.guide and choice.guide.name,
-            }
-            for choice in self.choices
-        ]
-        data = {"format": FORMAT, **asdict(self), "choices": choices}
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; the inverse of `from_dict`. A reference that goes without saying is none."""
+        data: dict[str, Any] = {"format": FORMAT, **asdict(self)}
+        data["choices"] = [choice.to_dict() for choice in self.choices]
+        data["reference"] = self.reference.to_dict()
         if self.reference == as_choices(None, self.choices):
             del data["reference"]
-        else:
-            data["reference"] = json.loads(self.reference.to_json())
-        return json.dumps(data, indent=1)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Calibration:
+        """A calibration from plain data.
+
+        Raises:
+            ValueError: another format, missing or unknown entries, numbers out of range.
+        """
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            found = data.get("format") if isinstance(data, dict) else data
+            raise ValueError(f"calibration: format = {found!r}; legal: {FORMAT}")
+        made = {"choices": Choice.from_dict, "points": _point, "bands": _band, "seconds": _seconds}
+        facts: dict[str, Any] = {
+            key: value for key, value in data.items() if key not in ("format", "reference")
+        }
+        if "reference" in data:
+            try:
+                facts["reference"] = Schedule.from_dict(data["reference"])
+            except ValueError as error:
+                raise ValueError(f"calibration: reference: {error}") from error
+        try:
+            for name, make in made.items():
+                facts[name] = tuple(make(row) for row in facts[name])
+            facts["noise"] = tuple(facts["noise"])
+            return cls(**facts)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"calibration has missing, unknown or wrong entries: {error!r}"
+            ) from error
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON; the inverse of `from_json`."""
+        return json_files.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
         """Read a calibration.
 
         Raises:
-            ValueError: not JSON, another format, missing or unknown entries, numbers out of range.
+            ValueError: not JSON, or what `from_dict` refuses.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"calibration is not valid JSON: {error}") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
-            found = data.get("format") if isinstance(data, dict) else data
-            raise ValueError(f"calibration: format = {found!r}; legal: {FORMAT}")
-        del data["format"]
-        if "reference" in data:
-            try:
-                data["reference"] = Schedule.from_json(json.dumps(data["reference"]))
-            except ValueError as error:
-                raise ValueError(f"calibration: reference: {error}") from error
-        try:
-            rows = {name: data[name] for name in ("choices", "points", "bands", "seconds")}
-            return cls(
-                **{k: v for k, v in data.items() if k not in ("format", "noise", *rows)},
-                noise=tuple(data["noise"]),
-                choices=tuple(_choice(**row) for row in rows["choices"]),
-                points=tuple(Point(**_tuples(row)) for row in rows["points"]),
-                bands=tuple(Band(**_tuples(row)) for row in rows["bands"]),
-                seconds=tuple(Seconds(**row) for row in rows["seconds"]),
-            )
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"calibration has missing, unknown or wrong entries: {error!r}"
-            ) from error
+        return json_files.loads(text, "calibration", cls.from_dict)
 
     def save(self, path: str | Path) -> Path:
-        """Write a file, or `FILE` in a folder; complete or not at all."""
-        path = Path(path).expanduser()
-        path = path / FILE if path.is_dir() else path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(self.to_json() + "\n")
-        os.replace(partial, path)
-        return path
+        """Write a ``.json`` file, or `FILE` in a folder; complete or not at all.
+
+        Returns:
+            The file.
+        """
+        return json_files.write(_file(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Read a file.
+        """Read a ``.json`` file, or `FILE` in a folder.
 
         Raises:
             FileNotFoundError: no such file.
             ValueError: a file that is not understood.
         """
-        path = Path(path).expanduser()
-        if not path.is_file():
-            raise FileNotFoundError(f"calibration {str(path)!r} does not exist")
-        try:
-            return cls.from_json(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{str(path)!r}: {error}") from error
+        return json_files.read(_file(path), "calibration", cls.from_dict)
 
 
-def as_choices(reference: Schedule | None, choices: Sequence[Choice]) -> Schedule:
-    """A reference in the words of the choices, in as few stretches as it takes.
-
-    Args:
-        reference: None for the first choice throughout.
-
-    Raises:
-        ValueError: a schedule that somewhere is none of the choices.
-    """
-    if reference is None:
-        return Schedule([choices[0].segment(1, 0)])
-    segments = []
-    for segment in reference.segments:
-        choice = next((choice for choice in choices if choice.runs_as(segment)), None)
-        if choice is None:
-            raise ValueError(
-                f"reference = {Choice.of(segment).name!r} from noise level {segment.start} to "
-                f"{segment.stop}; legal: one of the choices "
-                f"({', '.join(repr(choice.name) for choice in choices)})"
-            )
-        start = segment.start
-        if segments and Choice.of(segments[-1]) == choice:
-            start = segments.pop().start
-        segments.append(choice.segment(start, segment.stop))
-    return Schedule(segments)
+def _file(path: str | Path) -> Path:
+    """The file of a calibration: a path that is no ``.json`` file is a folder, there or not."""
+    path = Path(path).expanduser()
+    is_file = path.is_file() or (path.suffix == ".json" and not path.is_dir())
+    return path if is_file else path / FILE
 
 
-def check_stretches(reference: Schedule, levels: Sequence[float]) -> None:
-    """Refuse a reference that was not measured throughout.
-
-    Raises:
-        ValueError: a stretch of it without any of the levels.
-    """
-    for stretch in reference.segments:
-        if not any(reference.at(level) is stretch for level in levels):
-            raise ValueError(
-                f"reference = {Choice.of(stretch).name!r} from noise level {stretch.start} to "
-                f"{stretch.stop}, where nothing was measured; legal: stretches with at least one "
-                f"of the levels {', '.join(f'{level:.3g}' for level in levels)}"
-            )
+def _point(row: dict[str, Any]) -> Point:
+    return Point(**_tuples(row))
 
 
-def _choice(mode: str, guide: str | None, **others: Any) -> Choice:
-    parsed = None if guide is None else Mode.parse(guide)
-    return Choice(mode=Mode.parse(mode), guide=parsed, **others)
+def _band(row: dict[str, Any]) -> Band:
+    return Band(**_tuples(row))
+
+
+def _seconds(row: dict[str, Any]) -> Seconds:
+    return Seconds(**row)
 
 
 def _tuples(row: dict[str, Any]) -> dict[str, Any]:

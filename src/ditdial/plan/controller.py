@@ -14,8 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ditdial.plan.choice import Choice
 from ditdial.plan.mode import Mode
-from ditdial.plan.schedule import Schedule, Segment
+from ditdial.plan.schedule import Schedule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,10 +35,10 @@ class Facts:
     macs: Callable[[Mode, float | None], float]
     guided: bool | None = None
 
-    def cost(self, segment: Segment, level: float | None = None) -> float:
+    def cost(self, choice: Choice, level: float | None = None) -> float:
         """Multiply-adds of one picture in one call at a noise level, both branches."""
-        mode, guide = segment.mode, segment.guide_mode
-        if self.guided is False or segment.gain == 0:
+        mode, guide = choice.mode, choice.guide_mode
+        if self.guided is False or choice.gain == 0:
             return self.macs(mode, level)
         return self.macs(mode, level) + self.macs(guide, level)
 
@@ -50,7 +51,7 @@ class Decision:
         why: what led to it, as plain data: a statistic and its threshold, say.
     """
 
-    segment: Segment
+    choice: Choice
     why: dict[str, Any] | None = None
 
 

@@ -7,24 +7,25 @@ where it is quiet inside blocks of a patch, that patch is large enough:
     s(k) < tau
 
 The choice is made for each picture by itself. A derivative, rather than the paper's difference,
-lets one threshold hold for any step count; it is calibrated to a budget, not copied. A cap and an
-account turn the threshold into a promise.
+lets one threshold hold for any step count; it is found for a budget (`ditdial.plan.threshold`), not
+copied. A cap and an account turn the threshold into a promise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ditdial.checks import require
+from ditdial.checks import one_of, require
 from ditdial.ops.differences import derivative, roughness
+from ditdial.plan.choice import Choice
 from ditdial.plan.controller import Controller, Decision, Facts, Run
+from ditdial.plan.frontier import legal_shares
 from ditdial.plan.mode import FULL, Mode
-from ditdial.plan.schedule import Segment
 
 SIGNALS = ("latent", "clean")
 TOLERANCE = 1e-9
@@ -60,11 +61,12 @@ class Account:
 
 @dataclass(frozen=True, kw_only=True)
 class DDiTController(Controller):
-    """Configuration; the first two arguments matter.
+    """Chooses each picture's patch size by how its latents change; the first two arguments matter.
 
     Args:
-        tau: threshold of the statistic; larger is faster. Of this latent space and model: use
-            `calibrated` to find it for a budget. 0 keeps full mode and records the statistics.
+        tau: threshold of the statistic; larger is faster. It belongs to one latent space and model:
+            `ditdial.plan.threshold` finds it for a budget. 0 keeps full mode and records the
+            statistics.
         coarse: the modes to choose from beside full mode.
         rho: quantile over blocks; 0.4 in the paper.
         order: of the derivative; 3 in the paper. As many calls are needed before the first choice.
@@ -76,7 +78,7 @@ class DDiTController(Controller):
         signal: ``latent``, or ``clean`` to look at the predicted clean latents instead, whose
             derivative a stochastic sampler does not drown in its own noise.
         guide: mode of the guidance branch; that of the conditional branch unless given.
-        guidance, gain: as in `Segment`.
+        guidance, gain: as in `Choice`.
         per_picture: choose for each picture by itself; otherwise all of a batch take the mode of
             the one that needs the finest.
         cap: share of its full cost that no picture ever exceeds.
@@ -116,7 +118,7 @@ class DDiTController(Controller):
         fits = not self.lowest or len(self.lowest) == len(self.coarse)
         legal = f"{len(self.coarse)} noise levels in [0, 1], or none"
         require(fits and all(0 <= x <= 1 for x in self.lowest), "lowest", self.lowest, legal)
-        require(self.signal in SIGNALS, "signal", self.signal, ", ".join(SIGNALS))
+        one_of("signal", self.signal, SIGNALS)
         fits = self.cap is None or 0 < self.cap <= 1
         require(fits, "cap", self.cap, "(0, 1], or None")
         if self.refine_only:
@@ -128,11 +130,9 @@ class DDiTController(Controller):
         guide = set() if self.guide is None else {self.guide}
         return {FULL, *self.coarse} | guide
 
-    def segment(self, mode: Mode) -> Segment:
+    def choice(self, mode: Mode) -> Choice:
         """A step whose conditional branch runs in a mode."""
-        return Segment(
-            start=1, stop=0, mode=mode, guide=self.guide, guidance=self.guidance, gain=self.gain
-        )
+        return Choice(mode=mode, guide=self.guide, guidance=self.guidance, gain=self.gain)
 
     def begin(self, facts: Facts) -> DDiTRun:
         """Start a run.
@@ -145,7 +145,10 @@ class DDiTController(Controller):
 
 
 class DDiTRun(Run):
-    """The history of one run, and what it has spent."""
+    """The latents of one run's last calls, and what the run has spent.
+
+    Costs are counted in full calls: 1 is what both branches take in full mode.
+    """
 
     def __init__(self, controller: DDiTController, facts: Facts) -> None:
         self.controller, self.facts = controller, facts
@@ -157,7 +160,7 @@ class DDiTRun(Run):
                 f"{len(facts.levels)} steps; legal with order = {controller.order}: more than "
                 f"{self.warmup}, the history that the first choice needs"
             )
-        costs = {mode: facts.cost(controller.segment(mode)) for mode in controller.modes}
+        costs = {mode: facts.cost(controller.choice(mode)) for mode in controller.modes}
         self.by_cost = sorted({FULL, *controller.coarse}, key=costs.__getitem__)
         self.full = facts.macs(FULL, None) * (1 if facts.guided is False else 2)
         self.shares = {mode: costs[mode] / self.full for mode in self.by_cost}
@@ -186,10 +189,8 @@ class DDiTRun(Run):
         least = self._least(0, None) / len(levels)
         for name, share in shares.items():
             if share is not None and share < least * (1 - TOLERANCE):
-                raise ValueError(
-                    f"{name} = {share}; legal: {least:.4f} (the cheapest these settings allow in "
-                    f"{len(levels)} steps) to 1"
-                )
+                what = f"the cheapest these settings allow in {len(levels)} steps"
+                raise ValueError(f"{name} = {share}; legal: {legal_shares(least, what)}")
 
     def _allowed(self, level: float) -> list[Mode]:
         """The modes that the settings allow at a noise level, cheapest first."""
@@ -238,9 +239,19 @@ class DDiTRun(Run):
             self.allowance -= spent
             controller.account.book(count * self.full, spent * self.full)
         return [
-            Decision(segment=controller.segment(mode), why=self._why(statistic, want, mode))
+            Decision(choice=controller.choice(mode), why=self._why(statistic, want, mode))
             for mode, want, statistic in zip(allowed, wanted, statistics, strict=True)
         ]
+
+    def replay(self, level: float, statistic: dict[Mode, float]) -> float:
+        """A step of a lone picture whose statistic was recorded, without cap or account.
+
+        Returns:
+            Share that the step takes of a full call.
+        """
+        mode = self._wanted(level, 0, statistic)
+        self.last, self.step = [mode], self.step + 1
+        return self.shares[mode]
 
     def learn(self, level: float, clean: Tensor) -> None:
         """Keep a predicted clean latent for the choices that follow."""
@@ -278,129 +289,44 @@ class DDiTRun(Run):
         return next(m for m in allowed if self.shares[m] >= self.shares[at_least])
 
     def _afford(self, wanted: list[Mode], statistics: list[dict[Mode, float]]) -> list[Mode]:
-        """The same within what the cap and the account leave; who moves most is served first."""
-        controller, count = self.controller, len(wanted)
-        last = self.last or [None] * count
-        modes = [self._cheapest(self.step, last[i]) for i in range(count)]
-        level = self.facts.levels[self.step]
-        need = [max(s.values(), default=0.0) for s in statistics]
-        left = float("inf")
-        if controller.account is not None:
-            ahead = sum(self.shares[m] + self._least(self.step + 1, m) for m in modes)
-            left = self.allowance - ahead
-        steps = len(self.facts.levels)
-        for i in sorted(range(count), key=lambda i: -need[i]):
-            planned = self.shares[modes[i]] + self._least(self.step + 1, modes[i])
-            for mode in reversed(self._allowed(level)):  # the dearest first
-                if not self.shares[modes[i]] <= self.shares[mode] <= self.shares[wanted[i]]:
-                    continue
-                whole = self.shares[mode] + self._least(self.step + 1, mode)
-                own = float("inf")
-                if controller.cap is not None:
-                    assert self.spent is not None
-                    own = controller.cap * steps - self.spent[i].item()
-                if whole <= own + TOLERANCE * steps and whole - planned <= left + TOLERANCE:
-                    modes[i], left = mode, left - (whole - planned)
+        """The modes that the cap and the account can pay, none of them dearer than the wanted one.
+
+        Every picture starts from the cheapest mode that the settings allow it. What the account has
+        left beyond that is given out picture by picture. The picture whose latents change fastest
+        comes first, because a coarse patch would lose the most of it.
+        """
+        modes = [self._cheapest(self.step, last) for last in self.last or [None] * len(wanted)]
+        spare = self.allowance - sum(self._to_the_end(mode) for mode in modes)
+        changes = [max(statistic.values(), default=0.0) for statistic in statistics]
+        for i in sorted(range(len(wanted)), key=lambda i: -changes[i]):
+            own = self._own_allowance(i)
+            planned = self._to_the_end(modes[i])
+            for mode in self._from_dearest(wanted[i], modes[i]):
+                whole = self._to_the_end(mode)
+                if whole <= own and whole - planned <= spare + TOLERANCE:
+                    modes[i], spare = mode, spare - (whole - planned)
                     break
         return modes
+
+    def _to_the_end(self, mode: Mode) -> float:
+        """Cost of this step in a mode and of the cheapest way on from there, in full calls."""
+        return self.shares[mode] + self._least(self.step + 1, mode)
+
+    def _own_allowance(self, picture: int) -> float:
+        """What the cap leaves a picture for this step and all that follow, in full calls."""
+        cap, steps = self.controller.cap, len(self.facts.levels)
+        if cap is None:
+            return float("inf")
+        assert self.spent is not None
+        return cap * steps - self.spent[picture].item() + TOLERANCE * steps
+
+    def _from_dearest(self, most: Mode, least: Mode) -> list[Mode]:
+        """The modes allowed at this step that cost at most ``most`` and at least ``least``."""
+        low, high = self.shares[least], self.shares[most]
+        allowed = self._allowed(self.facts.levels[self.step])
+        return [mode for mode in reversed(allowed) if low <= self.shares[mode] <= high]
 
     def _why(self, statistic: dict[Mode, float], wanted: Mode, mode: Mode) -> dict[str, Any]:
         found = {each.name: value for each, value in statistic.items()}
         why: dict[str, Any] = {"statistic": found or None, "tau": self.controller.tau}
         return why if wanted == mode else {**why, "wanted": wanted.name}
-
-
-def traced(controller: DDiTController, trace: Sequence[dict[str, Any]], facts: Facts) -> float:
-    """Share of the full cost that a picture would take by the statistics of a recorded run.
-
-    Args:
-        trace: the statistic of each mode by name at each call, as reports have it in ``why``.
-    """
-    run = DDiTRun(controller, facts)
-    total = 0.0
-    for level, why in zip(facts.levels, trace, strict=True):
-        found = why.get("statistic") or {}
-        mode = run._wanted(level, 0, {m: found[m.name] for m in controller.coarse if found})
-        run.last, run.step = [mode], run.step + 1
-        total += run.shares[mode]
-    return total / len(facts.levels)
-
-
-def calibrated(
-    controller: DDiTController,
-    budget: float,
-    traces: Iterable[Sequence[dict[str, Any]]],
-    facts: Facts,
-) -> DDiTController:
-    """The same controller with the threshold whose mean cost over recorded runs is the budget.
-
-    Args:
-        budget: share of the full cost.
-        traces: of pictures run with ``tau=0``, which records their statistics in full mode.
-        facts: of those runs.
-
-    Raises:
-        ValueError: no traces, or a budget that no threshold of these settings reaches.
-    """
-    traces = [list(trace) for trace in traces]
-    require(bool(traces), "number of traces", 0, ">= 1")
-    found = {
-        value for trace in traces for why in trace for value in (why["statistic"] or {}).values()
-    }
-    candidates = sorted(found)  # a threshold only matters between two of them
-    bare = replace(controller, cap=None, account=None)
-
-    def mean(tau: float) -> float:
-        at = replace(bare, tau=tau)
-        return sum(traced(at, trace, facts) for trace in traces) / len(traces)
-
-    taus = [0.0, *(value * (1 + 1e-6) for value in candidates)]
-    if not mean(taus[-1]) - 0.005 <= budget <= 1:
-        raise ValueError(
-            f"budget = {budget}; legal: {mean(taus[-1]):.3f} (every choice coarse) to 1"
-        )
-    low, high = 0, len(taus) - 1  # the cost falls with the threshold
-    while low < high:
-        middle = (low + high) // 2
-        if mean(taus[middle]) <= budget:
-            high = middle
-        else:
-            low = middle + 1
-    return replace(controller, tau=taus[high])
-
-
-def settled(
-    controller: DDiTController,
-    budget: float,
-    record: Callable[[DDiTController], Sequence[Sequence[dict[str, Any]]]],
-    facts: Facts,
-    *,
-    rounds: int = 4,
-) -> DDiTController:
-    """`calibrated` to runs that really use the threshold, a few times over.
-
-    Coarse steps leave rougher latents than full ones do, so that a threshold found on full runs
-    alone is too small for a small budget.
-
-    Args:
-        record: runs some pictures with a controller and returns their traces.
-        rounds: how often, after one of full runs.
-
-    Raises:
-        ValueError: as `calibrated`, or no rounds.
-    """
-    require(rounds >= 1, "rounds", rounds, ">= 1")
-    low, high, found = 0.0, float("inf"), {}
-    bare = calibrated(controller, budget, record(replace(controller, tau=0.0)), facts)
-    bare = replace(bare, cap=None, account=None)
-    for _ in range(rounds):
-        traces = record(bare)
-        cost = sum(traced(bare, trace, facts) for trace in traces) / len(traces)
-        found[bare.tau] = cost
-        low, high = (max(low, bare.tau), high) if cost > budget else (low, min(high, bare.tau))
-        tau = calibrated(bare, budget, traces, facts).tau
-        if not low < tau < high:  # it went to and fro: halve the way instead
-            tau = 2 * low if high == float("inf") else (low * high) ** 0.5 or high / 2
-        bare = replace(bare, tau=tau)
-    best = min(found, key=lambda tau: abs(found[tau] - budget))
-    return replace(controller, tau=best)

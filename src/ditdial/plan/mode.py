@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from dataclasses import dataclass, field
 
 PATCH = r"patch(\d+)(?:x(\d+)x(\d+))?"
 GRID = r"grid(\d+)(?:x(\d+))?"
+KINDS = ("patch", "grid", "width", "keep")
 NAME = re.compile(rf"(?:{PATCH})?(?:_?{GRID})?(?:_?width(\d+))?(?:_?keep(\d+))?")
 
 
@@ -141,25 +143,49 @@ class Mode:
         Raises:
             ValueError: not a mode's name.
         """
+        text = name if isinstance(name, str) else ""
+        mode = cls._read(text)
+        if mode is not None and mode.name == name:
+            return mode
+        meant = cls._meant(text) if mode is None else mode
+        near = "" if meant is None else f" (did you mean {meant.name!r}?)"
+        raise ValueError(
+            f"unknown mode {name!r}; legal: 'full', 'patchK' ('patchTxHxW'), 'gridK' ('gridHxW'), "
+            f"'widthP', 'keepP' in percent, all but the first joined by '_' in this order{near}"
+        )
+
+    @classmethod
+    def _read(cls, name: str) -> Mode | None:
+        """The mode of a name, which may be written in another way than `name` has it.
+
+        Raises:
+            ValueError: numbers that no mode has.
+        """
         if name == "full":
             return FULL
         match = NAME.fullmatch(name)
-        if name and match:
-            scale, rows, columns, height, across, width, keep = match.groups()
-            three = (int(scale), int(rows), int(columns)) if rows else int(scale or 1)
-            sides = (int(height), int(across or height)) if height else None
-            mode = cls(
-                three,
-                token_grid=sides,
-                width=int(width) / 100 if width else 1.0,
-                token_keep=int(keep) / 100 if keep else None,
-            )
-            if mode.name == name:
-                return mode
-        raise ValueError(
-            f"unknown mode {name!r}; legal: 'full', 'patchK' ('patchTxHxW'), 'gridK' ('gridHxW'), "
-            "'widthP', 'keepP' in percent, all but the first joined by '_' in this order"
+        if not name or not match:
+            return None
+        scale, rows, columns, height, across, width, keep = match.groups()
+        return cls(
+            (int(scale), int(rows), int(columns)) if rows else int(scale or 1),
+            token_grid=(int(height), int(across or height)) if height else None,
+            width=int(width) / 100 if width else 1.0,
+            token_keep=int(keep) / 100 if keep else None,
         )
+
+    @classmethod
+    def _meant(cls, name: str) -> Mode | None:
+        """The mode that a name was probably meant for: words put right, parts in their order."""
+        parts = {}
+        for word, numbers in re.findall(r"([a-z]+)[^a-z0-9]*((?:\d+x?)*)", name.lower()):
+            parts |= dict.fromkeys(difflib.get_close_matches(word, ("full", *KINDS), n=1), numbers)
+        kinds = [kind for kind in KINDS if kind in parts]
+        joined = "_".join(f"{kind}{parts[kind]}" for kind in kinds) or "full" * ("full" in parts)
+        try:
+            return cls._read(joined)
+        except ValueError:  # numbers that no mode has: there is nothing to propose
+            return None
 
     def __str__(self) -> str:
         return self.name

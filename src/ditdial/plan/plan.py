@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+from ditdial import figures, json_files
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule, Segment
+from ditdial.table import Table
 
 
 def _prompts(segment: Segment, *, guided: bool, together: bool) -> list[tuple[str, ...]]:
@@ -43,12 +46,18 @@ class Plan:
     Args:
         full_macs: multiply-adds of the same run, with the same guidance, all in full mode.
         budget: the share of them that the run is allowed, if it was planned for one.
+        guidance: whether the run is taken to have a guidance branch; None where that is not told.
+        grid: base tokens ``(frames, height, width)`` that the costs are of.
+        text_tokens: text tokens of one prompt that the costs are of.
     """
 
     steps: tuple[PlanStep, ...]
     full_macs: float
     schedule: Schedule = field(repr=False)
     budget: float | None = None
+    guidance: bool | None = None
+    grid: tuple[int, int, int] | None = None
+    text_tokens: int | None = None
 
     @classmethod
     def bind(
@@ -62,6 +71,8 @@ class Plan:
         kept: float = 0.0,
         together: bool = False,
         budget: float | None = None,
+        grid: tuple[int, int, int] | None = None,
+        text_tokens: int | None = None,
     ) -> Plan:
         """Bind a schedule to the noise levels of a run's model calls.
 
@@ -72,6 +83,7 @@ class Plan:
             kept: what a branch saves whose prompt was seen before, where text layers are kept.
             together: whether branches of the same mode share one call.
             budget: the share of the full cost that the run is allowed.
+            grid, text_tokens: that ``macs`` are of, for the record.
 
         Raises:
             ValueError: no timesteps.
@@ -92,7 +104,15 @@ class Plan:
                 PlanStep(index=index, level=level, mode=segment.mode, guide=guide, macs=cost)
             )
         full = sum(macs(FULL, level) for level in levels) * (2 if guidance else 1)
-        return cls(steps=tuple(steps), full_macs=full, schedule=schedule, budget=budget)
+        return cls(
+            steps=tuple(steps),
+            full_macs=full,
+            schedule=schedule,
+            budget=budget,
+            guidance=guidance,
+            grid=grid,
+            text_tokens=text_tokens,
+        )
 
     @property
     def macs(self) -> float:
@@ -103,3 +123,69 @@ class Plan:
     def ratio(self) -> float:
         """Cost over the cost of the same run in full mode."""
         return self.macs / self.full_macs
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: totals, what was assumed, one row per step, and the schedule."""
+        steps = [
+            {
+                "index": step.index,
+                "level": step.level,
+                "mode": step.mode.name,
+                "guide": None if step.guide is None else step.guide.name,
+                "macs": step.macs,
+            }
+            for step in self.steps
+        ]
+        totals = {"macs": self.macs, "full_macs": self.full_macs, "ratio": self.ratio}
+        assumed = {
+            "guidance": self.guidance,
+            "grid": None if self.grid is None else list(self.grid),
+            "text_tokens": self.text_tokens,
+        }
+        schedule = self.schedule.to_dict()
+        return {**totals, "budget": self.budget, **assumed, "steps": steps, "schedule": schedule}
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON."""
+        return json_files.dumps(self.to_dict())
+
+    @property
+    def table(self) -> Table:
+        """A row for each step; the total, and what was assumed, below."""
+        full = self.full_macs / len(self.steps)
+        rows = [
+            (
+                str(step.index),
+                f"{step.level:.3f}",
+                step.mode.name,
+                "-" if step.guide is None else step.guide.name,
+                figures.macs(step.macs),
+                figures.share(step.macs / full),
+            )
+            for step in self.steps
+        ]
+        asked = "" if self.budget is None else f" (of {figures.share(self.budget)} allowed)"
+        total = (
+            f"{figures.share(self.ratio)} of the full cost{asked}, {figures.macs(self.macs)} for "
+            "one picture"
+        )
+        below = (total, self._assumed())
+        headings = ("step", "level", "mode", "guide", "MACs", "of full")
+        return Table(headings=headings, rows=rows, below=below, least=(4, 6, 8, 8, 12, 8))
+
+    def _assumed(self) -> str:
+        """What the costs are of, as far as that is told."""
+        facts = [f"{len(self.steps)} steps"]
+        if self.guidance is not None:
+            facts.append("with guidance" if self.guidance else "without guidance")
+        if self.grid is not None:
+            facts.append(f"{' x '.join(map(str, self.grid))} base tokens")
+        if self.text_tokens is not None:
+            facts.append(f"{self.text_tokens} text tokens")
+        return f"for {', '.join(facts)}"
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def _repr_html_(self) -> str:
+        return self.table.html()

@@ -2,43 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-import torch
-
+from ditdial import json_files
 from ditdial.plan.mode import Mode
+from ditdial.table import Table
 
 
-class Stopwatch:
-    """Seconds of device work from creation to `stop`; on CUDA by events, without a wait."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._start = self._mark()
-        self._end: float | torch.cuda.Event = self._start
-
-    def _mark(self) -> float | torch.cuda.Event:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def stop(self) -> Stopwatch:
-        """Mark the end; returns itself."""
-        self._end = self._mark()
-        return self
+class Timed(Protocol):
+    """What took time: a `ditdial.host.device.Stopwatch`, which is read only when asked."""
 
     @property
     def seconds(self) -> float:
-        """Elapsed seconds; waits for the device if it is still at work."""
-        if isinstance(self._start, float) and isinstance(self._end, float):
-            return self._end - self._start
-        self._end.synchronize()  # pyrefly: ignore[missing-attribute]
-        return self._start.elapsed_time(self._end) / 1000  # pyrefly: ignore[missing-attribute]
+        """Seconds that it took."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +31,7 @@ class CallRecord:
         macs, full_macs: multiply-adds of all rows, as run and as full mode would have cost.
         pictures: which of the batch ran in this mode, where not all of them did.
         why: what led to each of their modes, if a controller chose them.
+        watch: knows the seconds of the call.
         guided: the rows hold both branches.
     """
 
@@ -63,7 +42,7 @@ class CallRecord:
     rows: int
     macs: float
     full_macs: float
-    watch: Stopwatch
+    watch: Timed
     pictures: tuple[int, ...] | None = None
     why: tuple[dict[str, Any] | None, ...] = ()
     guided: bool = False
@@ -166,23 +145,33 @@ class Report:
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
+        return json_files.dumps(self.to_dict())
 
-    def __str__(self) -> str:
-        lines = [
-            f"{'call':>4} {'level':>6} {'mode':>8} {'guide':>8} {'rows':>5} {'GMAC':>10} {'ms':>9}"
-        ]
-        for index, call in enumerate(self.calls):
-            level = "-" if call.level is None else f"{call.level:.3f}"
-            guide = call.guide.name if call.guide else "-"
-            mode = call.mode.name if call.mode else "-"
-            lines.append(
-                f"{index:>4} {level:>6} {mode:>8} {guide:>8} {call.rows:>5} "
-                f"{call.macs / 1e9:>10.3f} {call.watch.seconds * 1e3:>9.1f}"
+    @property
+    def table(self) -> Table:
+        """A row for each call, and the sums below."""
+        rows = [
+            (
+                str(index),
+                "-" if call.level is None else f"{call.level:.3f}",
+                "-" if call.mode is None else call.mode.name,
+                "-" if call.guide is None else call.guide.name,
+                str(call.rows),
+                f"{call.macs / 1e9:.3f}",
+                f"{call.watch.seconds * 1e3:.1f}",
             )
+            for index, call in enumerate(self.calls)
+        ]
         asked = "" if self.budget is None else f" (of {self.budget:.1%} allowed)"
-        lines.append(
+        sums = (
             f"{self.ratio:.1%} of the full cost{asked}, {self.macs / 1e9:.3f} GMAC, "
             f"{self.seconds:.3f} s in the model"
         )
-        return "\n".join(lines)
+        headings = ("call", "level", "mode", "guide", "rows", "GMAC", "ms")
+        return Table(headings=headings, rows=rows, below=(sums,), least=(4, 6, 8, 8, 5, 10, 9))
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def _repr_html_(self) -> str:
+        return self.table.html()

@@ -1,76 +1,75 @@
-"""Schedules say which mode runs at which noise level; plans bind them to the timesteps of one run.
+"""Schedules say which mode runs at which noise level (sigma, for flow-matching models).
 
-A noise level is the network's own time, scaled to [0, 1]: 1 is pure noise, 0 is data. A schedule
-never speaks of step numbers, so it means the same for 10 steps and for 250 (FlexiDiT section 3.3:
-weak first, then powerful).
+A schedule never speaks of step numbers, so it means the same for 10 steps and for 250 (FlexiDiT
+section 3.3: weak first, then powerful). `ditdial.plan.plan` binds it to the steps of one run.
+
+A noise level is the network's own time, scaled to [0, 1]: 1 is pure noise, 0 is data. A scheduler
+of diffusers tells it in two ways, by its ``timesteps`` and by its ``sigmas``:
+
+- Flow matching (SD3, FLUX, Wan, ...): the noise level *is* sigma, after the scheduler's shift, and
+  ``timesteps`` are ``num_train_timesteps`` (1000) times sigma. A noisy latent is ``(1 - sigma) *
+  data + sigma * noise``.
+- Variance preserving (DiT, PixArt, ...): the noise level is ``timesteps / num_train_timesteps``.
+  ``sigmas``, where such a scheduler has them, are noise over signal, ``sqrt((1 - a) / a)`` for an
+  ``a`` of ``alphas_cumprod``, and reach far above 1. They are not what a schedule speaks of.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
+from ditdial import json_files
+from ditdial.plan.choice import WEAK_GUIDANCE_GAIN, Choice, is_number
 from ditdial.plan.mode import FULL, Mode
-
-WEAK_GUIDANCE_GAIN = 1 / 2.5
-"""FlexiDiT's rule (1 - s1) / (1 - s2) = 2.5 for the scales of ordinary and weak guidance."""
+from ditdial.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segment:
-    """One stretch of noise levels, ``stop <= level < start`` (a start of 1 includes 1 and above).
+class Segment(Choice):
+    """A choice for one stretch of noise levels, ``stop <= level < start``.
 
     Args:
-        mode: of the conditional branch.
-        guide: mode of the guidance branch; the same as ``mode`` unless given.
-        guidance: ``cfg`` (the guidance branch sees the null condition) or ``weak`` (where ``guide``
-            is coarser than ``mode``, it sees the true condition instead: weak-model guidance;
-            elsewhere ordinary CFG).
-        gain: factor on the guidance scale's excess over 1: the pipeline's scale ``s`` acts as ``1 +
-            gain * (s - 1)``. 0 leaves the guidance branch out altogether.
+        start: where the stretch begins; 1 includes the levels above it.
+        stop: where it ends, the lower level.
+        mode, guide, guidance, gain: as in `Choice`.
 
     Raises:
-        ValueError: levels, guidance or gain out of range.
+        ValueError: noise levels out of range, or what `Choice` refuses.
     """
 
     start: float
     stop: float
-    mode: Mode = FULL
-    guide: Mode | None = None
-    guidance: str = "cfg"
-    gain: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, value in (("start", self.start), ("stop", self.stop)):
+            if not is_number(value):
+                raise ValueError(f"{name} = {value!r}; legal: a number")
         if not 0 <= self.stop < self.start <= 1:
             raise ValueError(
                 f"segment from {self.start} to {self.stop}; legal: 0 <= stop < start <= 1"
             )
-        if self.guidance not in ("cfg", "weak"):
-            raise ValueError(f"guidance = {self.guidance!r}; legal: 'cfg', 'weak'")
-        if not 0 <= self.gain < float("inf"):
-            raise ValueError(f"gain = {self.gain}; legal: a number >= 0")
+
+    @classmethod
+    def of(cls, choice: Choice, start: float, stop: float) -> Segment:
+        """A choice for a stretch of noise levels; of another segment, what that chooses."""
+        return cls(start=start, stop=stop, **_facts(choice))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; the inverse of `from_dict`."""
+        return {"start": self.start, "stop": self.stop, **super().to_dict()}
 
     @property
-    def guide_mode(self) -> Mode:
-        """Mode of the guidance branch."""
-        return self.mode if self.guide is None else self.guide
+    def choice(self) -> Choice:
+        """What it chooses, without the noise levels."""
+        return Choice(**_facts(self))
 
-    @property
-    def weak_guidance(self) -> bool:
-        """Whether the guidance branch is the weak model on the true condition."""
-        return self.guidance == "weak" and self.guide_mode.is_coarser_than(self.mode)
 
-    @property
-    def modes(self) -> set[Mode]:
-        """The modes this segment needs."""
-        return {self.mode, self.guide_mode}
-
-    @property
-    def work(self) -> tuple[object, ...]:
-        """What the branches run; segments of the same work differ in levels and strength alone."""
-        return self.mode, self.guide_mode, self.weak_guidance, self.gain == 0
+def _facts(choice: Choice) -> dict[str, Any]:
+    return {each.name: getattr(choice, each.name) for each in fields(Choice)}
 
 
 @dataclass(frozen=True)
@@ -88,6 +87,11 @@ class Schedule:
 
     def __init__(self, segments: Iterable[Segment]) -> None:
         ordered = tuple(segments)
+        for segment in ordered:
+            if not isinstance(segment, Segment):
+                raise ValueError(
+                    f"segments hold {segment!r}; legal: Segment(start=, stop=, mode=, ...)"
+                )
         if not ordered:
             raise ValueError("a schedule needs at least one segment")
         if ordered[0].start != 1 or ordered[-1].stop != 0:
@@ -109,7 +113,12 @@ class Schedule:
         cls, mode: Mode = FULL, *, guide: Mode | None = None, guidance: str = "cfg"
     ) -> Schedule:
         """One mode at every noise level."""
-        return cls([Segment(start=1, stop=0, mode=mode, guide=guide, guidance=guidance)])
+        return cls.throughout(Choice(mode=mode, guide=guide, guidance=guidance))
+
+    @classmethod
+    def throughout(cls, choice: Choice) -> Schedule:
+        """One choice at every noise level."""
+        return cls([Segment.of(choice, 1, 0)])
 
     @classmethod
     def weak_first(
@@ -136,7 +145,7 @@ class Schedule:
         Raises:
             ValueError: a fraction outside [0, 1].
         """
-        weak = Mode(weak) if isinstance(weak, int) else weak
+        weak = _weak(weak)
         if guide_fraction is None:
             guide_fraction = fraction if guidance == "cfg" else 1.0
         for name, value in (("fraction", fraction), ("guide_fraction", guide_fraction)):
@@ -178,27 +187,26 @@ class Schedule:
         """
         if not 0 <= level <= 1:
             raise ValueError(f"level = {level}; legal: [0, 1]")
-        weak = Mode(weak) if isinstance(weak, int) else weak
+        weak = _weak(weak)
         segments = [Segment(start=1, stop=level)] if level < 1 else []
         if level > 0:
             segments.append(Segment(start=level, stop=0, guide=weak, guidance="weak", gain=gain))
         return cls(segments)
 
     @classmethod
-    def of_steps(cls, levels: Sequence[float], choices: Sequence[Segment]) -> Schedule:
-        """What each step of a run chooses, with edges half way between their levels.
+    def of_steps(cls, levels: Sequence[float], choices: Sequence[Choice]) -> Schedule:
+        """What each step of a run chooses, with edges half way between their noise levels.
 
         Args:
             levels: of the steps, falling.
-            choices: one for each; their own ends do not count.
+            choices: one for each.
         """
         segments, start, last = [], 1.0, len(levels) - 1
         for step, choice in enumerate(choices):
-            own = replace(choice, start=1, stop=0)
-            if step < last and replace(choices[step + 1], start=1, stop=0) == own:
+            if step < last and choices[step + 1] == choice:
                 continue
             stop = 0.0 if step == last else (levels[step] + levels[step + 1]) / 2
-            segments.append(replace(choice, start=start, stop=stop))
+            segments.append(Segment.of(choice, start, stop))
             start = stop
         return cls(segments)
 
@@ -222,53 +230,80 @@ class Schedule:
         """Every mode the schedule can ask for."""
         return set().union(*(segment.modes for segment in self.segments))
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data; the inverse of `from_dict`."""
+        return {"segments": [segment.to_dict() for segment in self.segments]}
+
+    @classmethod
+    def from_dict(cls, data: Any) -> Schedule:
+        """A schedule from plain data.
+
+        Raises:
+            ValueError: unknown entries or modes, gaps, values out of range.
+        """
+        if not isinstance(data, dict) or not isinstance(data.get("segments"), list):
+            raise ValueError("schedule JSON must be an object with a list 'segments'")
+        return cls([Segment.from_dict(row) for row in data["segments"]])
+
     def to_json(self) -> str:
-        """Plain JSON; the inverse of `from_json`."""
-        rows = [
-            {
-                "start": s.start,
-                "stop": s.stop,
-                "mode": s.mode.name,
-                "guide": s.guide_mode.name,
-                "guidance": s.guidance,
-                "gain": s.gain,
-            }
-            for s in self.segments
-        ]
-        return json.dumps({"segments": rows})
+        """`to_dict` as JSON; the inverse of `from_json`."""
+        return json_files.dumps(self.to_dict())
 
     @classmethod
     def from_json(cls, text: str) -> Schedule:
         """Read a schedule.
 
         Raises:
-            ValueError: not JSON, unknown keys or modes, gaps, values out of range.
+            ValueError: not JSON, or what `from_dict` refuses.
         """
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"schedule is not valid JSON: {error}") from error
-        if not isinstance(data, dict) or not isinstance(data.get("segments"), list):
-            raise ValueError("schedule JSON must be an object with a list 'segments'")
-        return cls([_segment_from(row) for row in data["segments"]])
+        return json_files.loads(text, "schedule", cls.from_dict)
 
+    def save(self, path: str | Path) -> Path:
+        """Write a JSON file, complete or not at all.
 
-def _segment_from(row: Any) -> Segment:
-    legal = {"start", "stop", "mode", "guide", "guidance", "gain"}
-    if not isinstance(row, dict) or set(row) - legal or not {"start", "stop", "mode"} <= set(row):
-        raise ValueError(
-            f"schedule segment {row!r}; legal: start, stop, mode and optionally guide, guidance, "
-            "gain"
+        Returns:
+            The file.
+        """
+        return json_files.write(path, self.to_dict())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Schedule:
+        """Read a JSON file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: a file that is not understood.
+        """
+        return json_files.read(path, "schedule", cls.from_dict)
+
+    @property
+    def table(self) -> Table:
+        """A row for each stretch of noise levels, from noise to data."""
+        rows = [
+            (
+                f"{segment.start:.4g}",
+                f"{segment.stop:.4g}",
+                segment.mode.name,
+                segment.guide_mode.name if segment.gain else "-",
+                "weak" if segment.weak_guidance else "cfg" if segment.gain else "none",
+                f"{segment.gain:.3g}",
+            )
+            for segment in self.segments
+        ]
+        return Table(
+            headings=("from", "to", "mode", "guide", "guidance", "gain"),
+            rows=rows,
+            below=("from and to are noise levels: 1 is pure noise, 0 is data",),
+            least=(6, 6, 8, 8, 9, 6),
         )
-    for key in ("start", "stop", "gain"):
-        if key in row and (isinstance(row[key], bool) or not isinstance(row[key], int | float)):
-            raise ValueError(f"schedule segment: {key} = {row[key]!r}; legal: a number")
-    guide = row.get("guide")
-    return Segment(
-        start=row["start"],
-        stop=row["stop"],
-        mode=Mode.parse(str(row["mode"])),
-        guide=None if guide is None else Mode.parse(str(guide)),
-        guidance=row.get("guidance", "cfg"),
-        gain=row.get("gain", 1.0),
-    )
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
+
+
+def _weak(mode: Mode | int) -> Mode:
+    """The weak mode of a schedule, or that of its patch scale."""
+    return Mode(mode) if isinstance(mode, int) else Choice(mode=mode).mode

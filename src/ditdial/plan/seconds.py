@@ -1,12 +1,12 @@
-"""A device: its name in results, and what a step takes on it."""
+"""The seconds that a step takes on one device, as plain data."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ditdial.plan.choice import Choice
 from ditdial.plan.mode import FULL
-from ditdial.plan.schedule import Segment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class Seconds:
     """Seconds of one model call on one device.
 
     Args:
-        device: as `device_name` tells it.
+        device: as `ditdial.host.device.device_name` tells it.
         rows: pictures in the batch.
         alone: of one branch, by name of the mode.
         together: of both branches in one call of the same mode; None where the pipeline calls the
@@ -35,7 +35,7 @@ class Seconds:
             if found is not None and (FULL.name not in found or min(found.values()) <= 0):
                 raise ValueError(f"seconds {name} = {found}; legal: > 0, with those of full mode")
 
-    def of(self, step: Segment, *, guided: bool) -> float:
+    def of(self, step: Choice, *, guided: bool) -> float:
         """Seconds of one step."""
         mode, guide = step.mode.name, step.guide_mode.name
         if not guided or step.gain == 0:

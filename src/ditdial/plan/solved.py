@@ -13,13 +13,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ditdial.plan.budget import Budget, Choice
+from ditdial import figures
+from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
+from ditdial.plan.choice import Choice
 from ditdial.plan.controller import Controller, Facts
 from ditdial.plan.frontier import Frontier
 from ditdial.plan.mode import Mode
 from ditdial.plan.schedule import Schedule
 from ditdial.plan.seconds import Seconds
+from ditdial.table import Table
 
 USUAL_STEPS = 50
 """Evenly spaced steps to solve for where nobody tells the levels of a run."""
@@ -34,6 +37,29 @@ class Offer(NamedTuple):
     ratio: float
     damage: float
     schedule: Schedule
+
+
+class Offers(tuple[Offer, ...]):
+    """What several budgets buy, cheapest first."""
+
+    __slots__ = ()
+
+    @property
+    def table(self) -> Table:
+        """A row for each offer: its cost, its damage, and from which noise level it runs what."""
+        rows = []
+        for offer in self:
+            stretches = [f"{x.start:.3g} {x.name}" for x in offer.schedule.segments]
+            rows.append((figures.share(offer.ratio), f"{offer.damage:.3g}", ", ".join(stretches)))
+        below = ("what runs: the noise level a stretch begins at, mode/guide",)
+        headings = ("cost", "damage", "runs")
+        return Table(headings=headings, rows=rows, below=below, least=(8, 10), left=("runs",))
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def _repr_html_(self) -> str:
+        return self.table.html()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,13 +98,12 @@ class SolvedBudget(Controller):
             ValueError: a budget below the cheapest plan.
         """
         if self.budget.share == 1:
-            first = self.calibration.choices[0]
-            return Schedule([first.segment(1, 0)])
+            return Schedule.throughout(self.calibration.choices[0])
         steps = _Steps(self, facts)
         frontier = steps.frontier(self.budget.share)
         return steps.schedule(frontier.choices(frontier.best(self.budget.share)))
 
-    def offers(self, facts: Facts, count: int = 50) -> list[Offer]:
+    def offers(self, facts: Facts, count: int = 50) -> Offers:
         """The best plans for a run at evenly spaced budgets, cheapest first.
 
         Args:
@@ -89,10 +114,10 @@ class SolvedBudget(Controller):
         budgets = np.linspace(frontier.costs[0], frontier.costs[-1], count)
         found = sorted({frontier.best(budget) for budget in budgets})
         plans = {index: frontier.choices(index) for index in found}
-        return [
+        return Offers(
             Offer(float(frontier.costs[i]), steps.damage_of(plan), steps.schedule(plan))
             for i, plan in plans.items()
-        ]
+        )
 
 
 class _Steps:
@@ -112,14 +137,12 @@ class _Steps:
             self.choices = [Choice(mode=mode) for mode in calibration.conditional]
         self.damage = calibration.damage(self.levels, criterion=criterion, guided=guided)
         self.ordered = self.damage + TIE * calibration.errors(self.levels, guided=guided)
-        self.segments = segments = [choice.segment(1, 0) for choice in self.choices]
-        full = Choice().segment(1, 0)
-        seconds = controller.seconds
+        full, seconds = Choice(), controller.seconds
         if controller.budget.currency == "seconds" and seconds is not None:
-            shares = np.array([seconds.of(segment, guided=guided) for segment in segments])
+            shares = np.array([seconds.of(choice, guided=guided) for choice in self.choices])
             shares /= seconds.of(full, guided=guided)
         else:
-            rows = [[facts.cost(s, level) for s in segments] for level in self.levels]
+            rows = [[facts.cost(each, level) for each in self.choices] for level in self.levels]
             shares = np.array(rows) / facts.cost(full)
         self.costs = counts[::-1, None] * shares / counts.sum()
 
@@ -131,4 +154,4 @@ class _Steps:
 
     def schedule(self, plan: NDArray[np.intp]) -> Schedule:
         """The choices of all steps."""
-        return Schedule.of_steps(self.levels, [self.segments[choice] for choice in plan])
+        return Schedule.of_steps(self.levels, [self.choices[choice] for choice in plan])

@@ -1,21 +1,24 @@
 """The dial without a calibration: FlexiDiT's weak-first rule, for the noise levels of each run.
 
-Counting the very steps that are called keeps the cost with any number of steps, with a scheduler
-that spaces them unevenly, and for each of two transformers that share a run.
+The noisiest steps run weak, as few of them as the budget asks for (FlexiDiT section 3.3). Counting
+the very steps that are called keeps the cost with any number of steps, with a scheduler that spaces
+them unevenly, and for each of two transformers that share a run.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+from ditdial.plan.budget import Budget
+from ditdial.plan.choice import Choice
 from ditdial.plan.controller import Controller, Facts
-from ditdial.plan.frontier import ROUNDING
+from ditdial.plan.frontier import ROUNDING, legal_shares
 from ditdial.plan.mode import FULL, Mode
-from ditdial.plan.schedule import Schedule, Segment
+from ditdial.plan.schedule import Schedule
 
-POWERFUL = Segment(start=1, stop=0)
+POWERFUL = Choice()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,10 +30,16 @@ class WeakFirstBudget(Controller):
     Args:
         share: of the full cost, in (0, 1].
         coarse: the weak modes at hand; the finest that reaches the budget is used.
+
+    Raises:
+        ValueError: a share out of range.
     """
 
     share: float
     coarse: tuple[Mode, ...]
+
+    def __post_init__(self) -> None:
+        Budget(self.share)
 
     @property
     def modes(self) -> set[Mode]:
@@ -38,69 +47,67 @@ class WeakFirstBudget(Controller):
         return {FULL, *self.coarse}
 
     def begin(self, facts: Facts) -> Schedule:
-        """The weak-first schedule for the levels of a run; of even steps where none are known.
+        """The weak-first schedule for the noise levels of a run.
+
+        Where no levels are known, the steps are taken to be even and as many as it takes: the share
+        of noise levels that run weak spends just the budget.
 
         Raises:
             ValueError: a budget below what the cheapest mode costs.
         """
-        if not facts.levels:
-            return weak_first_for_budget(self.share, facts.macs, self.coarse)
+        if self.share == 1:
+            return Schedule.constant()
         # Steps of the same level cannot differ.
         counts = Counter(min(max(level, 0.0), 1.0) for level in facts.levels)
         levels = sorted(counts, reverse=True)
 
-        def costs(segment: Segment) -> list[float]:
-            return [counts[level] * facts.cost(segment, level) for level in levels]
+        def costs(choice: Choice) -> list[float]:
+            if not levels:
+                return [facts.cost(choice)]
+            return [counts[level] * facts.cost(choice, level) for level in levels]
 
         full = costs(POWERFUL)
-        whole = sum(full)
-        weak = {mode: replace(POWERFUL, mode=mode) for mode in self.coarse}
-        shares = {mode: sum(costs(segment)) / whole for mode, segment in weak.items()}
-        reachable = [mode for mode in self.coarse if shares[mode] <= self.share + ROUNDING]
-        if not reachable:
-            raise ValueError(
-                f"budget = {self.share}; legal: {min(shares.values()):.3f} (the cheapest mode "
-                f"throughout, in these {len(facts.levels)} steps) to 1"
-            )
-        mode = max(reachable, key=shares.__getitem__)
-        both, guide = costs(weak[mode]), replace(POWERFUL, guide=mode)
-        spent, steps = whole, 0
-        while spent > (self.share + ROUNDING) * whole:
+        weak = self._finest({mode: costs(Choice(mode=mode)) for mode in self.coarse}, full, facts)
+        both, allowed = costs(Choice(mode=weak)), (self.share + ROUNDING) * sum(full)
+        if not levels:
+            fraction = (1 - self.share) / (1 - both[0] / full[0])
+            return Schedule.weak_first(min(1.0, fraction), weak)
+        spent, steps = sum(full), 0
+        while spent > allowed:
             spent += both[steps] - full[steps]
             steps += 1
-        segments = [weak[mode]] * steps + [POWERFUL] * (len(levels) - steps)
+        choices = [Choice(mode=weak)] * steps + [POWERFUL] * (len(levels) - steps)
         if steps and facts.guided is not False:
-            more = costs(guide)[steps - 1] - both[steps - 1]
-            if spent + more <= (self.share + ROUNDING) * whole:
-                segments[steps - 1] = guide
-        return Schedule.of_steps(levels, segments)
+            guided = Choice(guide=weak)
+            if spent + costs(guided)[steps - 1] - both[steps - 1] <= allowed:
+                choices[steps - 1] = guided
+        return Schedule.of_steps(levels, choices)
+
+    def _finest(self, costs: dict[Mode, list[float]], full: list[float], facts: Facts) -> Mode:
+        """The dearest of the weak modes that reach the budget throughout."""
+        shares = {mode: sum(each) / sum(full) for mode, each in costs.items()}
+        reachable = [
+            mode for mode, share in shares.items() if share <= self.share + ROUNDING and share < 1
+        ]
+        if not reachable:
+            steps = f", in these {len(facts.levels)} steps" if facts.levels else ""
+            least = min(shares.values(), default=1.0)
+            legal = legal_shares(least, f"the cheapest mode throughout{steps}")
+            raise ValueError(f"budget = {self.share}; legal: {legal}")
+        return max(reachable, key=shares.__getitem__)
 
 
 def weak_first_for_budget(
     budget: float, macs: Callable[[Mode, float | None], float], modes: Iterable[Mode]
 ) -> Schedule:
-    """The weak-first schedule that costs ``budget`` times as much as full mode.
-
-    Timesteps are taken to be evenly spaced. The finest coarse mode that reaches the budget is used.
+    """The weak-first schedule that costs ``budget`` times as much as full mode, for even steps.
 
     Args:
         budget: share of the full cost, in (0, 1].
         macs: multiply-adds of one forward pass in a mode at a noise level (None: in the mean).
-        modes: the coarse modes at hand.
+        modes: the coarse modes at hand; the finest that reaches the budget is used.
 
     Raises:
         ValueError: a budget outside (0, 1], or below what the cheapest mode costs.
     """
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget = {budget}; legal: (0, 1]")
-    if budget == 1:
-        return Schedule.constant(FULL)
-    ratios = {mode: macs(mode, None) / macs(FULL, None) for mode in modes}
-    reachable = [mode for mode, ratio in ratios.items() if ratio <= budget]
-    if not reachable:
-        cheapest = min(ratios.values(), default=1.0)
-        raise ValueError(
-            f"budget = {budget}; legal: {cheapest:.3f} (the cheapest mode throughout) to 1"
-        )
-    weak = max(reachable, key=lambda mode: ratios[mode])
-    return Schedule.weak_first(min(1.0, (1 - budget) / (1 - ratios[weak])), weak)
+    return WeakFirstBudget(share=budget, coarse=tuple(modes)).begin(Facts(levels=(), macs=macs))

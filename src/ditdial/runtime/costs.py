@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from ditdial.cost.shape import Kept, TransformerShape
+from ditdial.host.device import Stopwatch
 from ditdial.plan.mode import FULL, Mode
-from ditdial.plan.report import CallRecord, Stopwatch
+from ditdial.plan.report import CallRecord
 from ditdial.runtime.surgery import Surgery
 
 

@@ -21,6 +21,7 @@ from ditdial.backbones.arguments import Branches, Call
 from ditdial.checks import warn
 from ditdial.cost.shape import TransformerShape
 from ditdial.host import step_caches
+from ditdial.host.device import Stopwatch
 from ditdial.host.parametrization import parametrisation
 from ditdial.host.pipelines import is_guided
 from ditdial.layers.checkpointing import remembered_in_checkpoints
@@ -29,7 +30,6 @@ from ditdial.methods import Method
 from ditdial.plan.controller import Facts
 from ditdial.plan.execution import Execution
 from ditdial.plan.mode import FULL, Mode
-from ditdial.plan.report import Stopwatch
 from ditdial.runtime.chooser import Chooser
 from ditdial.runtime.compiled import Compiled
 from ditdial.runtime.costs import Ledger
@@ -40,6 +40,9 @@ from ditdial.runtime.pictures import Group, run_groups
 from ditdial.runtime.position import Position
 from ditdial.runtime.prompts import Prompts
 from ditdial.runtime.surgery import Surgery
+
+Observer = Callable[[nn.Module, Call, Any], None]
+"""``observe(model, call, output)`` after a call of an elastic model."""
 
 
 @dataclass(eq=False)
@@ -65,7 +68,7 @@ class Engine:
     costs: Ledger
     prompts: Prompts
     passes: ForwardPass
-    observers: list[Callable[[nn.Module, Call, Any], None]] = field(default_factory=list)
+    observers: list[Observer] = field(default_factory=list)
     groups: list[Group] = field(default_factory=list)
     remembered: Remembered | None = None
     warned: bool = False
@@ -141,7 +144,7 @@ class Engine:
             self.surgery.widths.slices = execution.width_slices
 
     def run(self, model: nn.Module, call: Call) -> Any:
-        """One call of the elastic model.
+        """One call of the elastic model, which the observers then see.
 
         Raises:
             ValueError: the rows have noise levels of different modes, or the latent is too small

@@ -20,8 +20,8 @@ from torch import Tensor
 from ditdial.backbones.arguments import Branches, Call
 from ditdial.layers.packing import Layout, Part
 from ditdial.layers.wiring import Wiring
+from ditdial.plan.choice import Choice
 from ditdial.plan.mode import Mode
-from ditdial.plan.schedule import Segment
 
 Forward = Callable[..., Any]
 """``forward(call, mode, branch="")`` runs the stock forward, on all rows or those of a branch."""
@@ -42,12 +42,12 @@ def run_batch(
     wiring: Wiring,
     forward: Forward,
     call: Call,
-    segment: Segment,
+    segment: Choice,
     branches: Branches | None,
     *,
     packed: bool,
 ) -> Any:
-    """One model call that holds all branches, in the modes of a segment.
+    """One model call that holds all branches, in the modes of a choice.
 
     Args:
         branches: which rows guide which; None if all rows are conditional.
@@ -80,7 +80,7 @@ def run_batch(
 
 
 def run_guidance(
-    wiring: Wiring, forward: Forward, call: Call, segment: Segment, conditional: Remembered | None
+    wiring: Wiring, forward: Forward, call: Call, segment: Choice, conditional: Remembered | None
 ) -> Any:
     """The guidance branch of a pipeline that calls the model once per branch.
 
@@ -88,7 +88,7 @@ def run_guidance(
         conditional: the conditional call of the same step, if there was one.
 
     Raises:
-        RuntimeError: the segment needs the conditional call, and there was none before this one.
+        RuntimeError: the choice needs the conditional call, and there was none before this one.
     """
     arguments = wiring.backbone.arguments
     if segment.gain == 1 and not segment.weak_guidance:
@@ -107,7 +107,7 @@ def run_guidance(
 
 
 def _packed(
-    wiring: Wiring, forward: Forward, calls: tuple[Call, Call], segment: Segment
+    wiring: Wiring, forward: Forward, calls: tuple[Call, Call], segment: Choice
 ) -> tuple[Tensor, Tensor]:
     """Predictions of a conditional and a guidance call that run as one."""
     state, count = wiring.state, wiring.backbone.arguments.count(calls[0])

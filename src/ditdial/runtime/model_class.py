@@ -21,6 +21,7 @@ from ditdial.adapter import Adapter, Composition, check_base
 from ditdial.backbones import Backbone, backbone_for
 from ditdial.backbones.base import Rewired
 from ditdial.backbones.forward import WIRING
+from ditdial.checks import did_you_mean
 from ditdial.host.device_map import dispatch, offloads, without_places
 from ditdial.host.pickling import MADE_OF, pickled_as
 from ditdial.layers.swap import check_forward, rebind_hooks
@@ -104,7 +105,10 @@ def check_modes(
     if unknown:
         fitting = (mode.name for mode in method.modes if backbone.fits(model, mode))
         names = ", ".join(["full", *fitting])
-        raise ValueError(f"{who} asks for {', '.join(unknown)}; legal for this adapter: {names}")
+        near = did_you_mean(unknown[0], names.split(", "))
+        raise ValueError(
+            f"{who} asks for {', '.join(unknown)}; legal for this adapter: {names}{near}"
+        )
     backbone.check(model, modes)
 
 

@@ -10,36 +10,36 @@ import torch
 from torch import Tensor
 
 from ditdial.backbones.arguments import Arguments, Branches, Call
+from ditdial.plan.choice import Choice
 from ditdial.plan.controller import Decision
-from ditdial.plan.schedule import Segment
 
 
 @dataclass(frozen=True)
 class Group:
-    """Pictures that share a segment.
+    """Pictures that share a choice.
 
     Attributes:
         pictures: their places in the batch; None for all of it.
         why: what led to each picture's choice.
     """
 
-    segment: Segment
+    segment: Choice
     pictures: tuple[int, ...] | None = None
     why: tuple[dict[str, Any] | None, ...] = ()
 
 
 def grouped(decisions: Sequence[Decision]) -> list[Group]:
-    """Decisions by segment, in the order in which the segments come up first."""
-    places: dict[Segment, list[int]] = {}
+    """Decisions by choice, in the order in which the choices come up first."""
+    places: dict[Choice, list[int]] = {}
     for place, decision in enumerate(decisions):
-        places.setdefault(decision.segment, []).append(place)
+        places.setdefault(decision.choice, []).append(place)
     return [
         Group(
-            segment,
+            choice,
             None if len(places) == 1 else tuple(own),
             tuple(decisions[place].why for place in own),
         )
-        for segment, own in places.items()
+        for choice, own in places.items()
     ]
 
 

@@ -15,7 +15,7 @@ from ditdial.ops.patching import Triple
 from ditdial.plan.budget import Budget
 from ditdial.plan.controller import Controller, Facts
 from ditdial.plan.plan import Plan
-from ditdial.plan.solved import Offer, SolvedBudget
+from ditdial.plan.solved import Offers, SolvedBudget
 from ditdial.plan.weak_first import WeakFirstBudget
 from ditdial.runtime.engine import Engine
 
@@ -82,6 +82,8 @@ class Planning:
             kept=shape.text_tokens * shape.text_once if keeps else 0.0,
             together=backbone.arguments.conditional_first is not None,
             budget=engine.chooser.share,
+            grid=grid or usual_grid,
+            text_tokens=text,
         )
 
     def offers(
@@ -92,7 +94,7 @@ class Planning:
         currency: str = "flops",
         criterion: str = "path",
         count: int = 50,
-    ) -> list[Offer]:
+    ) -> Offers:
         """What budgets buy at given noise levels: the best plans, cheapest first."""
         controller = self._solved(Budget(1.0, currency, criterion=criterion))
         macs = self.engine.shape(self.model).macs

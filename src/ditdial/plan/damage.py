@@ -1,0 +1,59 @@
+"""Damage: how far a plan's choices lead away from the run that is meant, summed over its steps.
+
+At signal scale ``alpha`` and noise scale ``s`` let ``u = s / (alpha + s)``, the level of the same
+ratio on the straight path of rectified flow: 1 is noise, 0 is data, whatever the schedule. Compare
+two stochastic samplers whose predictions of the clean latent have the squared difference ``D``. By
+Girsanov's theorem the divergence of the distributions of their paths grows, as ``u`` falls, like
+
+    dKL = (1 - u) / u^3 D du = 1/2 D dSNR,    SNR = (1 - u)^2 / u^2,
+
+which weighs the squared error as the continuous-time loss of variational diffusion models does
+(Kingma et al. 2107.00630). It adds up over the steps. So the damage of a plan is a sum, a frontier
+over plans is exact (`ditdial.plan.frontier`), and neither the number of steps nor the scheduler of
+the measurement matters: only the error at each level does. Damage is told per number of the latent
+(errors are means), so it does not grow with the picture.
+
+Shape legend: S steps, P measured points, K choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+def widths(u_S: Array) -> Array:
+    """What each step covers of ``u``, ``(S,)``; the last one ends at 0."""
+    return u_S - np.append(u_S[1:], 0.0)
+
+
+def path_damage(u_S: Array, errors_SK: Array) -> Array:
+    """Growth of the divergence of two sampling paths in each step, ``(S, K)``.
+
+    Args:
+        u_S: where the steps begin, falling.
+        errors_SK: squared differences of the predicted clean latents.
+    """
+    # At u = 1 there is no signal yet; u = 0 has no step after it.
+    rate_S = np.divide(1 - u_S, u_S**3, out=np.zeros_like(u_S), where=u_S > 0)
+    return (rate_S * widths(u_S))[:, None] * errors_SK
+
+
+def between_points(levels_S: Sequence[float], at_P: Sequence[float], known_PK: ArrayLike) -> Array:
+    """Errors at noise levels, ``(S, K)``: linear in their logarithm between the measured points.
+
+    A choice without any error, that of the reference itself, has none in between either.
+
+    Args:
+        levels_S: where errors are asked for; beyond the points, they are those of the last point.
+        at_P: noise levels of the points, rising.
+        known_PK: errors at the points.
+    """
+    known_PK = np.asarray(known_PK, dtype=np.float64)
+    logs_PK = np.log(np.maximum(known_PK, np.finfo(float).tiny))
+    between_SK = np.exp(np.stack([np.interp(levels_S, at_P, log) for log in logs_PK.T], axis=1))
+    return np.where(known_PK.any(axis=0), between_SK, 0.0)
