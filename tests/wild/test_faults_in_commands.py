@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 import rich.errors
@@ -108,6 +111,27 @@ def test_an_output_that_cannot_be_is_refused_before_the_work(elsewhere, monkeypa
 )
 def test_a_full_disk_ends_with_one_line(elsewhere):
     outcome = bounded(lambda: command("sample", "out", *QUICK), file_size=64)
+    assert outcome.kind == "done", outcome
+    assert_refused(outcome.value, "out")
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="a folder that may not be written is a bare error"
+)
+def test_a_folder_without_permission_ends_with_one_line():
+    folder = Path(tempfile.mkdtemp())  # pytest's own folders are closed to other users
+    folder.chmod(0o555)
+
+    def as_another_user():
+        os.chdir(folder)
+        if os.getuid() == 0:  # who may write everywhere
+            os.setuid(65534)
+        return command("sample", "out", *QUICK)
+
+    try:
+        outcome = bounded(as_another_user)
+    finally:
+        shutil.rmtree(folder)
     assert outcome.kind == "done", outcome
     assert_refused(outcome.value, "out")
 
