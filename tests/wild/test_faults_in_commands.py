@@ -156,7 +156,7 @@ def test_a_model_of_a_thousand_million_layers_is_not_built(elsewhere):
     (elsewhere / "model").mkdir()
     config = {"_class_name": "DiTTransformer2DModel", "num_layers": 10**9}
     (elsewhere / "model" / "config.json").write_text(json.dumps(config))
-    outcome = bounded(lambda: command("probe", "model"), memory=2**29, seconds=3)
+    outcome = bounded(lambda: command("probe", "model"), memory=2**29, seconds=5)
     assert outcome.kind == "done", outcome
     assert_refused(outcome.value, "num_layers", "1000000000")
 
