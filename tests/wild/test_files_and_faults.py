@@ -1,0 +1,220 @@
+"""Files that are links, damaged, foreign or huge: named, nothing lost, the last good state used."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.wild.bounded import bounded
+
+from ditdial import Adapter, Calibration, FlexiDiT, elastify, load_adapter
+from ditdial.adapter import CONFIG, WEIGHTS
+from ditdial.measure.provenance import write_results
+from ditdial.training.config import load_recipe
+
+REFUSALS = ("ValueError", "FileExistsError", "FileNotFoundError", "RuntimeError")
+
+
+@pytest.fixture
+def adapter(make_elastic):
+    """A small adapter."""
+    return make_elastic(scales=(2,)).adapter(take="first")
+
+
+@pytest.fixture
+def again(make_elastic):
+    """Another one, to be saved over it."""
+    return make_elastic(scales=(2,)).adapter(take="second")
+
+
+def assert_saved_or_refused(outcome, folder):
+    """Saved whole, or refused by name with the first one as it was."""
+    if outcome.kind == "done":
+        assert load_adapter(folder).notes == {"take": "second"}
+    else:
+        assert outcome.kind == "error", outcome
+        assert outcome.error in REFUSALS, outcome
+        assert folder.name in outcome.text or "link" in outcome.text
+        assert load_adapter(folder).notes == {"take": "first"}
+
+
+# Links
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="what lies beside an adapter is copied through links, into the folder that is copied",
+)
+def test_saving_over_an_adapter_with_a_link_to_its_parent_copies_nothing_through_it(
+    adapter, again, tmp_path
+):
+    folder = adapter.save(tmp_path / "many" / "adapter")
+    (folder / "up").symlink_to("..", target_is_directory=True)
+    outcome = bounded(lambda: again.save(folder) and None, seconds=5, folder=tmp_path)
+    assert_saved_or_refused(outcome, folder)
+    assert (folder / "up").is_symlink()
+    assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the folder that is written lies in the one whose other files are copied",
+)
+def test_saving_over_the_present_folder_does_not_copy_itself(adapter, again, tmp_path):
+    folder = adapter.save(tmp_path / "adapter")
+    (folder / "card.md").write_text("mine")
+
+    def save_here():
+        os.chdir(folder)
+        again.save(".")
+
+    outcome = bounded(save_here, seconds=5, folder=tmp_path)
+    assert_saved_or_refused(outcome, folder)
+    assert (folder / "card.md").read_text() == "mine"
+    assert sorted(path.name for path in folder.iterdir()) == [WEIGHTS, "card.md", CONFIG]
+
+
+@pytest.mark.xfail(
+    strict=True, raises=AssertionError, reason="a linked file is copied in as a file of its own"
+)
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_link_beside_an_adapter_stays_a_link(adapter, again, tmp_path, kind):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "private.txt").write_text("private")
+    folder = adapter.save(tmp_path / "adapter")
+    target = outside / "private.txt" if kind == "file" else outside
+    (folder / "linked").symlink_to(target, target_is_directory=kind == "folder")
+    again.save(folder)
+    assert load_adapter(folder).notes == {"take": "second"}
+    assert (folder / "linked").is_symlink()
+    assert (outside / "private.txt").read_text() == "private"
+
+
+def small_calibration(adapter):
+    """A calibration of two levels for an adapter of one coarse mode."""
+    facts = {
+        "base": adapter.base,
+        "method": {"name": adapter.method.name, "settings": adapter.method.to_config()},
+        "guidance_scale": 2.0,
+        "choices": [
+            {"mode": name, "guide": None, "guidance": "cfg", "gain": 1.0}
+            for name in ("full", "patch2")
+        ],
+        "noise": [0.0, 0.5, 1.0],
+        "points": [
+            {"level": level, "step_error": [0.0, 0.1], "branch_error": [0.0, 0.1]}
+            for level in (0.9, 0.1)
+        ],
+        "bands": [],
+        "seconds": [],
+    }
+    return Calibration.from_json(json.dumps({"format": 1, **facts}))
+
+
+def test_the_small_calibration_is_one_that_an_adapter_takes(adapter, tmp_path):
+    calibration = small_calibration(adapter)
+    assert Calibration.load(calibration.save(tmp_path)) == calibration
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the file that is written first has a name that can be guessed, and may be a link",
+)
+@pytest.mark.parametrize("what", ["calibration", "results"])
+def test_a_link_with_the_name_of_a_partial_file_is_not_written_through(adapter, tmp_path, what):
+    precious = tmp_path / "precious.txt"
+    precious.write_text("precious")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    name = "calibration.json" if what == "calibration" else "results.json"
+    (folder / f".{name}.partial").symlink_to(precious)
+    if what == "calibration":
+        small_calibration(adapter).save(folder)
+    else:
+        write_results(folder / name, {"rows": []})
+    assert precious.read_text() == "precious"
+    assert json.loads((folder / name).read_text())
+
+
+# Adapters
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=AssertionError,
+    reason="the tensors of a config are made before they are compared with the file's",
+)
+def test_a_rank_that_the_weights_do_not_have_is_refused_before_it_takes_memory(
+    adapter, make_model, tmp_path
+):
+    folder = adapter.save(tmp_path / "adapter")
+    config = json.loads((folder / CONFIG).read_text())
+    config["settings"]["rank"] = 1_000_000
+    (folder / CONFIG).write_text(json.dumps(config))
+    model = make_model()
+    outcome = bounded(lambda: elastify(model, folder) and None, memory=2**28)
+    assert (outcome.kind, outcome.error) == ("error", "ValueError"), outcome
+    assert "rank" in outcome.text or "shape" in outcome.text
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=pytest.fail.Exception,
+    reason="numbers of any type are copied into the new tensors, whole ones too",
+)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool])
+def test_an_adapter_of_whole_numbers_is_refused(adapter, make_model, tmp_path, dtype):
+    folder = adapter.save(tmp_path / "adapter")
+    tensors = {name: value.to(dtype) for name, value in load_file(folder / WEIGHTS).items()}
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=str(dtype).removeprefix("torch.")):
+        elastify(make_model(), folder)
+
+
+@pytest.mark.xfail(
+    strict=True,
+    raises=pytest.fail.Exception,
+    reason="weights are saved in whatever type is asked for",
+)
+def test_an_adapter_is_not_saved_as_whole_numbers(adapter, tmp_path):
+    with pytest.raises(ValueError, match="int32"):
+        adapter.save(tmp_path / "adapter", dtype=torch.int32)
+    assert not (tmp_path / "adapter").exists()
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.xfail(
+    strict=True, raises=RecursionError, reason="only what is not JSON or TOML is told by name"
+)
+@pytest.mark.parametrize("reader", ["adapter", "calibration", "schedule", "recipe"])
+def test_a_deeply_nested_file_is_refused_by_name(adapter, tmp_path, reader):
+    from ditdial import Schedule
+
+    file = tmp_path / f"deep-{reader}.json"
+    file.write_text(f"a = {DEEP}" if reader == "recipe" else DEEP)
+    folder = adapter.save(tmp_path / "adapter")
+    (folder / CONFIG).write_text(DEEP)
+    read = {
+        "adapter": lambda: load_adapter(folder),
+        "calibration": lambda: Calibration.load(file),
+        "schedule": lambda: Schedule.from_json(file.read_text()),
+        "recipe": lambda: load_recipe(file),
+    }
+    words = {"adapter": "config.json", "schedule": "schedule"}.get(reader, file.name)
+    with pytest.raises(ValueError, match=words):
+        read[reader]()
+
+
+def test_an_adapter_of_a_method_holds_its_own_sizes(adapter):
+    """What the faults above start from."""
+    assert isinstance(adapter, Adapter)
+    assert adapter.method == FlexiDiT(rank=4, scales=(2,))
