@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ditdial.checks import closest
 from ditdial.methods.base import Method
 from ditdial.methods.combined import Combined
 from ditdial.methods.ddit import DDiT
@@ -25,7 +26,8 @@ def method_from_config(name: object, config: dict[str, Any]) -> Method:
         ValueError: unknown method or configuration.
     """
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; legal: {', '.join(METHODS)}")
+        near = closest(name, METHODS)
+        raise ValueError(f"unknown method {name!r}; legal: {', '.join(METHODS)}{near}")
     try:
         return METHODS[str(name)](**config)
     except TypeError as error:
