@@ -61,7 +61,7 @@ def parametrisation(pipe: Any) -> Parametrisation:
             "latents themselves"
         )
     kind = scheduler.config.get("prediction_type")
-    if "FlowMatch" in type(scheduler).__name__ or kind == "flow_prediction":
+    if is_flow_scheduler(scheduler):
         return Parametrisation("flow_prediction", lambda level: (1 - level, level))
     if kind not in KINDS or not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
@@ -75,3 +75,13 @@ def parametrisation(pipe: Any) -> Parametrisation:
         return share**0.5, (1 - share) ** 0.5
 
     return Parametrisation(kind, scales)
+
+
+def is_flow_scheduler(scheduler: Any) -> bool:
+    """Whether a diffusers scheduler works on the rectified-flow path and expects velocities.
+
+    diffusers has no common class of these: their names tell, a subclass's those of its bases, and
+    the others have a setting.
+    """
+    named = any("FlowMatch" in cls.__name__ for cls in type(scheduler).__mro__)
+    return named or scheduler.config.get("prediction_type") == "flow_prediction"
