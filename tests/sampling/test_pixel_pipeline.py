@@ -21,7 +21,7 @@ from diffusers import (
 )
 
 from ditdial import FULL, Mode, PixelDiTPipeline, Schedule, Segment, elastify, handle_of
-from ditdial.host.parametrization import is_flow_scheduler, parametrisation
+from ditdial.host.parametrization import is_flow_scheduler, parametrization
 from ditdial.sampling.pixel_pipeline import flow_matched_betas
 
 WEAK = Mode(2)
@@ -397,7 +397,7 @@ def test_a_subclass_of_a_flow_scheduler_is_one(pixel, make_elastic):
     pipe.scheduler = Shifted()
     assert torch.equal(draw(pipe), expected)
     stock = SimpleNamespace(scheduler=Shifted())
-    told = parametrisation(stock)
+    told = parametrization(stock)
     assert (told.kind, told.scales(0.25)) == ("flow_prediction", (0.75, 0.25))
     make_elastic(pipe).schedule = Schedule.weak_first(0.5)
     assert draw(pipe).isfinite().all()

@@ -17,7 +17,7 @@ KINDS = ("flow_prediction", "epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
-class Parametrisation:
+class Parametrization:
     """How a model was trained to predict.
 
     Args:
@@ -45,13 +45,13 @@ class Parametrisation:
         return prediction
 
 
-def parametrisation(pipe: Any) -> Parametrisation:
-    """Of a pipeline's model: its own ``parametrisation`` if it has one, else its scheduler's.
+def parametrization(pipe: Any) -> Parametrization:
+    """Of a pipeline's model: its own ``parametrization`` if it has one, else its scheduler's.
 
     Raises:
-        ValueError: no scheduler, or one whose parametrisation is not known.
+        ValueError: no scheduler, or one whose parametrization is not known.
     """
-    own = getattr(pipe, "parametrisation", None)
+    own = getattr(pipe, "parametrization", None)
     if own is not None:
         return own
     scheduler = getattr(pipe, "scheduler", None)
@@ -62,7 +62,7 @@ def parametrisation(pipe: Any) -> Parametrisation:
         )
     kind = scheduler.config.get("prediction_type")
     if is_flow_scheduler(scheduler):
-        return Parametrisation("flow_prediction", lambda level: (1 - level, level))
+        return Parametrization("flow_prediction", lambda level: (1 - level, level))
     if kind not in KINDS or not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
             f"scheduler {type(scheduler).__name__} predicts {kind!r}; legal: a flow-matching "
@@ -74,7 +74,7 @@ def parametrisation(pipe: Any) -> Parametrisation:
         share = float(kept[min(max(round(level * count), 0), len(kept) - 1)])
         return share**0.5, (1 - share) ** 0.5
 
-    return Parametrisation(kind, scales)
+    return Parametrization(kind, scales)
 
 
 def is_flow_scheduler(scheduler: Any) -> bool:

@@ -129,7 +129,7 @@ class LowRankSeam(nn.Module):
         """Make or renew the weight with a mode's updates added in, where that is allowed.
 
         Another class than `torch.nn.Linear` computes more than its weight says, as a
-        parametrisation does; a quantised weight holds no numbers to add to, and an offloaded one is
+        parametrization does; a quantised weight holds no numbers to add to, and an offloaded one is
         on another device than the latent: these keep their update apart.
 
         Args:

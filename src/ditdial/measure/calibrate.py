@@ -24,7 +24,7 @@ from ditdial.backbones.call import Call
 from ditdial.checks import require
 from ditdial.handle import Handle
 from ditdial.host.device import device_name
-from ditdial.host.parametrization import Parametrisation, parametrisation
+from ditdial.host.parametrization import Parametrization, parametrization
 from ditdial.measure.bench import interleave
 from ditdial.measure.provenance import provenance
 from ditdial.plan.budget import Choice, pairings
@@ -91,7 +91,7 @@ def calibrate(
     choices = _usual(handle.modes, reference, guided) if choices is None else tuple(choices)
     _check(handle, choices)
     reference = as_choices(reference, choices)
-    told = parametrisation(handle._pipe)
+    told = parametrization(handle._pipe)
     watch = _Watch(engine, choices, reference, guidance_scale, told, rounds)
     finals: list[Tensor] = []
     with _running(engine, reference, watch.visit), _final(handle._pipe) as final:
@@ -138,7 +138,7 @@ def time_modes(handle: Handle, sample: Sample, *, rounds: int = 5) -> Seconds:
     return watch.seconds
 
 
-def noise_table(told: Parametrisation) -> tuple[float, ...]:
+def noise_table(told: Parametrization) -> tuple[float, ...]:
     """``u = s / (alpha + s)`` at evenly spaced noise levels from 0 to 1."""
     scales = [told.scales(level) for level in np.linspace(0, 1, NOISE_POINTS).tolist()]
     return tuple(s / (alpha + s) for alpha, s in scales)
@@ -217,7 +217,7 @@ class _Watch:
     choices: Sequence[Choice]
     reference: Schedule
     scale: float
-    told: Parametrisation | None
+    told: Parametrization | None
     rounds: int
     seconds: Seconds | None = None
     sums: dict[float, Tensor] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from ditdial.backbones import Backbone
 from ditdial.backbones.call import Branches, Call
 from ditdial.cost.shape import TransformerShape
 from ditdial.host import step_caches
-from ditdial.host.parametrization import parametrisation
+from ditdial.host.parametrization import parametrization
 from ditdial.host.pipelines import is_guided
 from ditdial.host.weights import onloaded
 from ditdial.layers.checkpointing import remembered_in_checkpoints
@@ -334,7 +334,7 @@ class Engine:
             slice(0, min(n, m)) for n, m in zip(latent.shape, prediction.shape, strict=True)
         )
         moves = backbone.direction * prediction[shared]
-        told = parametrisation(self.timeline.pipe_of(model))
+        told = parametrization(self.timeline.pipe_of(model))
         clean = latent.clone()
         clean[shared] = told.clean(level, latent[shared], moves).to(clean)
         self.chosen.learn(level, self._on_grid(model, call, clean, branches))

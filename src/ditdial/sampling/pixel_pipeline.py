@@ -11,7 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ditdial.host.parametrization import Parametrisation, is_flow_scheduler
+from ditdial.host.parametrization import Parametrization, is_flow_scheduler
 from ditdial.ops.flow import path_norm, velocity
 
 
@@ -135,14 +135,14 @@ class PixelDiTPipeline(DiffusionPipeline):
         return self.numpy_to_pil(arrays) if output_type == "pil" else arrays
 
     @property
-    def parametrisation(self) -> Parametrisation:
+    def parametrization(self) -> Parametrization:
         """Of the network: whatever the scheduler, it sees a latent of unit variance."""
 
         def scales(level: float) -> tuple[float, float]:
             norm = ((1 - level) ** 2 + level**2) ** 0.5
             return (1 - level) / norm, level / norm
 
-        return Parametrisation("v_prediction", scales)
+        return Parametrization("v_prediction", scales)
 
     def _check(
         self,
