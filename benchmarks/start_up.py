@@ -3,7 +3,8 @@
     python benchmarks/start_up.py
 
 Each figure is the median of several processes of their own. What `elastify` adds is a share of what
-torch and a diffusers model take in the same process. Writes benchmarks/results/start-up-cpu.json.
+torch and a diffusers model take in the same process. Seconds are printed, and that share is written
+to benchmarks/results/start-up-cpu.json.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def main() -> None:
     for name, value in median.items():
         write = figures.share if name == "share" else figures.seconds
         print(f"{name:16} {write(value)}")
-    results = {"processes": arguments.processes, "median": median, "rounds": rounds}
+    results = {"share": median["share"], "in_each_process": [row["share"] for row in rounds]}
     write_results(RESULTS / "start-up-cpu.json", results)
 
 
