@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ditdial import Budget, Schedule
-from ditdial.checks import did_you_mean, one_of
+from ditdial.checks import did_you_mean, one_of, require
 from ditdial.methods import method_from_config
 from ditdial.plan.budget import pairings
 from ditdial.plan.choice import Choice
@@ -55,3 +55,18 @@ def test_a_mode_that_an_adapter_lacks_is_told_its_nearest(make_elastic):
     words = r"schedule asks for patch22; .*: full, patch2, patch4 \(did you mean 'patch2'\?\)"
     with pytest.raises(ValueError, match=words):
         handle.schedule = Schedule.constant(Mode.parse("patch22"))
+
+
+def test_an_illegal_value_is_named_with_the_legal_ones():
+    require(True, "budget", 0.5, "(0, 1]")
+    with pytest.raises(ValueError, match=r"^budget = 1.2 is out of range; legal: \(0, 1\]$"):
+        require(False, "budget", 1.2, "(0, 1]")
+
+
+def test_the_nearest_legal_name_is_suggested():
+    legal = ("flexidit", "ddit", "sparsedit", "FluxTransformer2DModel")
+    assert did_you_mean("flexdit", legal) == " (did you mean 'flexidit'?)"
+    assert did_you_mean("SPARSEDIT", legal) == " (did you mean 'sparsedit'?)"
+    assert did_you_mean("fluxtransformer2d", legal) == " (did you mean 'FluxTransformer2DModel'?)"
+    assert did_you_mean("toad", legal) == did_you_mean("", legal) == did_you_mean("x", ()) == ""
+    assert did_you_mean(None, legal) == ""

@@ -14,6 +14,12 @@ INSIDE = ("ditdial", "torch.")
 def require(condition: bool, name: str, value: object, legal: str) -> None:
     """Raise the house's one form of configuration error.
 
+    Args:
+        condition: what must hold.
+        name: of the argument or field, as its user writes it.
+        value: that was given.
+        legal: the values that are allowed, in words or as a range.
+
     Raises:
         ValueError: ``condition`` is false; the message names the value and the legal range.
     """

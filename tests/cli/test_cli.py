@@ -6,7 +6,10 @@ import json
 
 import pytest
 
-from ditdial.cli.app import main, parse_labels
+from ditdial.backbones import BACKBONES
+from ditdial.cli.app import error_text, main
+from ditdial.cli.arguments import parse_labels
+from ditdial.methods import METHODS
 
 
 def run(monkeypatch, capsys, *arguments) -> tuple[int, str, str]:
@@ -34,13 +37,30 @@ def test_cost_of_the_reference_model(monkeypatch, capsys):
     assert json.loads(out)["tokens_full"] == 64
 
 
-@pytest.mark.parametrize("command", ["methods", "backbones"])
-def test_lists_name_what_works(monkeypatch, capsys, command):
-    code, out, _ = run(monkeypatch, capsys, command, "--json")
-    rows = json.loads(out)
+def test_methods_tell_what_runs_what_is_trained_and_what_is_published(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "methods", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
     assert code == 0
-    assert rows
-    assert all(row["name"] and row["status"] == "works" for row in rows)
+    assert list(rows) == list(METHODS)
+    assert rows["dydit"]["runs_on"] == [n for n, b in BACKBONES.items() if b.routed]
+    assert rows["sparsedit"]["runs_on"] == [n for n, b in BACKBONES.items() if b.streamed]
+    assert rows["ddit"]["runs_on"] == list(BACKBONES)
+    assert rows["flexidit"]["trained"] == ["lora", "shared"]
+    assert rows["combined"]["trained"] == []
+    assert all("arXiv" in row["paper"] for name, row in rows.items() if name != "combined")
+
+
+def test_backbones_tell_the_modes_that_run(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "backbones", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert code == 0
+    assert list(rows) == list(BACKBONES)
+    assert [name for name, row in rows.items() if row["trained"]] == ["DiTTransformer2DModel"]
+    wan = rows["WanTransformer3DModel"]
+    assert (wan["patch"], wan["sparse"], wan["routed"]) == (["t", "h", "w"], True, True)
+    assert wan["models"] == ["wan-2.1-1.3b-480p", "wan-2.1-14b-720p"]
+    lumina = rows["Lumina2Transformer2DModel"]
+    assert [lumina[key] for key in ("sparse", "routed", "packed")] == [False, False, False]
 
 
 def test_sample_and_report(monkeypatch, capsys, tmp_path):
@@ -91,6 +111,12 @@ def test_sample_with_a_threshold_keeps_the_budget_as_its_cap(monkeypatch, capsys
         (["train", "no-recipe.toml"], ["no-recipe.toml", "does not exist"]),
         (["report", "no-report.json"], ["no-report.json"]),
         (["demo", "--images", "8"], ["images = 8", ">= 80"]),
+        (["cost", "--model", "dit-xl-2-265"], ["(did you mean 'dit-xl-2-256'?)"]),
+        (["cost", "--model", "mnist", "--method", "sparsdit"], ["(did you mean 'sparsedit'?)"]),
+        (["probe", "FluxTransformer3DModel"], ["(did you mean 'FluxTransformer2DModel'?)"]),
+        (["sample", "nowhere", "--adapter", "sharde"], ["(did you mean 'shared'?)"]),
+        (["sample", "nowhere", "--model", "mnits"], ["(did you mean 'mnist'?)"]),
+        (["methds"], ["Did you mean 'methods'?"]),
     ],
 )
 def test_bad_input_ends_with_2_and_writes_nothing(monkeypatch, capsys, tmp_path, arguments, words):
@@ -162,6 +188,76 @@ def test_a_run_in_the_way_is_not_overwritten(monkeypatch, capsys, tmp_path):
     assert code == 2
     assert "holds a run already" in err
     assert (output / "recipe.json").read_text() == "precious"
+
+
+@pytest.mark.parametrize("text", ["[optim] is lost", "no [/x] here", ":smile: [bold]"])
+def test_errors_are_printed_as_they_are(monkeypatch, capsys, text):
+    """Brackets and colons are markup to the printer: one vanished, another crashed it."""
+    code, out, err = run(monkeypatch, capsys, "report", text)
+    assert code == 2
+    assert err == f"error: {text!r} does not exist\n"
+    assert out == ""
+
+
+def test_a_recipes_table_is_named_in_an_error(monkeypatch, capsys, tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('task = "base"\n[data]\npath = "x"\n[loop]\nimages = 4\n[optim]\nlrr = 1\n')
+    code, _, err = run(monkeypatch, capsys, "train", str(recipe))
+    assert code == 2
+    assert err.startswith("error: [optim] has no key 'lrr'; legal keys: beta2")
+    assert err.endswith("(did you mean 'lr'?)\n")
+
+
+def test_paths_with_brackets_are_printed_as_they_are(monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "[red]pictures"
+    code, out, err = run(
+        monkeypatch, capsys, "sample", str(folder), "--labels", "1", "--steps", "2"
+    )
+    assert code == 0, err
+    assert out.endswith(f"of the full cost: {folder}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["report", "folder"], "Is a directory: 'folder'"),
+        (["train", "folder"], "Is a directory: 'folder'"),
+        (["sample", "out", "--schedule", "folder"], "Is a directory: 'folder'"),
+        (["eval", "--output", "folder"], "Is a directory: 'folder'"),
+        (["eval", "--output", "file/below/eval.json"], "Not a directory: "),
+        (["calibrate", "--output", "folder"], "Is a directory: 'folder'"),
+        (["sample", "file"], "Not a directory: "),
+        (["demo", "--output", "file/below"], "Not a directory: "),
+        (["report", "file/below.json"], "'file/below.json' does not exist"),
+    ],
+)
+def test_a_wrong_place_ends_in_one_line_before_any_work(
+    monkeypatch, capsys, tmp_path, arguments, words
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("precious")
+    code, out, err = run(monkeypatch, capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: {words}")
+    assert err.count("\n") == 1
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "folder"]
+
+
+def test_a_full_disk_ends_in_one_line(monkeypatch, capsys, tmp_path):
+    """The kernel's own full device, in place of the report that a run leaves."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "report.json").symlink_to("/dev/full")
+    asked = ("sample", str(folder), "--labels", "1", "--steps", "2")
+    code, _, err = run(monkeypatch, capsys, *asked)
+    assert (code, err) == (2, "error: No space left on device\n")
+
+
+def test_errors_of_the_system_are_one_line():
+    assert error_text(PermissionError(13, "Permission denied", "/x")) == "Permission denied: '/x'"
+    assert error_text(OSError("several\n  lines")) == "several lines"
+    assert error_text(ValueError("as\nit is")) == "as\nit is"
 
 
 def test_parse_labels():

@@ -75,7 +75,7 @@ class Halved(nn.Module):
 
 
 @pytest.mark.parametrize("already", [False, True])
-def test_a_parametrised_weight_keeps_its_update_apart(pair, make_call, already):
+def test_a_parametrized_weight_keeps_its_update_apart(pair, make_call, already):
     call = make_call()
     if already:
         run(pair[1], call)

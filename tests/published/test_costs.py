@@ -94,4 +94,4 @@ def test_the_command_prints_both_countings(monkeypatch, capsys):
     code, _, err = run(monkeypatch, capsys, *arguments, "--sides", "6,x")
     assert (code, "sides = '6,x'; legal: numbers" in err) == (2, True)
     code, _, err = run(monkeypatch, capsys, *arguments[:3], "--method", "toad")
-    assert (code, "method 'toad'; legal: flexidit, sparsedit" in err) == (2, True)
+    assert (code, "method = 'toad'; legal: flexidit, sparsedit" in err) == (2, True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from diffusers import (
 from tests.elastic_models import run_as
 
 from ditdial import FULL, Mode, PixelDiTPipeline, Schedule, Segment, elastify, handle_of
-from ditdial.sampling.pixel_pipeline import flow_matched_betas, is_flow_scheduler
+from ditdial.host.parametrization import is_flow_scheduler, parametrization
+from ditdial.sampling.pixel_pipeline import flow_matched_betas
 
 WEAK = Mode(2)
 LABELS, SEEDS = [1, 5, 7], [11, 12, 13]
@@ -383,6 +385,24 @@ def test_flow_schedulers_are_recognised():
     flows = [name for name, make in PIXEL_SCHEDULERS.items() if is_flow_scheduler(make())]
     assert flows == ["flow-euler", "flow-heun", "flow-dpm"]
     assert not is_flow_scheduler(EulerDiscreteScheduler())
+
+
+class Shifted(FlowMatchEulerDiscreteScheduler):
+    """A user's own, whose name does not tell what it is."""
+
+
+def test_a_subclass_of_a_flow_scheduler_is_one(pixel, make_elastic):
+    """For the pipeline that samples with it, and for whoever asks what a prediction means."""
+    assert is_flow_scheduler(Shifted())
+    expected = draw(pixel())
+    pipe = pixel()
+    pipe.scheduler = Shifted()
+    assert torch.equal(draw(pipe), expected)
+    stock = SimpleNamespace(scheduler=Shifted())
+    told = parametrization(stock)
+    assert (told.kind, told.scales(0.25)) == ("flow_prediction", (0.75, 0.25))
+    make_elastic(pipe).schedule = Schedule.weak_first(0.5)
+    assert draw(pipe).isfinite().all()
 
 
 def test_flow_matched_betas_have_the_flows_noise_to_signal_ratio():

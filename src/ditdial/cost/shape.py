@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ditdial.checks import did_you_mean
 from ditdial.cost.blocks import Linears, Seen, SparseCost
 from ditdial.ops.gates import kept_tokens
 from ditdial.ops.patching import coarse_grid
@@ -362,7 +363,8 @@ def named_shape(name: str) -> TransformerShape:
         ValueError: unknown name; the known ones are listed.
     """
     if name not in SHAPES:
-        raise ValueError(f"unknown model {name!r}; legal: {', '.join(SHAPES)}")
+        near = did_you_mean(name, SHAPES)
+        raise ValueError(f"unknown model {name!r}; legal: {', '.join(SHAPES)}{near}")
     return SHAPES[name]
 
 

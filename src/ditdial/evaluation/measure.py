@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
+from ditdial.evaluation.contenders import Contender, Pictures, draw_in_turn
 from ditdial.evaluation.runner import Judge, as_row
 from ditdial.handle import Handle
 from ditdial.plan.schedule import Schedule
-from ditdial.sampling.batches import cyclic_labels, sample
 from ditdial.sampling.pixel_pipeline import PixelDiTPipeline
 
 
@@ -38,31 +36,13 @@ def measure(
         Facts, ``ratio`` (FLOPs over full), ``seconds``, ``time_ratio``, and each metric with its
         noise.
     """
-    labels = cyclic_labels(images, pipe.transformer.config.num_embeds_ada_norm)
-    seeds = list(range(first_seed, first_seed + images))
-    schedules = {"row": schedule, "full": Schedule.constant()} if compare else {"row": schedule}
-    pictures: dict[str, list[torch.Tensor]] = {name: [] for name in schedules}
-    seconds = dict.fromkeys(schedules, 0.0)
-    plan = None
-    for start in range(0, images, batch_size):
-        part = slice(start, start + batch_size)
-        for name, chosen in schedules.items():
-            handle.schedule = chosen
-            if name == "row":
-                plan = handle.plan(steps, guidance=scale != 1)
-            drawn = sample(
-                pipe,
-                labels[part],
-                seeds[part],
-                guidance_scale=scale,
-                steps=steps,
-                batch_size=batch_size,
-            )
-            pictures[name].append(drawn.images)
-            seconds[name] += drawn.seconds
-    assert plan is not None
-    full = torch.cat(pictures["full"]) if compare else None
-    figures = judge.judge(torch.cat(pictures["row"]), labels, sets=sets, full=full)
+    own, full = Contender(schedule, scale), Contender(Schedule.constant(), scale)
+    contenders = [own, full] if compare else [own]
+    pictures = Pictures.counted(pipe, images, first_seed)
+    draw_in_turn(pipe, handle, contenders, pictures, steps=steps, batch_size=batch_size)
+    likeness = full.images if compare else None
+    figures = judge.judge(own.images, pictures.labels, sets=sets, full=likeness)
+    plan = own.plan
     return as_row(
         figures,
         scale=scale,
@@ -71,7 +51,7 @@ def measure(
         sets=sets,
         gmacs=plan.macs / 1e9,
         ratio=plan.ratio,
-        seconds=seconds["row"],
-        time_ratio=seconds["row"] / seconds["full"] if compare else None,
+        seconds=own.seconds,
+        time_ratio=own.seconds / full.seconds if compare else None,
         schedule=schedule.to_dict(),
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from ditdial.figures import share
 from ditdial.plan.mode import Mode, coarseness
 from ditdial.plan.plan import Plan
 from ditdial.plan.report import Report
@@ -66,17 +67,6 @@ def comparison(rows: Sequence[Row], *, zoom: int = 2) -> np.ndarray:
     count, _, height, width = rows[0].images.shape
     cell_w, cell_h = width * zoom, height * zoom
     line = cell_h + STRIP_HEIGHT + 2 * MARGIN
-    legend = sorted(
-        {
-            mode
-            for row in rows
-            if row.plan
-            for s in row.plan.steps
-            for mode in (s.mode, s.guide)
-            if mode
-        },
-        key=coarseness,
-    )
     canvas = Image.new(
         "RGB", (LABEL_WIDTH + count * cell_w + MARGIN, len(rows) * line + 22 + MARGIN), "white"
     )
@@ -91,11 +81,9 @@ def comparison(rows: Sequence[Row], *, zoom: int = 2) -> np.ndarray:
             canvas.paste(tile, (LABEL_WIDTH + column * cell_w, top))
         if row.plan is not None:
             _strip(draw, row.plan, LABEL_WIDTH, top + cell_h + 2, count * cell_w)
-    x, y = LABEL_WIDTH, len(rows) * line + MARGIN
-    for mode in legend:
-        draw.rectangle((x, y + 3, x + 10, y + 13), fill=mode_colour(mode))
-        draw.text((x + 15, y), mode.name, fill="black", font=font)
-        x += max(80, 30 + 7 * len(mode.name))
+    steps = [step for row in rows if row.plan for step in row.plan.steps]
+    y = len(rows) * line + MARGIN
+    x = _legend(draw, (mode for s in steps for mode in (s.mode, s.guide)), LABEL_WIDTH, y)
     draw.text((x, y), "strip: steps, noise to data; guidance below", fill="grey", font=font)
     return np.asarray(canvas)
 
@@ -126,8 +114,8 @@ def decisions(report: Report, *, plan: Plan | None = None, cell: int = 16) -> np
         raise ValueError("the report holds no calls; legal: one of a run that was made")
     lines: list[tuple[str, list[Mode | None]]] = []
     if plan is not None:
-        lines.append((f"plan {plan.ratio:.1%}", [step.mode for step in plan.steps]))
-    lines += [(f"{i}: {trail.ratio:.1%}", trail.modes) for i, trail in enumerate(trails)]
+        lines.append((f"plan {share(plan.ratio)}", [step.mode for step in plan.steps]))
+    lines += [(f"{i}: {share(trail.ratio)}", trail.modes) for i, trail in enumerate(trails)]
     steps = max(len(modes) for _, modes in lines)
     left = LABEL_WIDTH // 2
     canvas = Image.new(
@@ -140,10 +128,16 @@ def decisions(report: Report, *, plan: Plan | None = None, cell: int = 16) -> np
         for step, mode in enumerate(modes):
             x = left + step * cell
             draw.rectangle((x, top, x + cell - 2, top + cell - 2), fill=mode_colour(mode))
-    known = {mode for _, modes in lines for mode in modes if mode is not None}
-    x, y = MARGIN, MARGIN + len(lines) * cell + 4
-    for mode in sorted(known, key=coarseness):
+    modes = (mode for _, modes in lines for mode in modes)
+    _legend(draw, modes, MARGIN, MARGIN + len(lines) * cell + 4)
+    return np.asarray(canvas)
+
+
+def _legend(draw: ImageDraw.ImageDraw, modes: Iterable[Mode | None], x: int, y: int) -> int:
+    """Colours and names of the modes that occur, finest first; returns where the line ends."""
+    font = ImageFont.load_default(12)
+    for mode in sorted({mode for mode in modes if mode is not None}, key=coarseness):
         draw.rectangle((x, y + 3, x + 10, y + 13), fill=mode_colour(mode))
         draw.text((x + 15, y), mode.name, fill="black", font=font)
         x += max(80, 30 + 7 * len(mode.name))
-    return np.asarray(canvas)
+    return x

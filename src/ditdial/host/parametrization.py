@@ -17,7 +17,7 @@ KINDS = ("flow_prediction", "epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
-class Parametrisation:
+class Parametrization:
     """How a model was trained to predict.
 
     Args:
@@ -45,13 +45,13 @@ class Parametrisation:
         return prediction
 
 
-def parametrisation(pipe: Any) -> Parametrisation:
-    """Of a pipeline's model: its own ``parametrisation`` if it has one, else its scheduler's.
+def parametrization(pipe: Any) -> Parametrization:
+    """Of a pipeline's model: its own ``parametrization`` if it has one, else its scheduler's.
 
     Raises:
-        ValueError: no scheduler, or one whose parametrisation is not known.
+        ValueError: no scheduler, or one whose parametrization is not known.
     """
-    own = getattr(pipe, "parametrisation", None)
+    own = getattr(pipe, "parametrization", None)
     if own is not None:
         return own
     scheduler = getattr(pipe, "scheduler", None)
@@ -61,8 +61,8 @@ def parametrisation(pipe: Any) -> Parametrisation:
             "latents themselves"
         )
     kind = scheduler.config.get("prediction_type")
-    if "FlowMatch" in type(scheduler).__name__ or kind == "flow_prediction":
-        return Parametrisation("flow_prediction", lambda level: (1 - level, level))
+    if is_flow_scheduler(scheduler):
+        return Parametrization("flow_prediction", lambda level: (1 - level, level))
     if kind not in KINDS or not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
             f"scheduler {type(scheduler).__name__} predicts {kind!r}; legal: a flow-matching "
@@ -74,4 +74,14 @@ def parametrisation(pipe: Any) -> Parametrisation:
         share = float(kept[min(max(round(level * count), 0), len(kept) - 1)])
         return share**0.5, (1 - share) ** 0.5
 
-    return Parametrisation(kind, scales)
+    return Parametrization(kind, scales)
+
+
+def is_flow_scheduler(scheduler: Any) -> bool:
+    """Whether a diffusers scheduler works on the rectified-flow path and expects velocities.
+
+    diffusers has no common class of these: their names tell, a subclass's those of its bases, and
+    the others have a setting.
+    """
+    named = any("FlowMatch" in cls.__name__ for cls in type(scheduler).__mro__)
+    return named or scheduler.config.get("prediction_type") == "flow_prediction"

@@ -84,7 +84,7 @@ class MergedWeights:
             self.warned = True
 
     def _sources(self, mode: Mode) -> object:
-        """Versions of all that a mode's copies are made of; None if a weight is parametrised."""
+        """Versions of all that a mode's copies are made of; None if a weight is parametrized."""
         if mode not in self.places:
             places = [x for layer in self.layers for x in layer.coarse_places(mode)]
             self.places[mode] = [held for held, _ in places], [name for _, name in places]

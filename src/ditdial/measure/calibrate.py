@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ditdial.adapter import identity
 from ditdial.checks import require
-from ditdial.host.parametrization import Parametrisation, parametrisation
+from ditdial.host.parametrization import Parametrization, parametrization
 from ditdial.measure.onlookers import Clock, Errors, Onlooker, final_latents, modes_of, observed
 from ditdial.measure.provenance import provenance
 from ditdial.plan.budget import pairings
@@ -111,7 +111,7 @@ def calibrate(
     choices = measuring.choices_of((FULL, *engine.chooser.modes))
     _check(engine, model, choices)
     reference = as_choices(measuring.reference, choices)
-    told = parametrisation(pipe)
+    told = parametrization(pipe)
     errors = Errors(choices, reference, measuring.guidance_scale, told)
     onlooker = Onlooker(engine, pipe, errors)
     clock = Clock(engine, pipe, modes_of(choices), measuring.rounds)
@@ -166,7 +166,7 @@ def time_modes(
     return clock.seconds
 
 
-def noise_table(told: Parametrisation) -> tuple[float, ...]:
+def noise_table(told: Parametrization) -> tuple[float, ...]:
     """``u = s / (alpha + s)`` at evenly spaced noise levels from 0 to 1."""
     scales = [told.scales(level) for level in np.linspace(0, 1, NOISE_POINTS).tolist()]
     return tuple(s / (alpha + s) for alpha, s in scales)

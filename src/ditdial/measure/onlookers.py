@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ditdial.backbones.arguments import Call
 from ditdial.host.device import device_name
-from ditdial.host.parametrization import Parametrisation
+from ditdial.host.parametrization import Parametrization
 from ditdial.measure.bench import interleave
 from ditdial.plan.calibration import Point
 from ditdial.plan.choice import Choice
@@ -124,7 +124,7 @@ class Errors:
     choices: Sequence[Choice]
     reference: Schedule
     scale: float
-    told: Parametrisation
+    told: Parametrization
     sums: dict[float, Tensor] = field(default_factory=dict)
     rows: dict[float, int] = field(default_factory=dict)
 

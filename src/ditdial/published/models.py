@@ -13,6 +13,7 @@ import diffusers
 import torch
 
 from ditdial.backbones import BACKBONES
+from ditdial.checks import did_you_mean
 from ditdial.cost.shape import SHAPES, TransformerShape
 from ditdial.ops.patching import Triple
 
@@ -99,5 +100,8 @@ def published_shape(name: str) -> TransformerShape:
     if name in SHAPES:
         return SHAPES[name]
     if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}; legal: {', '.join(published_names())}")
+        names = published_names()
+        raise ValueError(
+            f"unknown model {name!r}; legal: {', '.join(names)}{did_you_mean(name, names)}"
+        )
     return MODELS[name].shape()

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from ditdial.backbones import BACKBONES, Backbone, nearest
+from ditdial.checks import did_you_mean
 from ditdial.ops.patching import Triple
 from ditdial.plan.mode import FULL, Mode
 from ditdial.published.models import MODELS
@@ -105,6 +106,7 @@ def _resolve(target: str) -> tuple[str, dict[str, Any] | None, Triple | None, in
         raise ValueError(
             f"{target!r} is no diffusers model class, folder or published model; "
             f"legal classes: {', '.join(BACKBONES)}; legal models: {', '.join(MODELS)}"
+            f"{did_you_mean(target, [*BACKBONES, *MODELS])}"
         )
     return target, None, None, None
 

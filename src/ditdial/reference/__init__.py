@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ditdial.checks import did_you_mean
 from ditdial.evaluation.runner import Judge
 from ditdial.sampling.pixel_pipeline import PixelDiTPipeline
 
@@ -29,7 +30,9 @@ def reference_folder(name: str = "mnist") -> Path:
         ValueError: no such model; those at hand are named.
     """
     if name not in reference_names():
-        raise ValueError(f"reference model {name!r}; legal: {', '.join(reference_names())}")
+        names = reference_names()
+        near = did_you_mean(name, names)
+        raise ValueError(f"reference model {name!r}; legal: {', '.join(names)}{near}")
     return HERE / name
 
 
@@ -55,6 +58,7 @@ def reference_adapter(recipe: str = "lora", name: str = "mnist") -> Path:
     if recipe not in folders:
         raise ValueError(
             f"adapter {recipe!r} of reference model {name!r}; legal: {', '.join(sorted(folders))}"
+            f"{did_you_mean(recipe, folders)}"
         )
     return folders[recipe]
 

@@ -22,7 +22,7 @@ from ditdial.checks import warn
 from ditdial.cost.shape import TransformerShape
 from ditdial.host import step_caches
 from ditdial.host.device import Stopwatch
-from ditdial.host.parametrization import parametrisation
+from ditdial.host.parametrization import parametrization
 from ditdial.host.pipelines import is_guided
 from ditdial.layers.checkpointing import remembered_in_checkpoints
 from ditdial.layers.wiring import Wiring
@@ -326,7 +326,7 @@ class Engine:
             kept = {k: dict(v) if isinstance(v, dict) else v for k, v in call.items()}
             self.remembered = Remembered(kept, prediction)
         if self.chooser.learns:
-            told = parametrisation(self.position.pipe_of(model))
+            told = parametrization(self.position.pipe_of(model))
             latent = arguments.latent(call)
             clean = clean_latents(self.wiring, told, level, latent, prediction)
             self.chooser.learn(level, on_base_grid(self.wiring, clean, branches))

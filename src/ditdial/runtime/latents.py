@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ditdial.backbones.arguments import Branches
-from ditdial.host.parametrization import Parametrisation
+from ditdial.host.parametrization import Parametrization
 from ditdial.layers.wiring import Wiring
 
 
@@ -31,7 +31,7 @@ def on_base_grid(wiring: Wiring, sample: Tensor, branches: Branches | None) -> T
 
 
 def clean_latents(
-    wiring: Wiring, told: Parametrisation, level: float, latent: Tensor, prediction: Tensor
+    wiring: Wiring, told: Parametrization, level: float, latent: Tensor, prediction: Tensor
 ) -> Any:
     """The clean latents that predictions at a noise level imply; what is given stays as it is."""
     shared = shared_part(latent, prediction)

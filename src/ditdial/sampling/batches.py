@@ -63,17 +63,21 @@ def sample(
         )
         pieces.append(images.float().cpu())
     seconds = time.perf_counter() - started
-    config = pipe.transformer.config
-    shape = (0, config.in_channels, config.sample_size, config.sample_size)
-    own = torch.cat(pieces) if pieces else torch.empty(shape)
     if world == 1:
-        return Samples(own, seconds)
+        return Samples(torch.cat(pieces), seconds)
+    config = pipe.transformer.config
+    none = torch.empty((0, config.in_channels, config.sample_size, config.sample_size))
+    return Samples(_gathered(torch.cat([none, *pieces]), len(labels), world), seconds)
+
+
+def _gathered(own: Tensor, count: int, world: int) -> Tensor:
+    """All processes' pictures, in the order of their seeds; a process may have made none."""
     gathered: list[Tensor] = [own] * world
     dist.all_gather_object(gathered, own)
-    images = torch.empty((len(labels), *own.shape[1:]))
+    images = torch.empty((count, *own.shape[1:]))
     for process, part in enumerate(gathered):
         images[process::world] = part
-    return Samples(images, seconds)
+    return images
 
 
 def cyclic_labels(count: int, classes: int) -> list[int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ditdial.host.parametrization import Parametrisation
+from ditdial.host.parametrization import Parametrization, is_flow_scheduler
 from ditdial.ops.flow import path_norm, velocity
 
 
@@ -63,66 +64,85 @@ class PixelDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: labels, seeds, steps, scale or output type out of range.
         """
-        config = self.transformer.config
         labels = torch.as_tensor(class_labels).reshape(-1)
         self._check(labels, guidance_scale, num_inference_steps, seeds, generator, output_type)
-        device, dtype = self._execution_device, self.transformer.dtype
         if seeds is not None:
             generator = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
-        shape = (len(labels), config.in_channels, config.sample_size, config.sample_size)
-        # Solvers run in float32 whatever the network's precision.
-        x = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-
+        x = self._noise(len(labels), generator)
+        labels = labels.to(x.device)
+        # An elastic model looks for this name in its pipeline's `__call__` (`host.pipelines`).
         do_classifier_free_guidance = guidance_scale != 1
-        labels = labels.to(device)
         if do_classifier_free_guidance:
-            labels = torch.cat([labels, torch.full_like(labels, config.num_embeds_ada_norm)])
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        is_flow = is_flow_scheduler(self.scheduler)
-        x = (
-            x * self.scheduler.init_noise_sigma
-            if hasattr(self.scheduler, "init_noise_sigma")
-            else x
-        )
-        step_arguments = _accepted(self.scheduler.step, generator=generator)
-        timesteps = self.scheduler.timesteps
-        levels = (timesteps / 1000).to(torch.float32)
-        steps = zip(timesteps, levels, path_norm(levels), strict=True)
+            null = self.transformer.config.num_embeds_ada_norm
+            labels = torch.cat([labels, torch.full_like(labels, null)])
+        self.scheduler.set_timesteps(num_inference_steps, device=x.device)
+        images = self._pictures(self._solve(x, labels, guidance_scale, generator), output_type)
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _noise(self, count: int, generator: Any) -> Tensor:
+        """Where sampling starts, ``(count, C, H, W)``, in float32.
+
+        Solvers run in float32 whatever the network's precision.
+        """
+        config, device = self.transformer.config, self._execution_device
+        shape = (count, config.in_channels, config.sample_size, config.sample_size)
+        return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+
+    def _solve(self, x: Tensor, labels: Tensor, scale: float, generator: Any) -> Tensor:
+        """Take noise ``(B, C, H, W)`` to the data, at the scheduler's timesteps.
+
+        Args:
+            labels: ``B`` classes, and the null class as often behind them where guidance is on.
+        """
+        scheduler = self.scheduler
+        is_flow = is_flow_scheduler(scheduler)
+        if hasattr(scheduler, "init_noise_sigma"):
+            x = x * scheduler.init_noise_sigma
+        arguments = _accepted(scheduler.step, generator=generator)
+        levels = (scheduler.timesteps / 1000).to(torch.float32)
+        steps = zip(scheduler.timesteps, levels, path_norm(levels), strict=True)
         for t, level, norm in self.progress_bar(list(steps)):
-            network_input = x / norm if is_flow else self.scheduler.scale_model_input(x, t)
-            batch = torch.cat([network_input] * (1 + do_classifier_free_guidance))
-            times = t[None].expand(len(batch))
-            prediction = self.transformer(
-                batch.to(dtype), timestep=times, class_labels=labels
-            ).sample.float()
-            if do_classifier_free_guidance:
-                conditional, null = prediction.chunk(2)
-                prediction = null + guidance_scale * (conditional - null)
+            network_input = x / norm if is_flow else scheduler.scale_model_input(x, t)
+            prediction = self._predict(network_input, t, labels, scale)
             if is_flow:
                 prediction = velocity(network_input, prediction, level, norm)
-            x = self.scheduler.step(prediction, t, x, **step_arguments).prev_sample
+            x = scheduler.step(prediction, t, x, **arguments).prev_sample
+        return x
 
+    def _predict(self, x: Tensor, t: Tensor, labels: Tensor, scale: float) -> Tensor:
+        """The network's prediction, guided where there are labels of both branches."""
+        branches = len(labels) // len(x)
+        batch = torch.cat([x] * branches)
+        prediction = self.transformer(
+            batch.to(self.transformer.dtype),
+            timestep=t[None].expand(len(batch)),
+            class_labels=labels,
+        ).sample.float()
+        if branches == 1:
+            return prediction
+        conditional, null = prediction.chunk(2)
+        return null + scale * (conditional - null)
+
+    def _pictures(self, x: Tensor, output_type: str) -> Any:
+        """Samples of the data's statistics as pictures, in the form that was asked for."""
         statistics = self.config
         images = (x * statistics["data_std"] + statistics["data_mean"]).clamp(0, 1)
         self.maybe_free_model_hooks()
         if output_type == "pt":
             with torch.inference_mode(False):
-                images = images.clone()  # to be used where gradients are recorded
-        else:
-            images = images.cpu().permute(0, 2, 3, 1).numpy()
-        if output_type == "pil":
-            images = self.numpy_to_pil(images)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+                return images.clone()  # to be used where gradients are recorded
+        arrays = images.cpu().permute(0, 2, 3, 1).numpy()
+        return self.numpy_to_pil(arrays) if output_type == "pil" else arrays
 
     @property
-    def parametrisation(self) -> Parametrisation:
+    def parametrization(self) -> Parametrization:
         """Of the network: whatever the scheduler, it sees a latent of unit variance."""
 
         def scales(level: float) -> tuple[float, float]:
             norm = ((1 - level) ** 2 + level**2) ** 0.5
             return (1 - level) / norm, level / norm
 
-        return Parametrisation("v_prediction", scales)
+        return Parametrization("v_prediction", scales)
 
     def _check(
         self,
@@ -150,22 +170,12 @@ class PixelDiTPipeline(DiffusionPipeline):
             raise ValueError("seeds and generator are both given; legal: one of them")
         if output_type not in ("pil", "np", "pt"):
             raise ValueError(f"output_type = {output_type!r}; legal: 'pil', 'np', 'pt'")
-        if not is_flow_scheduler(self.scheduler):
-            kind = self.scheduler.config.get("prediction_type")
-            if kind != "v_prediction":
-                raise ValueError(
-                    f"scheduler with prediction_type = {kind!r}; "
-                    "legal: 'v_prediction' or a flow scheduler"
-                )
-
-
-def is_flow_scheduler(scheduler: Any) -> bool:
-    """Whether a diffusers scheduler works on the rectified-flow path and expects velocities."""
-    config = scheduler.config
-    return (
-        any("FlowMatch" in cls.__name__ for cls in type(scheduler).__mro__)
-        or config.get("prediction_type") == "flow_prediction"
-    )
+        kind = self.scheduler.config.get("prediction_type")
+        if kind != "v_prediction" and not is_flow_scheduler(self.scheduler):
+            raise ValueError(
+                f"scheduler with prediction_type = {kind!r}; "
+                "legal: 'v_prediction' or a flow scheduler"
+            )
 
 
 def flow_matched_betas(count: int = 1000) -> list[float]:
@@ -183,7 +193,5 @@ def flow_matched_betas(count: int = 1000) -> list[float]:
 
 
 def _accepted(function: Any, **arguments: Any) -> dict[str, Any]:
-    import inspect
-
     names = inspect.signature(function).parameters
     return {key: value for key, value in arguments.items() if key in names}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ditdial.adapter import Adapter
-from ditdial.checks import require
+from ditdial.checks import did_you_mean, require
 from ditdial.elastify import elastify
 from ditdial.methods import DDiT, FlexiDiT, Method, PPFlow, SparseDiT
 from ditdial.methods.flexidit import SharedPatches
@@ -90,7 +90,8 @@ class AdapterSettings(SparseSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.method in TRAINED, "adapter.method", self.method, ", ".join(TRAINED))
+        legal = ", ".join(TRAINED) + did_you_mean(self.method, TRAINED)
+        require(self.method in TRAINED, "adapter.method", self.method, legal)
         recipes = TRAINED[self.method].recipes
         object.__setattr__(self, "recipe", self.recipe or recipes[0])
         require(self.recipe in recipes, "adapter.recipe", self.recipe, ", ".join(recipes))

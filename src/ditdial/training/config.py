@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ditdial.checks import require
+from ditdial.checks import did_you_mean, require
 
 T = TypeVar("T")
 
@@ -153,6 +153,7 @@ def from_table(cls: type[T], table: dict[str, Any], name: str) -> T:
         if key not in fields:
             raise ValueError(
                 f"[{name}] has no key {key!r}; legal keys: {', '.join(sorted(fields))}"
+                f"{did_you_mean(key, fields)}"
             )
         wanted = types[key]
         if wanted is float and isinstance(value, int) and not isinstance(value, bool):
@@ -184,7 +185,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         ValueError: not TOML, unknown keys, values out of range.
     """
     path = Path(path)
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"recipe {str(path)!r} does not exist")
     try:
         raw = tomllib.loads(path.read_text())
@@ -202,6 +203,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if unknown:
         raise ValueError(
             f"recipe {str(path)!r} has unknown entries {unknown}; legal: {sorted(known)}"
+            f"{did_you_mean(unknown[0], known)}"
         )
     output, seed = raw.get("output", f"runs/{path.stem}"), raw.get("seed", 0)
     require(isinstance(output, str) and bool(output), "output", output, "a folder's name")

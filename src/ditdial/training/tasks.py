@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from ditdial.training.adapter import AdapterTask
+from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
+
+from ditdial.checks import did_you_mean
+from ditdial.methods import DyDiT
+from ditdial.training.adapter import TRAINED, AdapterTask
 from ditdial.training.base import BaseTask
 from ditdial.training.classifier import ClassifierTask
 from ditdial.training.config import Recipe
@@ -16,6 +20,12 @@ TASKS: dict[str, type[BaseTask | AdapterTask | WidthTask | ClassifierTask]] = {
     "classifier": ClassifierTask,
 }
 
+TRAINERS: dict[str, str] = {**dict.fromkeys(TRAINED, "adapter"), DyDiT.name: "width"}
+"""The task that trains each method; a combination has none."""
+
+TRAINED_CLASSES = (DiTTransformer2DModel.__name__,)
+"""Model classes that tasks train, in pixel space; adapters of others are trained elsewhere."""
+
 
 def build_task(recipe: Recipe) -> Task:
     """The task of a recipe.
@@ -24,5 +34,6 @@ def build_task(recipe: Recipe) -> Task:
         ValueError: unknown task, or settings out of range.
     """
     if recipe.task not in TASKS:
-        raise ValueError(f"task = {recipe.task!r}; legal: {', '.join(TASKS)}")
+        near = did_you_mean(recipe.task, TASKS)
+        raise ValueError(f"task = {recipe.task!r}; legal: {', '.join(TASKS)}{near}")
     return TASKS[recipe.task](recipe)

@@ -1,0 +1,71 @@
+"""``ditdial report``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ditdial import figures
+from ditdial.cli.results import print_results
+from ditdial.cli.tables import AsJson, Column, print_json, print_table, say
+
+CALLS = (
+    Column("index", "call"),
+    Column("level", "noise\nlevel"),
+    Column("branch", "branch", name=True),
+    Column("mode", "mode", name=True),
+    Column("guide", "guidance\nbranch", name=True),
+    Column("rows", "rows"),
+    Column("macs", "of all rows", figures.macs),
+    Column("seconds", "time", figures.seconds),
+)
+
+
+def report(
+    path: Annotated[Path, typer.Argument(help="report.json or results.json of a run.")],
+    as_json: AsJson = False,
+) -> None:
+    """Print what a run did: one line per call of the model, or one per row of results."""
+    data = _read(path)
+    if as_json:
+        print_json(data)
+    elif "calls" in data:
+        _show_run(data)
+    else:
+        print_results(data["rows"])
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The content of a file that holds a report or rows of results.
+
+    Raises:
+        OSError: no such file, or one that cannot be read.
+        ValueError: no JSON, or neither of the two.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{str(path)!r} does not exist")
+    try:
+        data = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
+    lines = data.get("calls", data.get("rows")) if isinstance(data, dict) else None
+    if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
+        raise ValueError(f"{str(path)!r} is no report; legal: JSON with 'calls' or 'rows'")
+    return data
+
+
+def _show_run(data: dict[str, Any]) -> None:
+    calls = data["calls"]
+    say("per call of the model:\n")
+    empty = [c.key for c in CALLS if all(call.get(c.key) is None for call in calls)]
+    print_table(calls, [column for column in CALLS if column.key not in empty])
+    if "ratio" in data:
+        asked = data.get("budget")
+        of = "" if asked is None else f" (of {figures.share(asked)} allowed)"
+        say(
+            f"\nper run: {figures.share(data['ratio'])} of the full cost{of},\n"
+            f"{figures.macs(data.get('macs'))}, {figures.seconds(data.get('seconds'))} in the model"
+        )
