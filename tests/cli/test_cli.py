@@ -31,7 +31,7 @@ def test_cost_json(monkeypatch, capsys):
 def test_cost_of_the_reference_model(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "cost", "--model", "mnist", "--json")
     assert code == 0
-    assert json.loads(out)["tokens_full"] == 64
+    assert json.loads(out)["tokens"]["full"] == 64
 
 
 @pytest.mark.parametrize("command", ["methods", "backbones"])

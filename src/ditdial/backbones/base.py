@@ -18,11 +18,14 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
+from ditdial.backbones.blocks import BlockList
 from ditdial.backbones.call import Branches, Call, cut
 from ditdial.backbones.layers import MODULATION, Layers, named, named_like
 from ditdial.backbones.routed import Routed, RoutedBlock
 from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
+from ditdial.cost.blocks import Block, Term
+from ditdial.cost.linears import matrix_sizes
 from ditdial.cost.shape import TransformerShape
 from ditdial.host.pipelines import is_guided
 from ditdial.host.weights import values
@@ -81,6 +84,9 @@ class Backbone(Times, ABC):
         reads_blocks: the stock forward looks into its blocks or counts them, beside calling them.
         residuals: arguments that hold something per base token (ControlNet's residuals), which
             coarse modes refuse.
+        block_lists: which tokens go through the layers of its blocks; those that are routed or
+            streamed come first, in the order they have there.
+        shape_class: what its cost depends on.
         streamed: where tokens meet in its blocks, if sparse modes are known to work.
         packs: whether branches of different modes can share one packed call.
         masks_attention: whether the stock attention processors obey an attention mask.
@@ -109,6 +115,8 @@ class Backbone(Times, ABC):
     prompt_only: Layers = ()
     residuals: tuple[str, ...] = ()
     reads_blocks: bool = False
+    block_lists: tuple[BlockList, ...]
+    shape_class: type[TransformerShape] = TransformerShape
     streamed: Streamed | None = None
     packs: bool = False
     masks_attention: bool = False
@@ -119,9 +127,43 @@ class Backbone(Times, ABC):
         for blocks in self.routed:
             yield from blocks.of(model)
 
-    @abstractmethod
     def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
         """What the model's cost depends on; may take more of what `size` returns."""
+        first, last = self.projections(model)
+        patch_in, width = matrix_sizes(first)
+        once = sum(each.once_macs(model) for each in self.block_lists)
+        return self.shape_class(
+            width=width,
+            grid=grid,
+            patch_in=patch_in,
+            patch_out=last.out_features,
+            blocks=tuple(Block(terms=terms) for terms in self._terms(model)),
+            text_tokens=text_tokens,
+            picture_macs=once + self.picture_macs(model, text_tokens),
+        )
+
+    def _terms(self, model: Model) -> Iterator[tuple[Term, ...]]:
+        routed, prompt = {each.blocks: each for each in self.routed}, dict(self.prompt_only)
+        for each in self.block_lists:
+            name = each.blocks
+            yield from each.terms(model, routed.get(name), prompt.get(name, ()))
+
+    def low_rank_terms(self, model: Model) -> tuple[tuple[Term, ...], ...]:
+        """Inputs plus outputs of the layers that low-rank updates go to, block by block."""
+        routed = {each.blocks: each for each in self.routed}
+        adapted = {name for name, _ in self.low_rank_layers(model)}
+        return tuple(
+            terms
+            for each in self.block_lists
+            for terms in each.low_rank_terms(model, routed.get(each.blocks), adapted)
+        )
+
+    @abstractmethod
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
+        """Multiply-adds of one picture outside the blocks whatever the mode.
+
+        That is its conditioning and the projections of its text.
+        """
 
     @abstractmethod
     def default_size(self, model: Model) -> tuple[Triple, int]:
@@ -246,11 +288,6 @@ class Backbone(Times, ABC):
             layer.bias.copy_(embed[1])
         if last.bias is not None:
             last.bias.copy_(to_grouped(output[1], one, self.output_layout)[0])
-
-    def adapted_macs(self, model: Model, pattern: str = "") -> int:
-        """Inputs plus outputs of the layers that low-rank updates go to, by name."""
-        layers = self.low_rank_layers(model)
-        return sum(x.in_features + x.out_features for name, x in layers if re.search(pattern, name))
 
     def low_rank_layers(self, model: Model) -> Iterator[tuple[str, nn.Linear]]:
         """Linear layers of self-attention and feed-forward, with their names."""

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from ditdial.backbones.base import Model
 from ditdial.backbones.call import Call
 from ditdial.backbones.flux import FluxFamily
 from ditdial.cost.linears import linear_macs
-from ditdial.cost.shape import TransformerShape
 from ditdial.layers.state import Router
-from ditdial.ops.patching import Triple, group
+from ditdial.ops.patching import group
 from ditdial.plan.mode import Mode
 
 
@@ -44,10 +41,7 @@ class ChromaBackbone(FluxFamily):
         image = group(mask[:, text:].unflatten(1, router.grid)[..., None], mode.patch_scale)
         return call | {"attention_mask": torch.cat([mask[:, :text], image.amax(dim=2)], dim=1)}
 
-    def shape(
-        self, model: Model, grid: Triple, text_tokens: int, others: int = 0
-    ) -> TransformerShape:
-        shape = super().shape(model, grid, text_tokens, others)
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
         vectors = len(model.time_text_embed.mod_proj)  # one per shift, scale and gate of all blocks
         modulation = vectors * linear_macs(model.distilled_guidance_layer)
-        return replace(shape, picture_macs=shape.picture_macs + modulation)
+        return super().picture_macs(model, text_tokens) + modulation

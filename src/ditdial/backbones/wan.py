@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from ditdial.backbones.base import COMMON_FACTS, Backbone, Model
+from ditdial.backbones.blocks import CROSS_BLOCKS
 from ditdial.backbones.call import Call, grouped_times, has_token_times
 from ditdial.backbones.layers import attention, feed_forward
 from ditdial.backbones.routed import Routed
 from ditdial.backbones.streamed import Streamed
 from ditdial.cost.linears import linear_macs
-from ditdial.cost.shape import Attention, TransformerShape
+from ditdial.cost.shape import TransformerShape
 from ditdial.layers.state import Router
 from ditdial.ops.patching import Triple
 from ditdial.ops.positions import real_rotary_centres
 from ditdial.plan.mode import Mode
-
-KEYS = r"attn2\.to_[kv]$"
-TEXT = r"attn2\.(to_[kv]|add_[kv]_proj)$"
 
 
 class WanBackbone(Backbone):
@@ -35,6 +33,7 @@ class WanBackbone(Backbone):
     facts = (*COMMON_FACTS, "ffn_dim", "text_dim")
     axes = "thw"
     conditional_first = None
+    block_lists = (replace(CROSS_BLOCKS, blocks="blocks", text=r"attn2\.(to_[kv]|add_[kv]_proj)$"),)
     low_rank = (("blocks", (*attention("attn1"), *feed_forward("ffn"))),)
     prompt_only = (("blocks", ("attn2.to_k", "attn2.to_v")),)
     routed = (
@@ -53,8 +52,6 @@ class WanBackbone(Backbone):
         blocks=("blocks",),
         arguments=("hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb"),
         phases="rotary_emb",
-        text="attn2",
-        apart=TEXT,
     )
 
     def tokens(self, module: Model, router: Router, mode: Mode, latent: Tensor) -> Tensor:
@@ -93,23 +90,12 @@ class WanBackbone(Backbone):
         per_token = pipe is not None and pipe.config.get("expand_timesteps", False)
         return grid, text_tokens, per_token
 
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
+        return text_tokens * linear_macs(model.condition_embedder, "^text_embedder")
+
     def shape(
         self, model: Model, grid: Triple, text_tokens: int, times_per_token: bool = False
     ) -> TransformerShape:
-        config, embedder = model.config, model.condition_embedder
-        d, depth = config.num_attention_heads * config.attention_head_dim, config.num_layers
-        times = linear_macs(embedder, "^time")
-        return TransformerShape(
-            width=d,
-            grid=grid,
-            patch_in=math.prod(self.patch(model)) * config.in_channels,
-            patch_out=model.proj_out.out_features,
-            token_macs=linear_macs(model.blocks, but=TEXT) + times_per_token * times,
-            attention=(Attention(depth, d), Attention(depth, d, "cross")),
-            text_tokens=text_tokens,
-            text_once=linear_macs(model.blocks, KEYS),
-            text_macs=linear_macs(model.blocks, TEXT),
-            picture_macs=(not times_per_token) * times
-            + text_tokens * linear_macs(embedder, "^text_embedder"),
-            adapted=self.adapted_macs(model),
-        )
+        shape = super().shape(model, grid, text_tokens)
+        times = linear_macs(model.condition_embedder, "^time")
+        return shape.with_times(times, per_token=times_per_token)

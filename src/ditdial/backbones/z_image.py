@@ -6,6 +6,7 @@ text up to a multiple of 32 tokens; the filler takes part in everything.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,7 @@ from torch import Tensor
 from ditdial.backbones.base import Model, Rewired
 from ditdial.backbones.call import Call
 from ditdial.backbones.layers import attention
-from ditdial.backbones.refined import RefinedBackbone
-from ditdial.cost.linears import FilledShape, filled
+from ditdial.backbones.refined import RefinedBackbone, refined_lists
 from ditdial.cost.shape import TransformerShape
 from ditdial.layers.state import Router
 from ditdial.ops.patching import Triple, coarse_grid, group, ungroup
@@ -57,6 +57,28 @@ def centred_phases(model: Model, router: Router, stock: Rewired, *args: Any) -> 
     return tokens, centres.view_as(phases), *rest
 
 
+def filled(tokens: int) -> int:
+    """Tokens and the filler up to a multiple."""
+    return tokens + -tokens % SEQ_MULTI_OF
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilledShape(TransformerShape):
+    """Blocks go through the filler too, and in full mode so do the first layer and the last."""
+
+    def tokens(self, mode: Mode) -> int:
+        return filled(super().tokens(mode))
+
+    def seen(self, mode: Mode) -> Triple:
+        return 1, 1, self.tokens(mode)
+
+    def patch_macs(self, mode: Mode) -> float:
+        if not mode.has_base_patch:
+            return super().patch_macs(mode)
+        tokens, text = self.tokens(mode), self.text_tokens  # the last layer projects the text too
+        return (tokens * (self.patch_in + self.patch_out) + text * self.patch_out) * self.width
+
+
 class ZImageBackbone(RefinedBackbone):
     """Refiners of picture and of text, then one sequence of both; conditional rows first.
 
@@ -73,8 +95,9 @@ class ZImageBackbone(RefinedBackbone):
     condition = ("cap_feats",)
     facts = ("dim", "n_layers", "n_refiner_layers", "n_heads", "in_channels", "cap_feat_dim")
     residuals = ("controlnet_block_samples",)
-    modulation = "adaLN_modulation"
-    once = f"{modulation}|^t_embedder"
+    shape_class = FilledShape
+    block_lists = refined_lists("attention", "adaLN_modulation")
+    once = r"^t_embedder|^all_final_layer.*adaLN_modulation"
     prompt = "^(cap_embedder|context_refiner)"
     conditional_first = True
     low_rank = (("noise_refiner", ADAPTED), ("layers", ADAPTED))
@@ -94,7 +117,7 @@ class ZImageBackbone(RefinedBackbone):
 
     def tokens(self, module: Model, router: Router, mode: Mode, latent: Tensor) -> Tensor:
         count = router.tokens(mode)
-        rows = latent.unflatten(0, (-1, filled(count, SEQ_MULTI_OF)))  # one after the other
+        rows = latent.unflatten(0, (-1, filled(count)))  # one after the other
         vectors = ungroup(rows[:, :count], router.grid, mode.patch_scale)
         tokens = router.sizes.embed(vectors.unflatten(1, router.grid), mode)
         return F.pad(tokens, (0, 0, 0, rows.shape[1] - count)).flatten(0, 1)
@@ -109,5 +132,4 @@ class ZImageBackbone(RefinedBackbone):
         return (1, 64, 64), 512
 
     def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
-        text = filled(text_tokens, SEQ_MULTI_OF)
-        return FilledShape(multiple=SEQ_MULTI_OF, **self.sequence(model, grid, text, text))
+        return super().shape(model, grid, filled(text_tokens))

@@ -280,35 +280,26 @@ def cost(
     as_json: AsJson = False,
 ) -> None:
     """What a run costs, in closed form; MACs are per forward pass of one picture."""
-    if method == "sparsedit":
-        from ditdial.published.costs import sparsedit_cost
-
-        numbers = tuple(parse_labels(sides, "sides")) if sides else ()
-        _print_facts(sparsedit_cost(model, numbers, steps), as_json=as_json)
-        return
-    if method != "flexidit":
-        raise ValueError(f"method {method!r}; legal: flexidit, sparsedit")
-    from ditdial.cost.shape import weak_first_cost
-    from ditdial.published.models import published_shape
+    from ditdial import FlexiDiT, Schedule
+    from ditdial.published.costs import run_cost, sparse_plan
+    from ditdial.published.models import Published
     from ditdial.reference import load_reference, reference_names
 
-    if model in reference_names():
-        from ditdial.backbones import backbone_for
-
-        transformer = load_reference(model).transformer
-        backbone = backbone_for(transformer)
-        shape = backbone.shape(transformer, *backbone.default_size(transformer))
+    if method == "sparsedit":
+        numbers = tuple(parse_labels(sides, "sides")) if sides else ()
+        facts = run_cost(model, sparse_plan(model, numbers), steps=steps)
+    elif method == "flexidit":
+        reference = model in reference_names()
+        known = Published.of(load_reference(model).transformer) if reference else model
+        facts = run_cost(
+            known,
+            FlexiDiT(scales=(scale,), rank=low_rank or 32),
+            Schedule.weak_first(weak_fraction, scale, guide_fraction=guide_fraction),
+            steps=steps,
+            merged=not low_rank,
+        )
     else:
-        shape = published_shape(model)
-    facts = weak_first_cost(
-        model,
-        weak_fraction,
-        guide_fraction=guide_fraction,
-        scale=scale,
-        low_rank=low_rank,
-        steps=steps,
-        shape=shape,
-    )
+        raise ValueError(f"method {method!r}; legal: flexidit, sparsedit")
     _print_facts(facts, as_json=as_json)
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ditdial.cost.shape import Kept
+from ditdial.cost.blocks import Kept
 from ditdial.plan.mode import Mode
 
 

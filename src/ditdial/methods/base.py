@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
 from ditdial.backbones.base import Backbone
-from ditdial.cost.shape import Updates
+from ditdial.cost.shape import TransformerShape, Updates
 from ditdial.layers.new_modules import Sizes
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule
-
-if TYPE_CHECKING:
-    from ditdial.cost.shape import TransformerShape
 
 
 class Method(ABC):
@@ -71,39 +69,34 @@ class Method(ABC):
     def priced(
         self, shape: TransformerShape, model: nn.Module, backbone: Backbone
     ) -> TransformerShape:
-        """What the cost of a model depends on, with what the method changes in its blocks."""
+        """What the cost of a model depends on, with what the method changes in the blocks' work."""
         return shape
 
-    def updates(
+    def updates(self, model: nn.Module, backbone: Backbone) -> tuple[Updates, ...]:
+        """What its low-rank updates cost in a model."""
+        if not self.low_rank:
+            return ()
+        blocks = backbone.adapting(self.adapts).low_rank_terms(model)
+        parts = frozenset(mode.name for mode in self.modes)
+        return (Updates(rank=self.low_rank, blocks=blocks, parts=parts),)
+
+    def shape(
         self,
-        shape: TransformerShape,
         model: nn.Module,
         backbone: Backbone,
         size: tuple[Any, ...],
-    ) -> tuple[Updates, ...]:
-        """What its low-rank updates cost in a model.
+        *,
+        merged: bool = False,
+    ) -> TransformerShape:
+        """What the cost of a model with this method depends on.
 
         Args:
-            shape: of the model, with what sparse and routed modes change in its blocks.
             size: base grid and text tokens, as `Backbone.size` returns them.
+            merged: low-rank updates are added to the weights beforehand.
         """
-        if not self.low_rank:
-            return ()
-        backbone = backbone.adapting(self.adapts)
-        whole, layers = backbone.shape(model, *size), dict(backbone.low_rank_layers(model))
-        units = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
-        own, streamed = set(layers.values()), backbone.streamed if shape.sparse else None
-        blocks = backbone.routed_blocks(model) if shape.routable else ()
-        return (
-            Updates(
-                rank=self.low_rank,
-                units=whole.adapted,
-                text_units=whole.adapted_text,
-                modes=frozenset(mode.name for mode in self.modes),
-                blocks=() if streamed is None else tuple(streamed.adapted(model, units)),
-                routed=tuple(block.adapted(own) for block in blocks),
-            ),
-        )
+        shape = self.priced(backbone.shape(model, *size), model, backbone)
+        updates = () if merged else self.updates(model, backbone)
+        return replace(shape, updates=updates, skips=self.skips)
 
     @abstractmethod
     def build(self, model: nn.Module, backbone: Backbone) -> Sizes:

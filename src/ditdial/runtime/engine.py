@@ -37,7 +37,7 @@ from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.report import Stopwatch
 from ditdial.plan.schedule import Schedule
 from ditdial.runtime.compiled import Graphs
-from ditdial.runtime.costs import Ledger
+from ditdial.runtime.costs import CallFacts, Costs
 from ditdial.runtime.guidance import Remembered, run_batch, run_guidance
 from ditdial.runtime.pictures import Group, grouped, run_groups
 from ditdial.runtime.position import Timeline
@@ -76,7 +76,7 @@ class Engine:
 
     surgery: Surgery
     timeline: Timeline
-    ledger: Ledger
+    ledger: Costs
     modes: tuple[Mode, ...]
     schedule: Schedule = field(default_factory=Schedule.constant)
     controller: Controller | None = None
@@ -105,7 +105,7 @@ class Engine:
         """An engine for a stock model, which is only read; see `Surgery.build`."""
         surgery = Surgery.build(model, backbone, method, adapters)
         modes = tuple(mode for mode in method.modes if backbone.fits(model, mode))
-        engine = cls(surgery, Timeline(backbone), Ledger(surgery), modes)
+        engine = cls(surgery, Timeline(backbone), Costs(surgery), modes)
         if backbone.labels:
             engine.ahead = RunTables(backbone, model, by_mode=method.conditions)
         return engine
@@ -167,8 +167,14 @@ class Engine:
         with remembered_in_checkpoints(model, router):
             if self.forced is not None:
                 watch, output = Stopwatch(sample.device), self._forward(model, call, self.forced)
-                branch = self.timeline.branch
-                self.ledger.record(shape, count, watch, None, self.forced, branch=branch)
+                facts = CallFacts(
+                    shape=shape,
+                    rows=count,
+                    level=None,
+                    mode=self.forced,
+                    branch=self.timeline.branch,
+                )
+                self.ledger.record(facts, watch)
                 return output
             level = self._level(model, call)
             calls = self.ledger.calls
@@ -204,9 +210,15 @@ class Engine:
                 self._check_cache_dit(model, FULL, step_caches.NO_ROWS)
             output = run_guidance(self.router, forward, part, group.segment, before)
             mode = group.segment.guide_mode if group.segment.gain else None
-            count = len(part[backbone.sample])
-            branch, pictures = self.timeline.branch, group.pictures
-            self.ledger.record(shape, count, watch, level, mode, branch=branch, pictures=pictures)
+            facts = CallFacts(
+                shape=shape,
+                rows=len(part[backbone.sample]),
+                level=level,
+                mode=mode,
+                branch=self.timeline.branch,
+                pictures=group.pictures,
+            )
+            self.ledger.record(facts, watch)
             return output
 
         return run_groups(backbone, call, groups, None, run)
@@ -238,19 +250,19 @@ class Engine:
             packed = self.packs
             output = run_batch(self.router, forward, part, segment, own, packed=packed)
             guide = None if own is None or segment.gain == 0 else segment.guide_mode
-            self.ledger.record(
-                shape,
-                len(part[backbone.sample]),
-                watch,
-                level,
-                segment.mode,
-                guide,
+            facts = CallFacts(
+                shape=shape,
+                rows=len(part[backbone.sample]),
+                level=level,
+                mode=segment.mode,
+                guide=guide,
                 branch=self.timeline.branch,
                 masked=packed == MASKED,
                 guided=own is not None,
                 pictures=group.pictures,
                 why=group.why,
             )
+            self.ledger.record(facts, watch)
             return output
 
         output = run_groups(backbone, call, self.groups, branches, run)

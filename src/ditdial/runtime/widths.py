@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from ditdial.backbones import Backbone
 from ditdial.backbones.call import Call
 from ditdial.backbones.routed import has_fused
-from ditdial.cost.blocks import Seen
-from ditdial.cost.shape import Kept, Routable
+from ditdial.cost.blocks import Kept, Tokens
 from ditdial.host.weights import is_ordinary
 from ditdial.layers.state import ROUTER, Place
 from ditdial.layers.width import (
@@ -53,7 +52,6 @@ class Widths:
         buckets: how many different sub-networks of a mode a run may have; 0 for one per step.
         slices: how many narrow copies of its weights each layer keeps for later calls. None saves
             memory, at the price of cutting them at every call; as many as buckets cuts them once.
-        routable: what can be left out of each block.
         layers, attention: names of the linear layers, and of the attention, that are narrowed.
         last: what the last forward pass left out.
     """
@@ -63,9 +61,10 @@ class Widths:
     def __init__(self, sizes: RoutedSizes, backbone: Backbone, model: nn.Module) -> None:
         self.sizes, self.backbone, self.buckets, self.slices = sizes, backbone, 0, 1
         blocks = list(backbone.routed_blocks(model))
-        self.routable: tuple[Routable, ...] = tuple(
-            block.routable(sizes.method.tokens) for block in blocks
+        shape = sizes.method.priced(
+            backbone.shape(model, *backbone.default_size(model)), model, backbone
         )
+        self.narrowing = [block.narrowing() for block in shape.blocks]
         names = {module: name for name, module in model.named_modules()}
         self.layers = [names[layer] for block in blocks for layer in block.layers]
         self.attention = [names[block.attention] for block in blocks]
@@ -217,11 +216,12 @@ class Widths:
     def works(self, model: nn.Module, mode: Mode) -> list[tuple[float, float]]:
         """What narrows with the heads of each block, and what with its channels and tokens."""
         grid, text = self.backbone.default_size(model)
-        seen, nothing = Seen.on(coarse_grid(grid, mode.patch_scale)), (Kept(1, 0, 0), Kept(0, 1, 1))
-        return [
-            (block.macs(seen, text, nothing[0]), block.macs(seen, text, nothing[1]))
-            for block in self.routable
-        ]
+        tokens = Tokens.on(coarse_grid(grid, mode.patch_scale), text)
+        heads, channels = (
+            [block.total(block.terms, tokens, kept) for block in self.narrowing]
+            for kept in (Kept(1, 0, 0), Kept(0, 1, 1))
+        )
+        return list(zip(heads, channels, strict=True))
 
     def narrow(self, model: nn.Module, mode: Mode, level: float) -> Narrow:
         """A forward pass of a mode at a noise level, sliced."""
