@@ -8,10 +8,11 @@ methods have defaults that fit most classes. One file each.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
 from ditdial.cost.blocks import Block, Term
 from ditdial.cost.linears import matrix_sizes
-from ditdial.cost.shape import TransformerShape
+from ditdial.cost.shape import Patches, TransformerShape
 from ditdial.host.pipelines import is_guided
 from ditdial.host.weights import values
 from ditdial.layers.state import Router
@@ -130,33 +131,26 @@ class Backbone(Times, ABC):
     def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
         """What the model's cost depends on; may take more of what `size` returns."""
         first, last = self.projections(model)
-        patch_in, width = matrix_sizes(first)
+        into, width = matrix_sizes(first)
         once = sum(each.once_macs(model) for each in self.block_lists)
         return self.shape_class(
-            width=width,
             grid=grid,
-            patch_in=patch_in,
-            patch_out=last.out_features,
-            blocks=tuple(Block(terms=terms) for terms in self._terms(model)),
+            patches=Patches(width=width, into=into, out=last.out_features),
+            blocks=tuple(Block(terms=terms) for terms in self.block_terms(model)),
             text_tokens=text_tokens,
             picture_macs=once + self.picture_macs(model, text_tokens),
         )
 
-    def _terms(self, model: Model) -> Iterator[tuple[Term, ...]]:
+    def block_terms(
+        self, model: Model, adapted: Collection[str] | None = None
+    ) -> tuple[tuple[Term, ...], ...]:
+        """What each block multiplies (see `BlockList.terms`)."""
         routed, prompt = {each.blocks: each for each in self.routed}, dict(self.prompt_only)
-        for each in self.block_lists:
-            name = each.blocks
-            yield from each.terms(model, routed.get(name), prompt.get(name, ()))
-
-    def low_rank_terms(self, model: Model) -> tuple[tuple[Term, ...], ...]:
-        """Inputs plus outputs of the layers that low-rank updates go to, block by block."""
-        routed = {each.blocks: each for each in self.routed}
-        adapted = {name for name, _ in self.low_rank_layers(model)}
-        return tuple(
-            terms
+        found = (
+            each.terms(model, routed.get(each.blocks), prompt.get(each.blocks, ()), adapted)
             for each in self.block_lists
-            for terms in each.low_rank_terms(model, routed.get(each.blocks), adapted)
         )
+        return tuple(itertools.chain.from_iterable(found))
 
     @abstractmethod
     def picture_macs(self, model: Model, text_tokens: int) -> int:

@@ -47,49 +47,38 @@ class BlockList:
         return linear_macs(model.get_submodule(self.blocks), self.once)
 
     def terms(
-        self, model: Any, routed: Routed | None, prompt: Collection[str] = ()
+        self,
+        model: Any,
+        routed: Routed | None,
+        prompt: Collection[str] = (),
+        adapted: Collection[str] | None = None,
     ) -> Iterator[tuple[Term, ...]]:
         """What each block multiplies.
 
         Args:
             routed: the layers of these blocks that routers narrow.
             prompt: names in a block of layers that see the prompt alone, not the step.
+            adapted: names in the model of layers with low-rank updates, to count inputs plus
+                outputs of these and nothing else.
         """
-        for block in model.get_submodule(self.blocks):
+        for index, block in enumerate(model.get_submodule(self.blocks)):
             found: Counter[tuple[str, str]] = Counter()
-            for name, kind in self.attention:
+            for name, kind in self.attention if adapted is None else ():
                 if block._modules.get(name) is not None:
                     narrows = routed is not None and routed.attention == name
                     width = block.get_submodule(name).inner_dim
                     found[kind, "heads" if narrows else "nothing"] += 2 * width
             for name, layer in linears(block):
-                linear = _linear(block, name, layer, routed)
-                if name in prompt:
-                    linear = Linear({"prompt": layer.in_features}, linear.outputs)
-                self._add(found, name, linear.products(), routed)
-            yield _terms(found)
-
-    def low_rank_terms(
-        self, model: Any, routed: Routed | None, adapted: Collection[str]
-    ) -> Iterator[tuple[Term, ...]]:
-        """Inputs plus outputs of the adapted layers of each block.
-
-        Args:
-            adapted: their names in the model.
-        """
-        for index, block in enumerate(model.get_submodule(self.blocks)):
-            found: Counter[tuple[str, str]] = Counter()
-            for name, layer in linears(block):
-                if f"{self.blocks}.{index}.{name}" in adapted:
-                    self._add(found, name, _linear(block, name, layer, routed).sums(), routed)
-            yield _terms(found)
-
-    def _add(
-        self, found: Counter[tuple[str, str]], name: str, sizes: Counter[str], routed: Routed | None
-    ) -> None:
-        """Count what one token takes in a layer for all kinds of tokens that go through it."""
-        for by in self._tokens(name, routed):
-            found.update({(by, narrows): size for narrows, size in sizes.items()})
+                linear = _linear(block, name, layer, routed, prompt)
+                if adapted is None:
+                    sizes = linear.products()
+                elif f"{self.blocks}.{index}.{name}" in adapted:
+                    sizes = linear.sums()
+                else:
+                    continue
+                for by in self._tokens(name, routed):
+                    found.update({(by, narrows): size for narrows, size in sizes.items()})
+            yield tuple(Term(each, by, narrows) for (by, narrows), each in found.items())
 
     def _tokens(self, name: str, routed: Routed | None) -> tuple[str, ...]:
         """Which tokens go through a layer (see `ditdial.cost.blocks.Tokens.counts`)."""
@@ -123,11 +112,11 @@ CROSS_BLOCKS = BlockList(
 """Blocks with an attention of their own for the text, as PixArt has them."""
 
 
-def _linear(block: Any, name: str, layer: Any, routed: Routed | None) -> Linear:
-    if routed is None:
-        return Linear({"nothing": layer.in_features}, {"nothing": layer.out_features})
-    return routed.linear(name, layer, block.get_submodule(routed.attention).inner_dim)
-
-
-def _terms(found: Counter[tuple[str, str]]) -> tuple[Term, ...]:
-    return tuple(Term(each, by, narrows) for (by, narrows), each in found.items())
+def _linear(
+    block: Any, name: str, layer: Any, routed: Routed | None, prompt: Collection[str]
+) -> Linear:
+    """A layer, with what can leave out a share of it."""
+    if routed is not None and name not in prompt:
+        return routed.linear(name, layer, block.get_submodule(routed.attention).inner_dim)
+    kind = "prompt" if name in prompt else "nothing"
+    return Linear({kind: layer.in_features}, {"nothing": layer.out_features})

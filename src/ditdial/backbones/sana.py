@@ -70,7 +70,7 @@ class SanaBackbone(PatchEmbedBackbone):
     def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
         shape = super().shape(model, grid, text_tokens)
         # Values and a one, times keys: a state of head x (head + 1), written and read per token.
-        states = 2 * shape.width * (model.config.attention_head_dim + 1)
+        states = 2 * shape.patches.width * (model.config.attention_head_dim + 1)
 
         def with_rest(block: nn.Module, known: Block) -> Block:
             layers = (layer for layer in block.modules() if isinstance(layer, nn.Conv2d))

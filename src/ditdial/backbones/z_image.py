@@ -75,8 +75,10 @@ class FilledShape(TransformerShape):
     def patch_macs(self, mode: Mode) -> float:
         if not mode.has_base_patch:
             return super().patch_macs(mode)
-        tokens, text = self.tokens(mode), self.text_tokens  # the last layer projects the text too
-        return (tokens * (self.patch_in + self.patch_out) + text * self.patch_out) * self.width
+        text = (
+            self.text_tokens * self.patches.out * self.patches.width
+        )  # the last layer takes it too
+        return self.tokens(mode) * self.patches.macs + text
 
 
 class ZImageBackbone(RefinedBackbone):

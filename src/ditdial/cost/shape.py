@@ -37,13 +37,33 @@ class Updates:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Patches:
+    """The layers that base patches go through outside the blocks.
+
+    Args:
+        width: of the model.
+        into, out: numbers in one base patch, entering and leaving.
+        skips: coarse modes also multiply each base patch vector on its way past the model.
+    """
+
+    width: int
+    into: int
+    out: int
+    skips: bool = False
+
+    @property
+    def macs(self) -> int:
+        """Multiply-adds of one base patch on its ways in and out, alone or in a group."""
+        return (self.into + self.out) * self.width
+
+
+@dataclass(frozen=True, kw_only=True)
 class TransformerShape:
     """What the cost of a diffusion transformer depends on.
 
     Args:
-        width: model width.
         grid: base tokens ``(frames, height, width)``.
-        patch_in, patch_out: numbers in one base patch, entering and leaving.
+        patches: their ways into the model and out of it.
         blocks: what each of them multiplies; those that routers narrow come first, in their order.
         text_tokens: text tokens of one picture.
         others: tokens of reference pictures in the same sequence.
@@ -51,7 +71,6 @@ class TransformerShape:
         picture_macs: multiply-adds of one picture whatever the mode: modulation, conditioning, text
             projections.
         updates: low-rank updates; none if merged or absent.
-        skips: coarse modes also multiply each base patch vector on its way past the model.
         kept: what routers leave in of each block, in a mode at a noise level; None as a level asks
             for the mean over all.
 
@@ -59,17 +78,14 @@ class TransformerShape:
         known: what modes cost that cost the same at all noise levels, as far as somebody has asked.
     """
 
-    width: int
     grid: Grid
-    patch_in: int
-    patch_out: int
+    patches: Patches
     blocks: tuple[Block, ...]
     text_tokens: int = 0
     others: int = 0
     token_macs: int = 0
     picture_macs: float = 0
     updates: tuple[Updates, ...] = ()
-    skips: bool = False
     kept: Callable[[Mode, float | None], Sequence[Kept]] | None = None
     known: dict[Mode, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -134,12 +150,12 @@ class TransformerShape:
         return replace(self, picture_macs=self.picture_macs + macs)
 
     def patch_macs(self, mode: Mode) -> float:
-        """Multiply-adds of the projections of patches into the model and out of it."""
+        """Multiply-adds of patches on their ways into the model, out of it and past it."""
         grouped = math.prod(coarse_grid(self.grid, mode.patch_scale)) * math.prod(mode.patch_scale)
-        projections = (grouped + self.others) * (self.patch_in + self.patch_out) * self.width
-        if self.skips and not mode.has_base_patch:
-            projections += math.prod(self.grid) * self.patch_in * self.patch_out
-        return projections
+        macs = (grouped + self.others) * self.patches.macs
+        if self.patches.skips and not mode.has_base_patch:
+            macs += math.prod(self.grid) * self.patches.into * self.patches.out
+        return macs
 
     def seen(self, mode: Mode) -> Grid:
         """The grid of all tokens in the blocks' sequence, text apart."""

@@ -76,7 +76,8 @@ class Method(ABC):
         """What its low-rank updates cost in a model."""
         if not self.low_rank:
             return ()
-        blocks = backbone.adapting(self.adapts).low_rank_terms(model)
+        layers = backbone.adapting(self.adapts).low_rank_layers(model)
+        blocks = backbone.block_terms(model, {name for name, _ in layers})
         parts = frozenset(mode.name for mode in self.modes)
         return (Updates(rank=self.low_rank, blocks=blocks, parts=parts),)
 
@@ -96,7 +97,7 @@ class Method(ABC):
         """
         shape = self.priced(backbone.shape(model, *size), model, backbone)
         updates = () if merged else self.updates(model, backbone)
-        return replace(shape, updates=updates, skips=self.skips)
+        return replace(shape, updates=updates, patches=replace(shape.patches, skips=self.skips))
 
     @abstractmethod
     def build(self, model: nn.Module, backbone: Backbone) -> Sizes:

@@ -226,7 +226,7 @@ class SparseDiT(Method):
         self, shape: TransformerShape, model: nn.Module, backbone: Backbone
     ) -> TransformerShape:
         roles = self._check_depth(model, backbone).roles(self.roles)
-        merges, blocks = (Term(shape.width**2, "merged"),), []
+        merges, blocks = (Term(shape.patches.width**2, "merged"),), []
         for block, role in zip(shape.blocks, roles, strict=True):
             terms = block.terms + (merges if role == "recover" else ())
             blocks.append(replace(block, role=role, terms=terms))
