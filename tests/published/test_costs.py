@@ -7,7 +7,7 @@ import json
 import pytest
 from tests.cli.test_cli import run
 
-from ditdial import FULL, FlexiDiT, Mode, PPFlow, Schedule, SparseDiT
+from ditdial import FULL, DyDiT, FlexiDiT, Mode, PPFlow, Schedule, SparseDiT
 from ditdial.methods.sparsedit import STAGES_256
 from ditdial.published.costs import as_published, run_cost, sparse_plan
 from ditdial.published.models import published_model, published_shape
@@ -47,6 +47,39 @@ def test_published_compute_of_ppflow(model, levels, percent):
     facts = run_cost(model, PPFlow(stages=stages), steps=1000)
     assert 100 * facts["ratio"] == pytest.approx(percent, abs=0.4)
     assert list(facts["tokens"].values()) == [256, 64, 128][:levels]
+
+
+DYDIT = {  # G multiply-adds of the base, and of its table 8 by target
+    "dit-s-2-256": (6.07, {0.9: 5.72, 0.8: 4.94, 0.7: 4.34, 0.5: 3.16, 0.4: 2.63, 0.3: 1.96}),
+    "dit-b-2-256": (
+        23.02,
+        {0.9: 21.28, 0.8: 18.53, 0.7: 16.28, 0.5: 11.90, 0.4: 9.71, 0.3: 7.51},
+    ),
+    "dit-xl-2-256": (118.69, {0.7: 84.33, 0.6: 67.83, 0.5: 57.88, 0.3: 38.85}),
+}
+
+
+@pytest.mark.parametrize("model", DYDIT)
+def test_published_costs_of_dydit(model):
+    """The bases to half a percent; narrow models as near as training came to its target.
+
+    The table tells what trained routers happened to keep, which no shape tells: blocks that keep
+    exactly the target cost up to 9 % more or less. It counts no routers.
+    """
+    base, by_target = DYDIT[model]
+    for target, published in by_target.items():
+        schedule = Schedule.constant(Mode(width=target))
+        facts = run_cost(model, DyDiT(tokens=False), schedule, steps=1)
+        assert facts["macs_full"] / 1e9 == pytest.approx(base, rel=5e-3)
+        assert facts["macs_plan"] / 1e9 == pytest.approx(published, rel=0.09), target
+        assert facts["ratio_blocks"] == pytest.approx(target)
+
+
+def test_what_routers_of_tokens_cost():
+    """Half a percent of each block; with half of the tokens, all their channels are left in."""
+    for mode in (Mode(width=0.5), Mode(width=0.5, token_keep=0.5)):
+        facts = run_cost("dit-xl-2-256", DyDiT(), Schedule.constant(mode), steps=1)
+        assert facts["ratio_blocks"] == pytest.approx(0.505, abs=5e-4)
 
 
 def test_low_rank_updates_cost_unless_merged():

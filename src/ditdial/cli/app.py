@@ -300,7 +300,7 @@ def cost(
         )
     else:
         raise ValueError(f"method {method!r}; legal: flexidit, sparsedit")
-    _print_facts(facts, as_json=as_json)
+    _print_facts(facts | {"model": model}, as_json=as_json)
 
 
 @app.command()

@@ -25,11 +25,19 @@ from ditdial.ops.gates import kept_tokens
 
 Grid = tuple[int, int, int]
 
-ROLES = ("pool", "generate", "gather", "sparse", "recover", "dense")
-"""What a block does with its two token grids (SparseDiT, 2412.06028, section 3).
+ROLES = {
+    "pool": ("dense", "dense"),
+    "generate": ("sparse", "dense"),
+    "gather": ("sparse", "dense"),
+    "sparse": ("sparse", "sparse"),
+    "recover": ("dense", "sparse"),
+    "dense": ("dense", "dense"),
+}
+"""What a block does between two token grids (SparseDiT, 2412.06028, section 3).
 
-In the order of a module; ``pool`` blocks come before. ``generate`` makes the sparse tokens,
-``gather`` is the same once they are there.
+Each with the grid that asks in its attention and the one that is asked. ``pool`` blocks come first;
+the others are in the order of a module. ``generate`` makes the sparse tokens, ``gather`` is the
+same once they are there.
 """
 
 
@@ -85,31 +93,12 @@ class Tokens:
         n = math.prod(grid)
         return cls(queries=n, keys=n, stream=n, frames=grid[0], text=text)
 
-    @classmethod
-    def between(cls, role: str, dense: Grid, sparse: Grid, text: int = 0) -> Tokens:
-        """Those of a block with one of the `ROLES` between two grids."""
-        if role in ("dense", "pool"):
-            return cls.on(dense, text)
-        asks, asked = {
-            "generate": (sparse, dense),
-            "gather": (sparse, dense),
-            "sparse": (sparse, sparse),
-            "recover": (dense, sparse),
-        }[role]
-        m, n = math.prod(asks), math.prod(asked)
-        merged = m + n if role == "recover" else 0
-        return cls(queries=m, keys=n, stream=m, frames=dense[0], text=text, merged=merged)
-
-    def averaged(self, *, spatial: bool) -> Tokens:
-        """The same in a pool block: its attention sees one mean, or one of each frame."""
-        means = self.frames if spatial else 1
-        return replace(self, queries=means, keys=means)
-
     @functools.cached_property
     def counts(self) -> dict[str, float]:
-        """How many there are of each kind of token and pair.
+        """How many there are of each kind of token, and of pairs that meet in each attention.
 
-        ``entering`` are the tokens of the stream that a feed-forward lets in, all of them unless
+        ``query`` tokens have queries and take what attention returns, ``key`` tokens have keys and
+        values. ``entering`` are those of the stream that a feed-forward lets in: all of them unless
         routers choose. ``framed`` are text tokens that are repeated for every frame.
         """
         return {
@@ -145,8 +134,15 @@ class Block:
     def tokens(self, dense: Grid, sparse: Grid, text: int) -> Tokens:
         """Its tokens between two grids, in its role."""
         assert self.role is not None
-        tokens = Tokens.between(self.role, dense, sparse, text)
-        return tokens.averaged(spatial=self._has("spatial")) if self.role == "pool" else tokens
+        grids = {"dense": dense, "sparse": sparse}
+        queries, keys = (math.prod(grids[name]) for name in ROLES[self.role])
+        stream, merged = queries, queries + keys if self.role == "recover" else 0
+        if self.role == "pool":
+            # Equal weights make attention an average, taken before anything is multiplied.
+            queries = keys = dense[0] if self._has("spatial") else 1
+        return Tokens(
+            queries=queries, keys=keys, stream=stream, frames=dense[0], text=text, merged=merged
+        )
 
     def macs(self, tokens: Tokens, kept: Kept | None = None) -> float:
         """Multiply-adds of one forward pass of one picture; ``kept`` is None without routers."""

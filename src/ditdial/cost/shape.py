@@ -64,15 +64,15 @@ class TransformerShape:
     Args:
         grid: base tokens ``(frames, height, width)``.
         patches: their ways into the model and out of it.
-        blocks: what each of them multiplies; those that routers narrow come first, in their order.
+        blocks: what each of them multiplies, in the order that routers and plans know them in.
         text_tokens: text tokens of one picture.
         others: tokens of reference pictures in the same sequence.
         token_macs: multiply-adds of one token outside the blocks, where each has a time of its own.
         picture_macs: multiply-adds of one picture whatever the mode: modulation, conditioning, text
             projections.
         updates: low-rank updates; none if merged or absent.
-        kept: what routers leave in of each block, in a mode at a noise level; None as a level asks
-            for the mean over all.
+        kept: what routers leave in of each block, in a mode at a noise level, as far as that is
+            known beforehand; None as a level asks for the mean over all.
 
     Attributes:
         known: what modes cost that cost the same at all noise levels, as far as somebody has asked.

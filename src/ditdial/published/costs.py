@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ditdial.backbones import BACKBONES
-from ditdial.cost.blocks import Block, Term
+from ditdial.cost.blocks import Block, Kept, Term
 from ditdial.cost.shape import TransformerShape
 from ditdial.methods.base import Method
 from ditdial.methods.sparsedit import QUARTERS, STAGES_256, STAGES_512, SparseDiT
@@ -27,6 +27,9 @@ def run_cost(
     merged: bool = False,
 ) -> dict[str, Any]:
     """What a run of a method costs on a model.
+
+    Routed modes are taken to keep exactly the share that their name says: what they really keep
+    only trained routers tell.
 
     Args:
         model: a published one by its name, or any.
@@ -49,7 +52,8 @@ def run_cost(
         raise ValueError(f"steps = {steps}; legal: >= 1")
     known = published_model(model) if isinstance(model, str) else model
     schedule = schedule or method.default_schedule
-    shape = known.shape(method, merged=merged)
+    bare = known.shape(method, merged=merged)
+    shape = replace(bare, kept=lambda mode, level: [_target(mode)] * len(bare.blocks))
     levels = [(steps - 1 - i) / steps for i in range(steps)]
 
     def ratio(macs: Callable[[Mode, float], float]) -> float:
@@ -74,6 +78,12 @@ def run_cost(
         found = ratio(lambda mode, level: (papers if mode.is_sparse else shape).macs(mode, level))
         facts |= {"macs_plan_published": full * found, "ratio_published": found}
     return facts
+
+
+def _target(mode: Mode) -> Kept:
+    """Equal shares of heads and of what enters feed-forwards, in tokens and channels together."""
+    tokens = 1 if mode.token_keep is None else mode.token_keep
+    return Kept(mode.width, min(1, mode.width / tokens), tokens)
 
 
 def sparse_plan(model: str, sides: tuple[int, ...] = ()) -> SparseDiT:
