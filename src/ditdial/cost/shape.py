@@ -137,12 +137,6 @@ class TransformerShape:
                 )
         return whole
 
-    def packing_macs(self, a: Mode, b: Mode) -> float:
-        """Multiply-adds in vain where two modes share one masked sequence in self-attention."""
-        terms = (term for block in self.blocks for term in block.terms)
-        wasted = sum(2 * term.each for term in terms if term.by == "self")
-        return wasted * self.tokens(a) * self.tokens(b)
-
     def with_times(self, macs: int, *, per_token: bool) -> TransformerShape:
         """The same with an embedding of the time, of each token or of a picture."""
         if per_token:

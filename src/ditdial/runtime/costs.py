@@ -36,7 +36,6 @@ class CallFacts:
     mode: Mode | None
     guide: Mode | None = None
     branch: str | None = None
-    masked: bool = False
     guided: bool = False
     pictures: tuple[int, ...] | None = None
     why: tuple[dict[str, Any] | None, ...] = ()
@@ -88,8 +87,6 @@ class Costs:
         shape = facts.shape
         ran = [each for each in (facts.mode, facts.guide) if each is not None]
         spent = sum(shape.macs(each, facts.level, self.kept.get(each)) for each in ran)
-        if facts.masked and ran[1:] and ran[0] != ran[1]:
-            spent += shape.packing_macs(*ran)
         shown = facts.rows // 2 if facts.guided else facts.rows
         kept = self.repeated * shape.text_tokens * shape.text_once
         self.calls.append(

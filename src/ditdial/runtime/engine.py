@@ -257,7 +257,6 @@ class Engine:
                 mode=segment.mode,
                 guide=guide,
                 branch=self.timeline.branch,
-                masked=packed == MASKED,
                 guided=own is not None,
                 pictures=group.pictures,
                 why=group.why,
