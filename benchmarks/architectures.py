@@ -73,8 +73,7 @@ def bench(
     runs = {"stock": run(stock)} | {mode.name: run(elastic, mode) for mode in modes}
     timings = interleave(runs, rounds=rounds, warmup=3)
     size = handle.backbone.size(elastic, call)
-    backbone = handle.backbone.adapting(handle.method.adapts)
-    shape = backbone.shape(elastic, *size).with_low_rank(handle.method.low_rank)
+    shape = handle.method.shape(elastic, handle.backbone, size)
     rows = []
     for name, timing in timings.items():
         mode = FULL if name == "stock" else Mode.parse(name)

@@ -9,20 +9,7 @@ import torch
 
 from ditdial.published.models import MODELS, Published
 
-DIT = {
-    "num_attention_heads": 16,
-    "attention_head_dim": 72,
-    "in_channels": 4,
-    "out_channels": 8,
-    "num_layers": 28,
-    "patch_size": 2,
-    "num_embeds_ada_norm": 1000,
-}
-KNOWN = {
-    "dit-xl-2-256": Published("DiTTransformer2DModel", {**DIT, "sample_size": 32}, (1, 16, 16), 0),
-    "dit-xl-2-512": Published("DiTTransformer2DModel", {**DIT, "sample_size": 64}, (1, 32, 32), 0),
-    **MODELS,
-}
+KNOWN = MODELS
 
 
 def build(known: Published, device: str) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from shapes import KNOWN, build, inputs
 from ditdial import FULL, Mode, SparseDiT, elastify
 from ditdial.measure.bench import interleave
 from ditdial.measure.provenance import write_results
+from ditdial.published.costs import as_published
 from ditdial.published.models import Published
 
 RESULTS = Path(__file__).parent / "results"
@@ -108,15 +109,15 @@ def bench(known: Published, arguments: argparse.Namespace, device: str) -> dict[
         rounds=arguments.rounds,
     )
     backbone = handle.backbone
-    shape = method.priced(backbone.shape(model, *backbone.size(model, call)), model, backbone)
-    assert shape.sparse is not None
-    papers = replace(shape, sparse=replace(shape.sparse, published=True))
+    shape = method.shape(model, backbone, backbone.size(model, call))
+    papers = as_published(shape)
     rows = []
     for name, mode in modes.items():
         row = {
             "mode": name,
             "macs_ratio": shape.macs(mode) / shape.macs(FULL),
-            "macs_ratio_published": papers.macs(mode) / papers.macs(FULL),
+            "macs_ratio_published": (papers if mode.is_sparse else shape).macs(mode)
+            / shape.macs(FULL),
             "time_ratio": timings[name].ratio_to(timings["stock"]),
             "seconds": timings[name].median,
         }

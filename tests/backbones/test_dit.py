@@ -97,11 +97,11 @@ def test_branches_are_recognised_by_the_null_class(model, make_call):
 
 
 def test_the_level_is_the_time_over_a_thousand(make_call):
-    assert BACKBONE.levels(make_call(2, 250.0)) == (0.25, 0.25)
-    assert BACKBONE.levels({"timestep": torch.tensor([999])}) == (0.999, 0.999)
-    assert BACKBONE.levels({"timestep": torch.tensor([5.0, 1.0])}) == (0.001, 0.005)
+    assert BACKBONE.times.levels(make_call(2, 250.0)) == (0.25, 0.25)
+    assert BACKBONE.times.levels({"timestep": torch.tensor([999])}) == (0.999, 0.999)
+    assert BACKBONE.times.levels({"timestep": torch.tensor([5.0, 1.0])}) == (0.001, 0.005)
     with pytest.raises(ValueError, match=r"timestep = None; .*so give one"):
-        BACKBONE.levels({"hidden_states": torch.zeros(1)})
+        BACKBONE.times.levels({"hidden_states": torch.zeros(1)})
 
 
 @pytest.mark.parametrize("scale", [9, 16, (1, 9, 1), (1, 1, 9)])

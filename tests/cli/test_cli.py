@@ -34,7 +34,7 @@ def test_cost_json(monkeypatch, capsys):
 def test_cost_of_the_reference_model(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "cost", "--model", "mnist", "--json")
     assert code == 0
-    assert json.loads(out)["tokens_full"] == 64
+    assert json.loads(out)["tokens"]["full"] == 64
 
 
 def test_methods_tell_what_runs_what_is_trained_and_what_is_published(monkeypatch, capsys):

@@ -13,19 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ditdial import FULL, DyDiT, FlexiDiT, Mode, Plan, Schedule, elastify
 from ditdial.backbones.dit import DiTBackbone
-from ditdial.cost.blocks import Seen
-from ditdial.cost.shape import (
-    SHAPES,
-    Attention,
-    Kept,
-    Routable,
-    RoutedLinears,
-    dit_shape,
-    named_shape,
-    weak_first_cost,
-)
+from ditdial.cost.blocks import Block, Kept, Term, Tokens
+from ditdial.cost.shape import Patches, TransformerShape
+from ditdial.methods.dydit import token_router_macs
+from ditdial.published.models import published_shape
 
-XL = SHAPES["dit-xl-2-256"]
+XL = published_shape("dit-xl-2-256")
 STEPS = 250
 
 
@@ -60,14 +53,6 @@ def test_published_compute_of_flexidit(weak, weak_guide, percent):
 def test_published_compute_of_weak_shares(share, percent):
     weak = STEPS * share // 100
     assert published(weak, weak, XL.block_macs) == pytest.approx(percent, abs=0.1)
-
-
-def test_weak_first_cost_says_the_same():
-    facts = weak_first_cost("dit-xl-2-256", 120 / STEPS)
-    assert facts["macs_full"] == XL.macs(FULL)
-    assert 100 * facts["ratio"] == pytest.approx(published(120, 120, XL.macs))
-    assert 100 * facts["ratio_paper"] == pytest.approx(published(120, 120, XL.block_macs))
-    assert facts["flops_plan"] == 2 * facts["macs_plan"]
 
 
 def counted(model, call) -> float:
@@ -107,15 +92,6 @@ def test_full_mode_equals_the_counter_on_the_meta_device(changes):
         count = counted(model, call)
     backbone = DiTBackbone()
     assert backbone.shape(model, *backbone.default_size(model)).macs(FULL) == count
-    named = dit_shape(
-        width=model.inner_dim,
-        depth=config["num_layers"],
-        latent=config["sample_size"],
-        patch=config["patch_size"],
-        channels=config["in_channels"],
-        out_channels=model.out_channels,
-    )
-    assert named.macs(FULL) == count
 
 
 @pytest.mark.parametrize("recipe", ["lora", "shared"])
@@ -138,8 +114,14 @@ def test_merged_low_rank_costs_nothing(make_model, make_elastic, make_call):
     assert unmerged.macs(FULL) == handle.shape.macs(FULL)
 
 
+def shape_of(*terms, grid=(1, 8, 8), text=0):
+    """Two blocks of these terms, and nothing around them."""
+    nothing, blocks = Patches(width=0, into=0, out=0), (Block(terms=terms),) * 2
+    return TransformerShape(grid=grid, patches=nothing, blocks=blocks, text_tokens=text)
+
+
 def test_ragged_grids_round_up():
-    shape = dit_shape(width=32, depth=2, latent=14, patch=2)
+    shape = shape_of(grid=(1, 7, 7))
     assert [shape.tokens(Mode(k)) for k in (1, 2, 4, 7)] == [49, 16, 4, 1]
 
 
@@ -168,17 +150,17 @@ def test_every_kind_of_attention_equals_the_counter(kind):
         for _ in range(blocks):
             q, k = (torch.empty(batch, heads, n, width) for n in (queries, keys))
             torch.nn.functional.scaled_dot_product_attention(q, k, k)
-    found = Attention(blocks, heads * width, kind).macs(FRAMES, PER_FRAME, TEXT)
+    block = Block(terms=(Term(2 * heads * width, kind),))
+    found = blocks * block.macs(Tokens.on((FRAMES, 1, PER_FRAME), TEXT))
     assert found == counter.get_total_flops() / 2
 
 
 def test_attention_follows_the_mode_along_the_axes_it_sees():
     """Joining two frames halves what is seen across frames, not what is seen within one."""
-    shape = replace(dit_shape(width=32, depth=2, latent=16, patch=2), grid=(4, 8, 8), token_macs=0)
 
     def ratio(kind, scale):
-        one = replace(shape, attention=(Attention(2, 32, kind),), text_tokens=7)
-        return one.block_macs(FULL) / one.block_macs(Mode(scale))
+        shape = shape_of(Term(64, kind), grid=(4, 8, 8), text=7)
+        return shape.macs(FULL) / shape.macs(Mode(scale))
 
     for kind, in_time, in_space in (
         ("self", 4, 16),
@@ -191,56 +173,62 @@ def test_attention_follows_the_mode_along_the_axes_it_sees():
 
 
 def test_ragged_grids_round_up_along_every_axis():
-    shape = replace(dit_shape(width=32, depth=2, latent=14, patch=2), grid=(5, 7, 6))
+    shape = shape_of(grid=(5, 7, 6))
     found = [shape.tokens(Mode(scale)) for scale in (1, 2, (2, 1, 1), (2, 2, 2), (5, 3, 4))]
     assert found == [210, 5 * 4 * 3, 3 * 7 * 6, 3 * 4 * 3, 1 * 3 * 2]
 
 
-def test_illegal_questions_are_named():
-    with pytest.raises(ValueError, match=r"unknown model 'dit-xxl'; legal: dit-s-2-256, .*512"):
-        named_shape("dit-xxl")
-    with pytest.raises(ValueError, match="low_rank = -1; legal: >= 0"):
-        weak_first_cost("dit-xl-2-256", 0.5, low_rank=-1)
-    with pytest.raises(ValueError, match="steps = 0; legal: >= 1"):
-        weak_first_cost("dit-xl-2-256", 0.5, steps=0)
+def test_shares_of_heads_channels_and_tokens_multiply():
+    """Each term by its tokens and what narrows it; layers that nothing narrows stay whole."""
+    terms = (
+        Term(2, "self", "heads"),
+        Term(10, "query", "heads"),
+        Term(100, "entering", "channels"),
+        Term(1000, "stream"),
+        Term(7, "text", "prompt"),
+    )
+    tokens, kept = Tokens.on((1, 2, 2), text=3), Kept(0.5, 0.25, 0.75)
+    whole = 2 * 16 + 10 * 4 + 100 * 4 + 1000 * 4 + 7 * 3
+    narrow = 0.5 * (2 * 16 + 10 * 4) + 0.25 * 100 * 4 + 1000 * 4 + 7 * 3
+    assert Block(terms=terms).macs(tokens) == whole
+    assert Block(terms=terms).macs(tokens, kept) == narrow
+    skips = Block(terms=terms, router=5)
+    assert skips.macs(tokens) == whole
+    assert skips.macs(tokens, kept) == narrow - 0.25 * 0.25 * 100 * 4 + 5 * 4
+    assert skips.narrowing().macs(tokens) == 2 * 16 + 10 * 4 + 100 * 4
 
 
-ROUTED_TABLES = {  # realised share of the base's cost -> G of DyDiT's table 8
-    "dit-xl-2-256": {0.711: 84.33, 0.572: 67.83, 0.488: 57.88, 0.327: 38.85},
-    "dit-b-2-256": {0.924: 21.28, 0.805: 18.53, 0.707: 16.28, 0.517: 11.90, 0.326: 7.51},
-    "dit-s-2-256": {0.942: 5.72, 0.715: 4.34, 0.521: 3.16, 0.323: 1.96},
+BLOCKS_OF_DIT = {  # attention and feed-forward of one block, G multiply-adds (DyDiT)
+    "dit-s-2-256": (0.20133, 0.30199),
+    "dit-b-2-256": (0.70464, 1.20796),
+    "dit-xl-2-256": (1.50995, 2.71791),
 }
 
 
-def routable(d):
-    """One block of DiT."""
-    linear = RoutedLinears(query=2 * d * d, key=2 * d * d, channel=8 * d * d)
-    return Routable(attention=Attention(1, d), linear=linear)
-
-
-@pytest.mark.parametrize("model", ROUTED_TABLES)
-def test_published_macs_of_routed_widths(model):
-    """They count blocks only and no routers, so that a share of the cost is one of the blocks."""
-    shape = named_shape(model)
-    depth, d = shape.attention[0].blocks, shape.width
-    block = routable(d)
-    for share, published in ROUTED_TABLES[model].items():
-        root = share**0.5
-        for kept in (Kept(share, share), Kept(share, 1.0, share), Kept(share, root, root)):
-            routed = replace(shape, routable=(block,) * depth)
-            left = shape.macs(FULL) - routed.left_out(Mode(width=0.5), kept=[kept] * depth)
-            assert left / 1e9 == pytest.approx(published, rel=0.01)
+@pytest.mark.parametrize("model", BLOCKS_OF_DIT)
+def test_published_macs_of_one_block(model):
+    """What narrows with the heads and what with the channels, as DyDiT's own cost model has it."""
+    shape = published_shape(model)
+    block, tokens = shape.blocks[0], Tokens.on(shape.grid)
+    found = [block.macs(tokens, kept) / 1e9 for kept in (Kept(1, 0, 1), Kept(0, 1, 1))]
+    assert found == pytest.approx(BLOCKS_OF_DIT[model], abs=1e-5)
 
 
 def test_what_tokens_alone_can_save():
     """Skipping alone leaves 35.7 % of the blocks of XL at 256 pixels, and 41.9 % at 512."""
     for model, floor in (("dit-xl-2-256", 0.357), ("dit-xl-2-512", 0.419)):
-        shape = named_shape(model)
-        d = shape.width
-        block = routable(d)
-        seen = Seen.on(shape.grid)
-        whole = block.macs(seen, 0, Kept())
-        assert block.macs(seen, 0, Kept(1, 1, 0)) / whole == pytest.approx(floor, abs=5e-4)
+        shape = published_shape(model)
+        blocks = tuple(replace(block, router=1) for block in shape.blocks)
+        kept = [Kept(1, 1, 0)] * len(blocks)
+        least = replace(shape, blocks=blocks).block_macs(Mode(width=0.5), kept=kept)
+        assert least / shape.block_macs(FULL) == pytest.approx(floor, abs=5e-4)
+
+
+def test_published_macs_of_a_token_router():
+    """21.2 M in a block of XL at 256 pixels, half a percent of it."""
+    macs = 256 * token_router_macs(1152)
+    assert macs / 1e6 == pytest.approx(21.2, abs=0.1)
+    assert macs / XL.blocks[0].macs(Tokens.on(XL.grid)) == pytest.approx(0.005, abs=1e-4)
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "flux", "wan", "latte"])

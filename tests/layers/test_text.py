@@ -15,6 +15,7 @@ from tests.elastic_models import run_as
 from torch import nn
 
 from ditdial import FULL, FlexiDiT, Mode, Schedule, Segment, elastify
+from ditdial.backbones.layers import named
 from ditdial.layers.state import TextKey
 
 WEAK = Mode(2)
@@ -84,7 +85,7 @@ def computed(monkeypatch):
 
 
 def text_layers(handle):
-    return list(handle.backbone.text_layers(handle.model))
+    return [layer for _, layer in named(handle.model, handle.backbone.prompt_only)]
 
 
 def assert_planned(handle, case, *, guided=True):

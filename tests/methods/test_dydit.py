@@ -120,11 +120,11 @@ def test_the_record_counts_what_ran(name, mode):
             handle.model(**call)
         (record,) = handle.report().calls
         macs[each] = record.macs / record.rows
-    blocks, kept = handle.shape.routable, handle._engine.surgery.widths.last.kept()
+    blocks, kept = handle.shape.blocks, handle._engine.surgery.widths.last.kept()
     assert macs[mode] < macs[FULL]
     assert any(k.heads < 1 for k in kept)
     assert any(k.channels < 1 for k in kept)
-    skipping = [k.tokens < 1 for k, b in zip(kept, blocks, strict=True) if b.skips_tokens]
+    skipping = [k.tokens < 1 for k, b in zip(kept, blocks, strict=True) if b.router]
     assert any(skipping)
 
 
@@ -317,15 +317,15 @@ def test_widths_that_were_not_trained_for(width):
     handle = routed("dit", tokens=False)
     mode = Mode(width=width)
     shape, works = handle.shape, handle._engine.surgery.widths.works(handle.model, mode)
-    blocks = sum(a + b for a, b in works)
-    share = 1 - shape.left_out(mode) / blocks
+    assert sum(a + b for a, b in works) == shape.block_macs(FULL)
+    share = shape.block_macs(mode) / shape.block_macs(FULL)
     assert share == pytest.approx(width, abs=0.05)  # two heads and two groups make big steps
     call = call_of("dit")
     torch.testing.assert_close(
         gated(handle, call, mode), run(handle, call, mode), rtol=1e-5, atol=2e-6
     )
     with pytest.raises(ValueError, match=r"width = 0.1; legal for these routers: 0.5 to 1.0"):
-        shape.left_out(Mode(width=0.1))
+        shape.macs(Mode(width=0.1))
 
 
 @pytest.mark.parametrize("slices", [0, 1, 4])

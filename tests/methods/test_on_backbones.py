@@ -27,7 +27,7 @@ def refuses(case, method):
     backbone.adapts = method.adapts
     if method.low_rank:
         return not list(backbone.low_rank_layers(model))
-    return not list(backbone.conditioning_layers(model))
+    return not backbone.conditioning
 
 
 @torch.no_grad()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ditdial import FULL, Mode, Plan, Schedule
-from ditdial.cost.shape import Attention, TransformerShape
-from ditdial.published.models import published_names, published_shape
+from ditdial.cost.blocks import Block, Term
+from ditdial.cost.shape import Patches, TransformerShape
+from ditdial.published.models import published_shape
 
 STEPS = 1000
 
@@ -31,24 +32,20 @@ def test_pixart_256(weak, published):
 def test_emu_like_1024(weak, published):
     """1.7 B parameters: width 2048, 24 blocks, cross-attention to about 256 text tokens."""
     d, depth = 2048, 24
+    linear = Term(14 * d * d, "stream"), Term(2 * d * d, "text")
+    terms = *linear, Term(2 * d, "self"), Term(2 * d, "cross")
     shape = TransformerShape(
-        width=d,
         grid=(1, 64, 64),
-        patch_in=64,
-        patch_out=64,
-        token_macs=depth * 14 * d * d,
-        attention=(Attention(depth, d), Attention(depth, d, "cross")),
+        patches=Patches(width=d, into=64, out=64),
+        blocks=(Block(terms=terms),) * depth,
         text_tokens=256,
-        text_macs=depth * 2 * d * d,
     )
     assert percent(weak, shape.block_macs) == pytest.approx(published, abs=0.15)
 
 
 def test_video_tokens_of_the_paper():
     """256 x 384 x 704 frames after an 8x8x8 autoencoder with patch (1, 2, 2): 33,792 tokens."""
-    shape = TransformerShape(
-        width=1, grid=(32, 24, 44), patch_in=1, patch_out=1, token_macs=1, attention=()
-    )
+    shape = TransformerShape(grid=(32, 24, 44), patches=Patches(width=1, into=1, out=1), blocks=())
     modes = (FULL, Mode((2, 1, 1)), Mode(2))
     assert [shape.tokens(mode) for mode in modes] == [33792, 16896, 8448]
 
@@ -85,4 +82,3 @@ def test_flux_tokens_with_text():
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown model 'dit-xxl'; legal: dit-s-2-256, .*wan"):
         published_shape("dit-xxl")
-    assert len(published_names()) == len(set(published_names()))

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from torch import Tensor
 
 from ditdial.backbones.base import Backbone, Model
+from ditdial.backbones.blocks import DOUBLE_BLOCKS, SINGLE_BLOCKS
 from ditdial.backbones.forward import Forward
-from ditdial.backbones.layers import MODULATION, attention
+from ditdial.backbones.layers import attention
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
-from ditdial.cost.shape import Attention, TransformerShape
+from ditdial.cost.shape import TransformerShape
 from ditdial.ops.patching import Triple
 from ditdial.ops.positions import table_centres
 from ditdial.plan.mode import Mode
 
-TEXT = r"\.(attn\.(add_|to_add_out)|ff_context)"
 ADAPTED = (*attention("attn"), "ff.linear_1", "ff.linear_2", "ff.out_projection")
 
 
@@ -41,6 +42,7 @@ class AuraFlowBackbone(Backbone):
         "out_channels",
         "joint_attention_dim",
     )
+    block_lists = (replace(DOUBLE_BLOCKS, blocks="joint_transformer_blocks"), SINGLE_BLOCKS)
     low_rank = (("joint_transformer_blocks", ADAPTED), ("single_transformer_blocks", ADAPTED))
 
     def positions(self, module: Model, forward: Forward, mode: Mode) -> Tensor:
@@ -53,25 +55,10 @@ class AuraFlowBackbone(Backbone):
         side = min(64, math.isqrt(model.config.pos_embed_max_size))
         return (1, side, side), 256
 
-    def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
-        config, d = model.config, model.inner_dim
-        double, single = model.joint_transformer_blocks, model.single_transformer_blocks
-        depth, area = config.num_mmdit_layers + config.num_single_dit_layers, config.patch_size**2
-        both = linear_macs(single, but=MODULATION)
-        modulation = linear_macs(double, MODULATION) + linear_macs(single, MODULATION)
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
         conditioning = linear_macs(model.time_step_proj) + linear_macs(model.norm_out)
-        return TransformerShape(
-            width=d,
-            grid=grid,
-            patch_in=area * config.in_channels,
-            patch_out=model.proj_out.out_features,
-            token_macs=linear_macs(double, but=f"{TEXT}|{MODULATION}") + both,
-            attention=(Attention(depth, d, "joint"),),
-            text_tokens=text_tokens + model.register_tokens.shape[1],
-            text_macs=linear_macs(double, TEXT) + both,
-            picture_macs=modulation
-            + conditioning
-            + text_tokens * linear_macs(model, "^context_embedder$"),
-            adapted=self.adapted_macs(model),
-            adapted_text=self.adapted_macs(model, "^single"),
-        )
+        return conditioning + text_tokens * linear_macs(model.context_embedder)
+
+    def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
+        shape = super().shape(model, grid, text_tokens)
+        return replace(shape, text_tokens=text_tokens + model.register_tokens.shape[1])

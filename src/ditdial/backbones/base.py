@@ -9,21 +9,25 @@ have defaults that fit most classes. One file each.
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from torch import Tensor, nn
 
 from ditdial.backbones.arguments import Arguments, Call
+from ditdial.backbones.blocks import BlockList
 from ditdial.backbones.forward import Embed, Forward, Project
 from ditdial.backbones.layers import Layers, Packed, named
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import Routed, RoutedBlock
 from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
-from ditdial.cost.shape import TransformerShape
+from ditdial.cost.blocks import Block, Term
+from ditdial.cost.linears import matrix_sizes
+from ditdial.cost.shape import PatchCost, TransformerShape
 from ditdial.ops.patching import Triple, coarse_grid
 from ditdial.plan.mode import Mode
 
@@ -72,6 +76,9 @@ class Backbone(ABC):
             modulation.
         prompt_only: layers that see nothing but the prompt, by block list.
         reads_blocks: the stock forward looks into its blocks or counts them, beside calling them.
+        block_lists: which tokens go through the layers of its blocks; those that are routed or
+            streamed come first, in the order they have there.
+        shape_class: what its cost depends on.
         streamed: where tokens meet in its blocks, if sparse modes are known to work.
         packed: what branches of different modes in one packed call ask of its modules; None where
             they cannot share one.
@@ -92,6 +99,8 @@ class Backbone(ABC):
     conditioning: tuple[str, ...] = ()
     prompt_only: Layers = ()
     reads_blocks: bool = False
+    block_lists: tuple[BlockList, ...]
+    shape_class: type[TransformerShape] = TransformerShape
     streamed: Streamed | None = None
     packed: Packed | None = None
     routed: tuple[Routed, ...] = ()
@@ -101,9 +110,36 @@ class Backbone(ABC):
         for blocks in self.routed:
             yield from blocks.of(model)
 
-    @abstractmethod
     def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
         """What the model's cost depends on; may take more of what `size` returns."""
+        first, last = self.patches.layers(model)
+        into, width = matrix_sizes(first)
+        once = sum(each.once_macs(model) for each in self.block_lists)
+        return self.shape_class(
+            grid=grid,
+            patches=PatchCost(width=width, into=into, out=last.out_features),
+            blocks=tuple(Block(terms=terms) for terms in self.block_terms(model)),
+            text_tokens=text_tokens,
+            picture_macs=once + self.picture_macs(model, text_tokens),
+        )
+
+    def block_terms(
+        self, model: Model, adapted: Collection[str] | None = None
+    ) -> tuple[tuple[Term, ...], ...]:
+        """What each block multiplies (see `BlockList.terms`)."""
+        routed, prompt = {each.blocks: each for each in self.routed}, dict(self.prompt_only)
+        found = (
+            each.terms(model, routed.get(each.blocks), prompt.get(each.blocks, ()), adapted)
+            for each in self.block_lists
+        )
+        return tuple(itertools.chain.from_iterable(found))
+
+    @abstractmethod
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
+        """Multiply-adds of one picture outside the blocks whatever the mode.
+
+        That is its conditioning and the projections of its text.
+        """
 
     @abstractmethod
     def default_size(self, model: Model) -> tuple[Triple, int]:
@@ -184,11 +220,6 @@ class Backbone(ABC):
         A hook finds the pass by `ditdial.backbones.forward.forward_of`, so that it survives a copy.
         """
         return iter(())
-
-    def adapted_macs(self, model: Model, pattern: str = "") -> int:
-        """Inputs plus outputs of the layers that low-rank updates go to, by name."""
-        layers = self.low_rank_layers(model)
-        return sum(x.in_features + x.out_features for name, x in layers if re.search(pattern, name))
 
     def low_rank_layers(self, model: Model) -> Iterator[tuple[str, nn.Linear]]:
         """Linear layers of self-attention and feed-forward, with their names."""

@@ -11,8 +11,7 @@ from ditdial.backbones.base import Model
 from ditdial.backbones.flux import FluxFamily
 from ditdial.backbones.forward import Forward
 from ditdial.cost.linears import linear_macs
-from ditdial.cost.shape import TransformerShape
-from ditdial.ops.patching import Triple, group
+from ditdial.ops.patching import group
 from ditdial.plan.mode import Mode
 
 
@@ -47,10 +46,7 @@ class ChromaBackbone(FluxFamily):
         image = group(mask[:, text:].unflatten(1, forward.grid)[..., None], mode.patch_scale)
         return call | {"attention_mask": torch.cat([mask[:, :text], image.amax(dim=2)], dim=1)}
 
-    def shape(
-        self, model: Model, grid: Triple, text_tokens: int, others: int = 0
-    ) -> TransformerShape:
-        shape = super().shape(model, grid, text_tokens, others)
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
         vectors = len(model.time_text_embed.mod_proj)  # one per shift, scale and gate of all blocks
         modulation = vectors * linear_macs(model.distilled_guidance_layer)
-        return replace(shape, picture_macs=shape.picture_macs + modulation)
+        return super().picture_macs(model, text_tokens) + modulation

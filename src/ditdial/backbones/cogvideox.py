@@ -6,23 +6,19 @@ rotary ones by its pipeline (and image-to-video adds learned ones), 1.5 joins tw
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ditdial.backbones.arguments import Call
 from ditdial.backbones.base import COMMON_FACTS, Backbone, Model
+from ditdial.backbones.blocks import BlockList
 from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention, feed_forward
 from ditdial.backbones.patches import Patches
 from ditdial.cost.linears import linear_macs
-from ditdial.cost.shape import Attention, TransformerShape
 from ditdial.ops.patching import Triple
 from ditdial.ops.positions import group_centres, real_rotary_centres, sincos_3d, table_centres
 from ditdial.plan.mode import Mode
-
-MODULATION = r"\.norm[12]\.linear"
 
 
 class CogVideoXBackbone(Backbone):
@@ -36,6 +32,14 @@ class CogVideoXBackbone(Backbone):
     patches = Patches(embed="patch_embed", output="proj_out", output_layout="Cthw")
     facts = (*COMMON_FACTS, "patch_size_t", "text_embed_dim", "use_rotary_positional_embeddings")
     axes = "thw"
+    block_lists = (
+        BlockList(
+            blocks="transformer_blocks",
+            attention=(("attn1", "joint"),),
+            both=True,
+            once=r"\.norm[12]\.linear",
+        ),
+    )
     low_rank = (("transformer_blocks", (*attention("attn1"), *feed_forward("ff"))),)
 
     def grid(self, model: Model, call: Call) -> Triple:
@@ -92,22 +96,6 @@ class CogVideoXBackbone(Backbone):
         grid = frames, config.sample_height // p, config.sample_width // p
         return grid, config.max_text_seq_length
 
-    def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
-        config, blocks = model.config, model.transformer_blocks
-        d = config.num_attention_heads * config.attention_head_dim
-        token, adapted = linear_macs(blocks, but=MODULATION), self.adapted_macs(model)
-        return TransformerShape(
-            width=d,
-            grid=grid,
-            patch_in=math.prod(self.patches.size(model)) * config.in_channels,
-            patch_out=model.proj_out.out_features,
-            token_macs=token,
-            attention=(Attention(config.num_layers, d, "joint"),),
-            text_tokens=text_tokens,
-            text_macs=token,
-            picture_macs=linear_macs(blocks, MODULATION)
-            + linear_macs(model, r"^(time_embedding|ofs_embedding|norm_out)\.")
-            + text_tokens * linear_macs(model.patch_embed.text_proj),
-            adapted=adapted,
-            adapted_text=adapted,
-        )
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
+        conditioning = linear_macs(model, r"^(time_embedding|ofs_embedding|norm_out)\.")
+        return conditioning + text_tokens * linear_macs(model.patch_embed.text_proj)

@@ -17,17 +17,15 @@ from torch import Tensor
 
 from ditdial.backbones.arguments import Arguments
 from ditdial.backbones.base import COMMON_FACTS, Backbone, Model
+from ditdial.backbones.blocks import BlockList
 from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention, feed_forward
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
-from ditdial.cost.shape import Attention, TransformerShape
 from ditdial.ops.patching import Triple
 from ditdial.ops.positions import group_centres
 from ditdial.plan.mode import Mode
-
-MODULATION = r"\.norm1\.linear"
 
 
 class CogView4Times(Times):
@@ -59,6 +57,14 @@ class CogView4Backbone(Backbone):
     times = CogView4Times()
     rotary = "rope"
     facts = (*COMMON_FACTS, "text_embed_dim")
+    block_lists = (
+        BlockList(
+            blocks="transformer_blocks",
+            attention=(("attn1", "joint"),),
+            both=True,
+            once=r"\.norm1\.linear",
+        ),
+    )
     low_rank = (("transformer_blocks", (*attention("attn1"), *feed_forward("ff"))),)
 
     def phases(
@@ -81,25 +87,9 @@ class CogView4Backbone(Backbone):
         side = model.config.sample_size // model.config.patch_size
         return (1, side, side), 128  # prompts are padded to the next multiple of 16 only
 
-    def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
-        config, blocks = model.config, model.transformer_blocks
-        d = config.num_attention_heads * config.attention_head_dim
-        token, adapted = linear_macs(blocks, but=MODULATION), self.adapted_macs(model)
-        return TransformerShape(
-            width=d,
-            grid=grid,
-            patch_in=config.patch_size**2 * config.in_channels,
-            patch_out=model.proj_out.out_features,
-            token_macs=token,
-            attention=(Attention(config.num_layers, d, "joint"),),
-            text_tokens=text_tokens,
-            text_macs=token,
-            picture_macs=linear_macs(blocks, MODULATION)
-            + linear_macs(model, r"^(time_condition_embed|norm_out)\.")
-            + text_tokens * linear_macs(model.patch_embed.text_proj),
-            adapted=adapted,
-            adapted_text=adapted,
-        )
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
+        conditioning = linear_macs(model, r"^(time_condition_embed|norm_out)\.")
+        return conditioning + text_tokens * linear_macs(model.patch_embed.text_proj)
 
 
 def places(length: int, k: int, size: int) -> Tensor:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from ditdial.backbones.arguments import Arguments, Branches, Call
 from ditdial.backbones.base import Model, pair
+from ditdial.backbones.blocks import BlockList
 from ditdial.backbones.layers import Packed, embedders
 from ditdial.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import Routed
 from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
-from ditdial.cost.shape import TransformerShape, dit_shape
+from ditdial.cost.linears import linear_macs
 from ditdial.ops.patching import Triple
 from ditdial.plan.mode import Mode
 
@@ -51,7 +51,10 @@ class DiTBackbone(PatchEmbedBackbone):
         "in_channels",
     )
     low_rank = (("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),)
-    streamed = Streamed(apart=r"^norm1\.")
+    block_lists = (
+        BlockList(blocks="transformer_blocks", attention=(("attn1", "self"),), once=r"\.norm1\."),
+    )
+    streamed = Streamed()
     reads_blocks = True
     packed = Packed(
         modulation=("transformer_blocks.*.norm1.linear", "proj_out_1"),
@@ -64,17 +67,10 @@ class DiTBackbone(PatchEmbedBackbone):
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, *pair(model.config.sample_size, model.config.patch_size)), 0
 
-    def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
-        config = model.config
-        shape = dit_shape(
-            width=model.inner_dim,
-            depth=config.num_layers,
-            latent=grid[1] * config.patch_size,
-            patch=config.patch_size,
-            channels=config.in_channels,
-            out_channels=model.out_channels,
-        )
-        return replace(shape, adapted=self.adapted_macs(model))
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
+        # Time and label are embedded once more for the output, as the first block does.
+        again = linear_macs(model.transformer_blocks[0].norm1.emb)
+        return again + linear_macs(model.proj_out_1)
 
     def identity(self, model: Model) -> dict[str, Any]:
         return super().identity(model) | {

@@ -6,17 +6,16 @@ from dataclasses import replace
 
 from ditdial.backbones.arguments import Arguments
 from ditdial.backbones.base import Model
-from ditdial.backbones.layers import MODULATION, attention, embedders, feed_forward
+from ditdial.backbones.blocks import DOUBLE_BLOCKS, SINGLE_BLOCKS
+from ditdial.backbones.layers import attention, embedders, feed_forward
 from ditdial.backbones.packed_ids import PackedBackbone
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import JOINT, SINGLE, Routed
 from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
-from ditdial.cost.linears import linear_macs, with_other_pictures
-from ditdial.cost.shape import Attention, TransformerShape
+from ditdial.cost.linears import linear_macs
+from ditdial.cost.shape import TransformerShape
 from ditdial.ops.patching import Triple
-
-TEXT = r"\.(attn\.(add_|to_add_out)|ff_context)"
 
 
 class FluxFamily(PackedBackbone):
@@ -40,6 +39,7 @@ class FluxFamily(PackedBackbone):
         "joint_attention_dim",
         "guidance_embeds",
     )
+    block_lists = (DOUBLE_BLOCKS, SINGLE_BLOCKS)
     low_rank = (
         ("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),
         ("single_transformer_blocks", (*attention("attn")[:3], "proj_mlp", "proj_out")),
@@ -48,30 +48,14 @@ class FluxFamily(PackedBackbone):
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, 64, 64), 512
 
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
+        conditioning = linear_macs(model.time_text_embed) + linear_macs(model.norm_out)
+        return conditioning + text_tokens * linear_macs(model.context_embedder)
+
     def shape(
         self, model: Model, grid: Triple, text_tokens: int, others: int = 0
     ) -> TransformerShape:
-        config, d = model.config, model.inner_dim
-        double, single = model.transformer_blocks, model.single_transformer_blocks
-        both = linear_macs(single, but=MODULATION)
-        modulation = linear_macs(double, MODULATION) + linear_macs(single, MODULATION)
-        conditioning = linear_macs(model.time_text_embed) + linear_macs(model.norm_out)
-        shape = TransformerShape(
-            width=d,
-            grid=grid,
-            patch_in=config.in_channels,
-            patch_out=model.proj_out.out_features,
-            token_macs=linear_macs(double, but=f"{TEXT}|{MODULATION}") + both,
-            attention=(Attention(config.num_layers + config.num_single_layers, d, "joint"),),
-            text_tokens=text_tokens,
-            text_macs=linear_macs(double, TEXT) + both,
-            picture_macs=modulation
-            + conditioning
-            + text_tokens * linear_macs(model, "^context_embedder$"),
-            adapted=self.adapted_macs(model),
-            adapted_text=self.adapted_macs(model, "^single"),
-        )
-        return with_other_pictures(shape, others)
+        return replace(super().shape(model, grid, text_tokens), others=others)
 
 
 class FluxBackbone(FluxFamily):
@@ -100,5 +84,4 @@ class FluxBackbone(FluxFamily):
         attention=(("attn", "joint"),),
         phases="image_rotary_emb",
         parallel="proj_mlp",
-        apart=r"^(attn\.(add_|to_add_out)|ff_context|norm)",
     )

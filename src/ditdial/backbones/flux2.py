@@ -9,12 +9,10 @@ from diffusers.models.transformers.transformer_flux2 import Flux2Transformer2DMo
 
 from ditdial.backbones.arguments import Call
 from ditdial.backbones.base import Model
-from ditdial.backbones.flux import TEXT, FluxFamily
+from ditdial.backbones.flux import FluxFamily
 from ditdial.backbones.layers import attention
 from ditdial.backbones.times import Times
-from ditdial.cost.linears import linear_macs, with_other_pictures
-from ditdial.cost.shape import Attention, TransformerShape
-from ditdial.ops.patching import Triple
+from ditdial.cost.linears import linear_macs
 from ditdial.plan.mode import Mode
 
 
@@ -59,24 +57,6 @@ class Flux2Backbone(FluxFamily):
             )
         super().check_call(call, mode)
 
-    def shape(
-        self, model: Model, grid: Triple, text_tokens: int, others: int = 0
-    ) -> TransformerShape:
-        config, d, double = model.config, model.inner_dim, model.transformer_blocks
-        both = linear_macs(model.single_transformer_blocks)
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
         once = r"^(time_guidance_embed|(double|single)_stream_modulation|norm_out)"
-        shape = TransformerShape(
-            width=d,
-            grid=grid,
-            patch_in=config.in_channels,
-            patch_out=model.proj_out.out_features,
-            token_macs=linear_macs(double, but=TEXT) + both,
-            attention=(Attention(config.num_layers + config.num_single_layers, d, "joint"),),
-            text_tokens=text_tokens,
-            text_macs=linear_macs(double, TEXT) + both,
-            picture_macs=linear_macs(model, once)
-            + text_tokens * linear_macs(model, "^context_embedder$"),
-            adapted=self.adapted_macs(model),
-            adapted_text=self.adapted_macs(model, "^single"),
-        )
-        return with_other_pictures(shape, others)
+        return linear_macs(model, once) + text_tokens * linear_macs(model.context_embedder)

@@ -6,24 +6,21 @@ mode; its padding is masked by count, behind the video's tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 from ditdial.backbones.arguments import Arguments
 from ditdial.backbones.base import COMMON_FACTS, Backbone, Model
+from ditdial.backbones.blocks import DOUBLE_BLOCKS, SINGLE_BLOCKS
 from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention, feed_forward
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
-from ditdial.cost.shape import Attention, TransformerShape
 from ditdial.ops.patching import Triple
 from ditdial.ops.positions import real_rotary_centres
 from ditdial.plan.mode import Mode
 
-TEXT = r"\.(attn\.(add_|to_add_out)|ff_context)"
-MODULATION = r"\.norm[^.]*\.linear"
 REFINED_ONCE = r"^time_text_embed|norm_out"
 
 
@@ -49,6 +46,7 @@ class HunyuanVideoBackbone(Backbone):
         "guidance_embeds",
     )
     axes = "thw"
+    block_lists = (DOUBLE_BLOCKS, SINGLE_BLOCKS)
     low_rank = (
         ("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),
         ("single_transformer_blocks", (*attention("attn")[:3], "proj_mlp", "proj_out")),
@@ -71,26 +69,11 @@ class HunyuanVideoBackbone(Backbone):
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (33, 45, 80), 256
 
-    def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
-        config, refiner = model.config, model.context_embedder
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
+        refiner, config = model.context_embedder, model.config
         d = config.num_attention_heads * config.attention_head_dim
-        double, single = model.transformer_blocks, model.single_transformer_blocks
-        both = linear_macs(single, but=MODULATION)
-        modulation = linear_macs(double, MODULATION) + linear_macs(single, MODULATION)
         conditioning = linear_macs(model.time_text_embed) + linear_macs(model.norm_out)
-        refining = linear_macs(refiner, REFINED_ONCE)
-        refining += text_tokens * linear_macs(refiner, but=REFINED_ONCE)
-        refining += 2 * config.num_refiner_layers * d * text_tokens**2
-        return TransformerShape(
-            width=d,
-            grid=grid,
-            patch_in=math.prod(self.patches.size(model)) * config.in_channels,
-            patch_out=model.proj_out.out_features,
-            token_macs=linear_macs(double, but=f"{TEXT}|{MODULATION}") + both,
-            attention=(Attention(config.num_layers + config.num_single_layers, d, "joint"),),
-            text_tokens=text_tokens,
-            text_macs=linear_macs(double, TEXT) + both,
-            picture_macs=modulation + conditioning + refining,
-            adapted=self.adapted_macs(model),
-            adapted_text=self.adapted_macs(model, "^single"),
-        )
+        once = linear_macs(refiner, REFINED_ONCE)
+        text = text_tokens * (linear_macs(refiner) - once)
+        text += 2 * config.num_refiner_layers * d * text_tokens**2
+        return conditioning + once + text

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ditdial.backbones.arguments import Arguments
 from ditdial.backbones.base import COMMON_FACTS, BlockHook, Model, pair
+from ditdial.backbones.blocks import CROSS_BLOCKS, BlockList
 from ditdial.backbones.forward import forward_of
 from ditdial.backbones.layers import embedders
 from ditdial.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
@@ -18,10 +20,7 @@ from ditdial.backbones.routed import Routed
 from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
-from ditdial.cost.shape import Attention, TransformerShape
 from ditdial.ops.patching import Triple
-
-TEXT = r"attn2\.to_[kv]$"
 
 
 class LatteBackbone(PatchEmbedBackbone):
@@ -32,6 +31,10 @@ class LatteBackbone(PatchEmbedBackbone):
     arguments = Arguments(condition=("encoder_hidden_states", "encoder_attention_mask"))
     times = Times(layers=embedders("adaln_single.emb"))
     facts = (*COMMON_FACTS, "caption_channels", "video_length")
+    block_lists = (
+        replace(CROSS_BLOCKS, attention=(("attn1", "spatial"), ("attn2", "cross"))),
+        BlockList(blocks="temporal_transformer_blocks", attention=(("attn1", "temporal"),)),
+    )
     low_rank = (
         ("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),
         ("temporal_transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),
@@ -39,16 +42,12 @@ class LatteBackbone(PatchEmbedBackbone):
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
     conditioning = ("adaln_single.emb",)
     routed = tuple(
-        Routed(blocks=blocks, attention="attn1", kind=kind, residual="norm2")
-        for blocks, kind in (
-            ("transformer_blocks", "spatial"),
-            ("temporal_transformer_blocks", "temporal"),
-        )
+        Routed(blocks=blocks, attention="attn1", residual="norm2")
+        for blocks in ("transformer_blocks", "temporal_transformer_blocks")
     )
     # Behind the first block, positions in time are added to whichever tokens there are.
     streamed = Streamed(
         attention=(("attn1", "spatial"),),
-        text="attn2",
         beside="temporal_transformer_blocks",
         pools_first=True,
     )
@@ -64,29 +63,8 @@ class LatteBackbone(PatchEmbedBackbone):
         config = model.config
         return (config.video_length, *pair(config.sample_size, config.patch_size)), 120
 
-    def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
-        config = model.config
-        d = config.num_attention_heads * config.attention_head_dim
-        spatial, temporal = model.transformer_blocks, model.temporal_transformer_blocks
-        depth, area = config.num_layers, config.patch_size**2
-        return TransformerShape(
-            width=d,
-            grid=grid,
-            patch_in=area * config.in_channels,
-            patch_out=area * model.out_channels,
-            token_macs=linear_macs(spatial, but=TEXT) + linear_macs(temporal),
-            attention=(
-                Attention(depth, d, "spatial"),
-                Attention(depth, d, "cross"),
-                Attention(depth, d, "temporal"),
-            ),
-            text_tokens=text_tokens,
-            text_once=grid[0] * linear_macs(spatial, TEXT),
-            text_macs=grid[0] * linear_macs(spatial, TEXT),  # once for every frame
-            picture_macs=linear_macs(model.adaln_single)
-            + text_tokens * linear_macs(model.caption_projection),
-            adapted=self.adapted_macs(model),
-        )
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
+        return linear_macs(model.adaln_single) + text_tokens * linear_macs(model.caption_projection)
 
 
 def fewer_times(

@@ -14,18 +14,17 @@ import torch
 
 from ditdial.backbones.arguments import Arguments, Call, grouped_times, has_token_times
 from ditdial.backbones.base import COMMON_FACTS, Backbone, Model
+from ditdial.backbones.blocks import CROSS_BLOCKS
 from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention, feed_forward
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
-from ditdial.cost.shape import Attention, TransformerShape
+from ditdial.cost.shape import TransformerShape
 from ditdial.ops.ids import grid_of_coordinates
 from ditdial.ops.patching import Triple
 from ditdial.ops.positions import coordinate_centres, group_centres
 from ditdial.plan.mode import Mode
-
-TEXT = r"attn2\.to_[kv]$"
 
 
 class LTXTimes(Times):
@@ -51,6 +50,7 @@ class LTXBackbone(Backbone):
     rotary = "rope"
     facts = (*COMMON_FACTS, "patch_size_t", "caption_channels")
     axes = "thw"
+    block_lists = (CROSS_BLOCKS,)
     low_rank = (("transformer_blocks", (*attention("attn1"), *feed_forward("ff"))),)
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
 
@@ -97,23 +97,11 @@ class LTXBackbone(Backbone):
     def size(self, model: Model, call: Call) -> tuple[Any, ...]:
         return *super().size(model, call), has_token_times(call)
 
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
+        return text_tokens * linear_macs(model.caption_projection)
+
     def shape(
         self, model: Model, grid: Triple, text_tokens: int, times_per_token: bool = False
     ) -> TransformerShape:
-        config, blocks = model.config, model.transformer_blocks
-        d, depth = config.num_attention_heads * config.attention_head_dim, config.num_layers
-        times = linear_macs(model.time_embed)
-        return TransformerShape(
-            width=d,
-            grid=grid,
-            patch_in=config.in_channels,
-            patch_out=model.proj_out.out_features,
-            token_macs=linear_macs(blocks, but=TEXT) + times_per_token * times,
-            attention=(Attention(depth, d), Attention(depth, d, "cross")),
-            text_tokens=text_tokens,
-            text_macs=linear_macs(blocks, TEXT),
-            text_once=linear_macs(blocks, TEXT),
-            picture_macs=(not times_per_token) * times
-            + text_tokens * linear_macs(model.caption_projection),
-            adapted=self.adapted_macs(model),
-        )
+        shape = super().shape(model, grid, text_tokens)
+        return shape.with_times(linear_macs(model.time_embed), per_token=times_per_token)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from ditdial.backbones.base import Model, pair
 from ditdial.backbones.forward import Forward, Project
 from ditdial.backbones.layers import attention
 from ditdial.backbones.patches import Patches
-from ditdial.backbones.refined import RefinedBackbone
+from ditdial.backbones.refined import RefinedBackbone, refined_lists
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import TransformerShape
@@ -60,8 +61,8 @@ class Lumina2Backbone(RefinedBackbone):
         "out_channels",
         "cap_feat_dim",
     )
-    modulation = r"\.norm1\.linear"
-    once = rf"{modulation}|timestep_embedder|norm_out\.linear_1"
+    block_lists = refined_lists("attn", r"\.norm1\.linear")
+    once = r"timestep_embedder|norm_out\.linear_1"
     prompt = r"^context_refiner|caption_embedder"
     low_rank = (("noise_refiner", ADAPTED), ("layers", ADAPTED))
 
@@ -113,6 +114,7 @@ class Lumina2Backbone(RefinedBackbone):
     def shape(
         self, model: Model, grid: Triple, text_tokens: int, padded: int | None = None
     ) -> TransformerShape:
-        parts = self.sequence(model, grid, text_tokens, padded or text_tokens)
-        parts["text_macs"] += linear_macs(model.norm_out.linear_2)
-        return TransformerShape(**parts)
+        # The text's refiner goes through its padding; the last layer projects the text as well.
+        shape = super().shape(model, grid, padded or text_tokens)
+        text = text_tokens * linear_macs(model.norm_out.linear_2)
+        return replace(shape, text_tokens=text_tokens, picture_macs=shape.picture_macs + text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ditdial.backbones.arguments import Arguments
 from ditdial.backbones.base import COMMON_FACTS, Model, pair
+from ditdial.backbones.blocks import CROSS_BLOCKS
 from ditdial.backbones.layers import Packed, embedders
 from ditdial.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
 from ditdial.backbones.patches import Patches
@@ -11,10 +12,7 @@ from ditdial.backbones.routed import Routed
 from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
-from ditdial.cost.shape import Attention, TransformerShape
 from ditdial.ops.patching import Triple
-
-TEXT = r"attn2\.to_[kv]$"
 
 
 class PixArtBackbone(PatchEmbedBackbone):
@@ -25,9 +23,10 @@ class PixArtBackbone(PatchEmbedBackbone):
     arguments = Arguments(condition=("encoder_hidden_states", "encoder_attention_mask"))
     times = Times(layers=embedders("adaln_single.emb"))
     facts = (*COMMON_FACTS, "caption_channels")
+    block_lists = (CROSS_BLOCKS,)
     low_rank = (("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),)
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
-    streamed = Streamed(text="attn2")
+    streamed = Streamed()
     packed = Packed(
         modulation=("adaln_single",),
         attention=("transformer_blocks.*.attn1", "transformer_blocks.*.attn2"),
@@ -40,23 +39,9 @@ class PixArtBackbone(PatchEmbedBackbone):
         sigma = model.config.sample_size == 128 and not model.use_additional_conditions
         return (1, *pair(model.config.sample_size, model.config.patch_size)), 300 if sigma else 120
 
-    def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
-        config, d, blocks = model.config, model.inner_dim, model.transformer_blocks
-        depth, area = config.num_layers, config.patch_size**2
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
         conditioning = linear_macs(model.adaln_single)
         if model.use_additional_conditions:  # height and width go through one embedder
             conditioning += linear_macs(model.adaln_single, "resolution_embedder")
         caption = model.caption_projection
-        return TransformerShape(
-            width=d,
-            grid=grid,
-            patch_in=area * config.in_channels,
-            patch_out=area * model.out_channels,
-            token_macs=linear_macs(blocks, but=TEXT),
-            attention=(Attention(depth, d), Attention(depth, d, "cross")),
-            text_tokens=text_tokens,
-            text_once=linear_macs(blocks, TEXT),
-            text_macs=linear_macs(blocks, TEXT),
-            picture_macs=conditioning + (text_tokens * linear_macs(caption) if caption else 0),
-            adapted=self.adapted_macs(model),
-        )
+        return conditioning + (text_tokens * linear_macs(caption) if caption else 0)

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ditdial.backbones.arguments import Arguments, Call
 from ditdial.backbones.base import COMMON_FACTS, Backbone, Model
+from ditdial.backbones.blocks import BlockList
 from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention, feed_forward
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.times import Times
-from ditdial.cost.linears import linear_macs, with_other_pictures
-from ditdial.cost.shape import Attention, TransformerShape
+from ditdial.cost.linears import linear_macs
+from ditdial.cost.shape import TransformerShape
 from ditdial.ops.patching import Triple, coarse_grid
 from ditdial.ops.positions import rotary_centres
 from ditdial.plan.mode import Mode
-
-TEXT = r"\.(attn\.(add_|to_add_out)|txt_mlp)"
-MODULATION = r"\.(img|txt)_mod\."
 
 
 class QwenImageBackbone(Backbone):
@@ -38,6 +37,14 @@ class QwenImageBackbone(Backbone):
     times = Times(scale=1.0, own_sigmas=True)
     rotary = "pos_embed"
     facts = (*COMMON_FACTS, "joint_attention_dim")
+    block_lists = (
+        BlockList(
+            blocks="transformer_blocks",
+            attention=(("attn", "joint"),),
+            text=r"\.(attn\.(add_|to_add_out)|txt_mlp)",
+            once=r"\.(img|txt)_mod\.",
+        ),
+    )
     conditioning = ("time_text_embed",)
     low_rank = (("transformer_blocks", (*attention("attn"), *feed_forward("img_mlp"))),)
 
@@ -76,28 +83,17 @@ class QwenImageBackbone(Backbone):
         others = sum(math.prod(sides) for sides in pictures(call)[1:])
         return *super().size(model, call), others
 
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
+        macs = linear_macs(model.time_text_embed) + linear_macs(model.norm_out)
+        if model.config.zero_cond_t:  # a second time, for clean pictures
+            macs += linear_macs(model.time_text_embed)
+            macs += linear_macs(model.transformer_blocks, r"\.img_mod\.")
+        return macs + text_tokens * linear_macs(model.txt_in)
+
     def shape(
         self, model: Model, grid: Triple, text_tokens: int, others: int = 0
     ) -> TransformerShape:
-        config, d, blocks = model.config, model.inner_dim, model.transformer_blocks
-        times = 2 if config.zero_cond_t else 1
-        conditioning = linear_macs(model.time_text_embed) + linear_macs(blocks, r"\.img_mod\.")
-        shape = TransformerShape(
-            width=d,
-            grid=grid,
-            patch_in=config.in_channels,
-            patch_out=model.proj_out.out_features,
-            token_macs=linear_macs(blocks, but=f"{TEXT}|{MODULATION}"),
-            attention=(Attention(config.num_layers, d, "joint"),),
-            text_tokens=text_tokens,
-            text_macs=linear_macs(blocks, TEXT),
-            picture_macs=times * conditioning
-            + linear_macs(blocks, r"\.txt_mod\.")
-            + linear_macs(model.norm_out)
-            + text_tokens * linear_macs(model, "^txt_in$"),
-            adapted=self.adapted_macs(model),
-        )
-        return with_other_pictures(shape, others)
+        return replace(super().shape(model, grid, text_tokens), others=others)
 
 
 def pictures(call: Call) -> list[Triple]:

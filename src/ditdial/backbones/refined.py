@@ -2,50 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ditdial.backbones.base import Backbone, Model
+from ditdial.backbones.blocks import BlockList
 from ditdial.cost.linears import linear_macs
-from ditdial.cost.shape import Attention
-from ditdial.ops.patching import Triple
 
 
 class RefinedBackbone(Backbone):
     """Time runs from 0, noise, to 1; the model predicts the other way.
 
     Attributes:
-        modulation: names of the layers in blocks that see the time alone.
-        once: names of all layers that run once per picture.
+        once: names of the layers outside the blocks that run once per picture.
         prompt: names of the layers that see the text before the picture does.
     """
 
     direction = -1.0
-    modulation: str
     once: str
     prompt: str
 
-    def sequence(self, model: Model, grid: Triple, text_tokens: int, padded: int) -> dict[str, Any]:
-        """Arguments of the `TransformerShape`.
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
+        depth, d = len(model.context_refiner), self.patches.layers(model)[0].out_features
+        refining = text_tokens * linear_macs(model, self.prompt) + 2 * depth * d * text_tokens**2
+        return linear_macs(model, self.once) + refining
 
-        Args:
-            text_tokens: in the common sequence.
-            padded: text tokens that its refiner goes through.
-        """
-        (first, last), layers = self.patches.layers(model), model.layers
-        noise, text = model.noise_refiner, model.context_refiner
-        d, both = first.out_features, linear_macs(layers, but=self.modulation)
-        return {
-            "width": d,
-            "grid": grid,
-            "patch_in": first.in_features,
-            "patch_out": last.out_features,
-            "token_macs": linear_macs(noise, but=self.modulation) + both,
-            "attention": (Attention(len(noise), d), Attention(len(layers), d, "joint")),
-            "text_tokens": text_tokens,
-            "text_macs": both,
-            "picture_macs": linear_macs(model, self.once)
-            + padded * linear_macs(model, self.prompt)
-            + 2 * len(text) * d * padded**2,
-            "adapted": self.adapted_macs(model),
-            "adapted_text": self.adapted_macs(model, "^layers"),
-        }
+
+def refined_lists(attention: str, modulation: str) -> tuple[BlockList, ...]:
+    """The refiner of the picture and the blocks of both.
+
+    Args:
+        attention: module of each block.
+        modulation: names of its layers that see the time alone.
+    """
+    refiner = BlockList(blocks="noise_refiner", attention=((attention, "self"),), once=modulation)
+    joint = BlockList(
+        blocks="layers", attention=((attention, "joint"),), both=True, once=modulation
+    )
+    return refiner, joint

@@ -8,15 +8,14 @@ into the feed-forward and columns on the way out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from ditdial.cost.shape import Attention as AttentionCost
-from ditdial.cost.shape import Routable, RoutedLinears
+from ditdial.cost.linears import Linear, Side
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +25,6 @@ class Routed:
     Args:
         blocks: the list.
         attention: module whose heads are routed.
-        kind: what its tokens attend to (see `ditdial.cost.shape.Attention`).
         inputs, outputs: its layers before and after the heads, by name inside it.
         text_inputs, text_outputs: those of the text's tokens, where they attend jointly.
         norms: norms over all its heads at once.
@@ -40,7 +38,6 @@ class Routed:
 
     blocks: str
     attention: str
-    kind: str = "self"
     inputs: tuple[str, ...] = ("to_q", "to_k", "to_v")
     outputs: tuple[str, ...] = ("to_out.0",)
     text_inputs: tuple[str, ...] = ()
@@ -65,7 +62,6 @@ class Routed:
             residual, forward = self.residual, self.feed_forward
             yield RoutedBlock(
                 name=f"{self.blocks}.{index}",
-                kind=self.kind,
                 attention=attention,
                 inputs=layers(self.inputs),
                 outputs=layers(self.outputs),
@@ -79,10 +75,32 @@ class Routed:
                 feed_forward=None if forward is None else block.get_submodule(forward),
             )
 
+    def linear(self, name: str, layer: Any, width: int) -> Linear:
+        """What narrows the inputs and the outputs of a layer.
+
+        Args:
+            name: of the layer in a block.
+            width: head features of the block.
+        """
+        inputs: Side = {"nothing": layer.in_features}
+        outputs: Side = {"nothing": layer.out_features}
+        owner, _, own = name.partition(".")
+        heads = own if owner == self.attention else ""
+        if name == self.widen:
+            outputs = {"channels": layer.out_features}
+        elif name == self.narrow and self.shared:
+            inputs = {"heads": width, "channels": layer.in_features - width}
+        elif name == self.narrow:
+            inputs = {"channels": layer.in_features}
+        elif heads in (*self.inputs, *self.text_inputs):
+            outputs = {"heads": layer.out_features}
+        elif heads in (*self.outputs, *self.text_outputs):
+            inputs = {"heads": layer.in_features}
+        return Linear(inputs, outputs)
+
 
 JOINT: dict[str, Any] = {
     "attention": "attn",
-    "kind": "joint",
     "text_inputs": ("add_q_proj", "add_k_proj", "add_v_proj"),
     "text_outputs": ("to_add_out",),
 }
@@ -90,7 +108,6 @@ JOINT: dict[str, Any] = {
 
 SINGLE: dict[str, Any] = {
     "attention": "attn",
-    "kind": "joint",
     "outputs": (),
     "widen": "proj_mlp",
     "narrow": "proj_out",
@@ -117,7 +134,6 @@ class RoutedBlock:
     """The modules of one block that routed modes narrow; see `Routed`."""
 
     name: str
-    kind: str
     attention: Any
     inputs: tuple[nn.Linear, ...]
     outputs: tuple[nn.Linear, ...]
@@ -145,53 +161,3 @@ class RoutedBlock:
         """Every linear layer that is narrowed."""
         text = (*self.text_inputs, *self.text_outputs)
         return (*self.inputs, *self.outputs, *text, self.widen, self.narrow)
-
-    def routable(self, tokens_skip: bool) -> Routable:
-        """Its multiply-adds per token, for the cost model."""
-        query, *keys = self.inputs
-        exit = self.narrow.out_features * self.width if self.shared else 0
-        narrow = self.narrow.out_features * self.channels
-        channel = self.widen.in_features * self.widen.out_features + narrow
-        text = _macs((*self.text_inputs, *self.text_outputs))
-        return Routable(
-            attention=AttentionCost(1, self.width, self.kind),
-            linear=RoutedLinears(
-                query=_macs((query, *self.outputs)),
-                key=_macs(keys),
-                exit=exit,
-                channel=channel,
-                # Where layers are shared, text tokens are in the same sequence.
-                head_text=_macs(self.inputs) + exit if self.shared else text,
-                channel_text=channel if self.shared else 0,
-            ),
-            skips_tokens=tokens_skip and self.residual is not None,
-            width=self.width,
-        )
-
-    def adapted(self, layers: Container[nn.Module]) -> RoutedLinears:
-        """Inputs plus outputs of those of its layers that carry low-rank updates.
-
-        Text tokens that skip nothing count as far as their layers narrow.
-        """
-
-        def of(layer: nn.Linear, units: int) -> int:
-            return units if layer in layers else 0
-
-        query, *keys = (of(layer, layer.out_features) for layer in self.inputs)
-        outputs = sum(of(layer, layer.in_features) for layer in self.outputs)
-        exit = of(self.narrow, self.width) if self.shared else 0
-        channel = of(self.widen, self.widen.out_features) + of(self.narrow, self.channels)
-        return RoutedLinears(
-            query=query + outputs,
-            key=sum(keys),
-            exit=exit,
-            channel=channel,
-            entry=of(self.widen, self.widen.in_features)
-            + of(self.narrow, self.narrow.out_features),
-            head_text=query + sum(keys) + exit if self.shared else 0,
-            channel_text=channel if self.shared else 0,
-        )
-
-
-def _macs(layers: Iterable[nn.Linear]) -> int:
-    return sum(layer.in_features * layer.out_features for layer in layers)

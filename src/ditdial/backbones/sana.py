@@ -7,23 +7,24 @@ are, and the feed-forward is made of convolutions, so blocks are told the grid t
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from ditdial.backbones.arguments import Arguments, Call
 from ditdial.backbones.base import COMMON_FACTS, BlockHook, Model, pair
+from ditdial.backbones.blocks import CROSS_BLOCKS
 from ditdial.backbones.forward import forward_of
 from ditdial.backbones.layers import attention
 from ditdial.backbones.patch_embed import PatchEmbedBackbone
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.times import Times
+from ditdial.cost.blocks import Block, Term
 from ditdial.cost.linears import linear_macs
-from ditdial.cost.shape import Attention, TransformerShape
+from ditdial.cost.shape import TransformerShape
 from ditdial.ops.patching import Triple, coarse_grid
 from ditdial.plan.mode import Mode
-
-TEXT = r"attn2\.to_[kv]$"
 
 
 class SanaTimes(Times):
@@ -51,6 +52,7 @@ class SanaBackbone(PatchEmbedBackbone):
     )
     times = SanaTimes()
     facts = (*COMMON_FACTS, "caption_channels", "mlp_ratio", "guidance_embeds")
+    block_lists = (replace(CROSS_BLOCKS, attention=(("attn2", "cross"),)),)
     low_rank = (("transformer_blocks", attention("attn1")),)
     prompt_only = (("transformer_blocks", ("attn2.to_k", "attn2.to_v")),)
 
@@ -70,31 +72,22 @@ class SanaBackbone(PatchEmbedBackbone):
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, *pair(model.config.sample_size, model.config.patch_size)), 300
 
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
+        return linear_macs(model.time_embed) + text_tokens * linear_macs(model.caption_projection)
+
     def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
-        config, blocks = model.config, model.transformer_blocks
-        depth, head = config.num_layers, config.attention_head_dim
-        d = config.num_attention_heads * head
-        across = config.num_cross_attention_heads * config.cross_attention_head_dim
-        # One weight, one multiply-add per token, for depthwise and for 1 x 1 convolutions.
-        convolutions = sum(
-            layer.weight.numel() for layer in blocks.modules() if isinstance(layer, nn.Conv2d)
-        )
+        shape = super().shape(model, grid, text_tokens)
         # Values and a one, times keys: a state of head x (head + 1), written and read per token.
-        linear_attention = depth * 2 * d * (head + 1)
-        return TransformerShape(
-            width=d,
-            grid=grid,
-            patch_in=config.patch_size**2 * config.in_channels,
-            patch_out=model.proj_out.out_features,
-            token_macs=linear_macs(blocks, but=TEXT) + convolutions + linear_attention,
-            attention=(Attention(depth, across, "cross"),),
-            text_tokens=text_tokens,
-            text_macs=linear_macs(blocks, TEXT),
-            text_once=linear_macs(blocks, TEXT),
-            picture_macs=linear_macs(model.time_embed)
-            + text_tokens * linear_macs(model.caption_projection),
-            adapted=self.adapted_macs(model),
-        )
+        states = 2 * shape.patches.width * (model.config.attention_head_dim + 1)
+
+        def with_rest(block: nn.Module, known: Block) -> Block:
+            layers = (layer for layer in block.modules() if isinstance(layer, nn.Conv2d))
+            # One weight, one multiply-add per token, for depthwise and for 1 x 1 convolutions.
+            convolutions = sum(layer.weight.numel() for layer in layers)
+            return replace(known, terms=(*known.terms, Term(convolutions + states, "stream")))
+
+        blocks = map(with_rest, model.transformer_blocks, shape.blocks)
+        return replace(shape, blocks=tuple(blocks))
 
 
 def coarse_sides(

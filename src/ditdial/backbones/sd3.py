@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ditdial.backbones.arguments import Arguments, Call
 from ditdial.backbones.base import COMMON_FACTS, Model, pair
-from ditdial.backbones.layers import MODULATION, Packed, attention, embedders, feed_forward
+from ditdial.backbones.blocks import DOUBLE_BLOCKS
+from ditdial.backbones.layers import Packed, attention, embedders, feed_forward
 from ditdial.backbones.patch_embed import PatchEmbedBackbone
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import JOINT, Routed
 from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
-from ditdial.cost.shape import Attention, TransformerShape
 from ditdial.ops.patching import Triple
 from ditdial.plan.mode import Mode
-
-TEXT = r"\.(attn\.(add_|to_add_out)|ff_context)"
 
 
 class SD3Backbone(PatchEmbedBackbone):
@@ -29,11 +29,9 @@ class SD3Backbone(PatchEmbedBackbone):
     )
     times = Times(layers=embedders("time_text_embed"))
     facts = (*COMMON_FACTS, "joint_attention_dim", "dual_attention_layers")
+    block_lists = (replace(DOUBLE_BLOCKS, attention=(("attn", "joint"), ("attn2", "self"))),)
     low_rank = (("transformer_blocks", (*attention("attn"), *feed_forward("ff"))),)
-    streamed = Streamed(
-        attention=(("attn", "joint"), ("attn2", "self")),
-        apart=r"^(attn\.(add_|to_add_out)|ff_context|norm1)",
-    )
+    streamed = Streamed(attention=(("attn", "joint"), ("attn2", "self")))
     packed = Packed(
         modulation=("transformer_blocks.*.norm1.linear", "norm_out.linear"),
         attention=("transformer_blocks.*.attn", "transformer_blocks.*.attn2"),
@@ -52,20 +50,6 @@ class SD3Backbone(PatchEmbedBackbone):
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, *pair(model.config.sample_size, model.config.patch_size)), 333
 
-    def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
-        config, d, blocks = model.config, model.inner_dim, model.transformer_blocks
-        area, dual = config.patch_size**2, len(config.dual_attention_layers)
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
         conditioning = linear_macs(model.time_text_embed) + linear_macs(model.norm_out)
-        text_in = text_tokens * linear_macs(model, "^context_embedder$")
-        return TransformerShape(
-            width=d,
-            grid=grid,
-            patch_in=area * config.in_channels,
-            patch_out=area * model.out_channels,
-            token_macs=linear_macs(blocks, but=f"{TEXT}|{MODULATION}"),
-            attention=(Attention(config.num_layers, d, "joint"), Attention(dual, d)),
-            text_tokens=text_tokens,
-            text_macs=linear_macs(blocks, TEXT),
-            picture_macs=linear_macs(blocks, MODULATION) + conditioning + text_in,
-            adapted=self.adapted_macs(model),
-        )
+        return conditioning + text_tokens * linear_macs(model.context_embedder)

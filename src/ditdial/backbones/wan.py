@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
 from ditdial.backbones.arguments import Arguments, Call, grouped_times, has_token_times
 from ditdial.backbones.base import COMMON_FACTS, Backbone, Model
+from ditdial.backbones.blocks import CROSS_BLOCKS
 from ditdial.backbones.forward import Embed, Forward
 from ditdial.backbones.layers import attention, feed_forward
 from ditdial.backbones.patches import Patches
@@ -17,13 +18,10 @@ from ditdial.backbones.routed import Routed
 from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
-from ditdial.cost.shape import Attention, TransformerShape
+from ditdial.cost.shape import TransformerShape
 from ditdial.ops.patching import Triple
 from ditdial.ops.positions import real_rotary_centres
 from ditdial.plan.mode import Mode
-
-KEYS = r"attn2\.to_[kv]$"
-TEXT = r"attn2\.(to_[kv]|add_[kv]_proj)$"
 
 
 class WanBackbone(Backbone):
@@ -38,6 +36,7 @@ class WanBackbone(Backbone):
     rotary = "rope"
     facts = (*COMMON_FACTS, "ffn_dim", "text_dim")
     axes = "thw"
+    block_lists = (replace(CROSS_BLOCKS, blocks="blocks", text=r"attn2\.(to_[kv]|add_[kv]_proj)$"),)
     low_rank = (("blocks", (*attention("attn1"), *feed_forward("ffn"))),)
     conditioning = ("condition_embedder.time_embedder",)
     prompt_only = (("blocks", ("attn2.to_k", "attn2.to_v")),)
@@ -56,8 +55,6 @@ class WanBackbone(Backbone):
         blocks=("blocks",),
         arguments=("hidden_states", "encoder_hidden_states", "attention_mask", "rotary_emb"),
         phases="rotary_emb",
-        text="attn2",
-        apart=TEXT,
     )
 
     def tokens(
@@ -96,23 +93,12 @@ class WanBackbone(Backbone):
         per_token = pipe is not None and pipe.config.get("expand_timesteps", False)
         return grid, text_tokens, per_token
 
+    def picture_macs(self, model: Model, text_tokens: int) -> int:
+        return text_tokens * linear_macs(model.condition_embedder, "^text_embedder")
+
     def shape(
         self, model: Model, grid: Triple, text_tokens: int, times_per_token: bool = False
     ) -> TransformerShape:
-        config, embedder = model.config, model.condition_embedder
-        d, depth = config.num_attention_heads * config.attention_head_dim, config.num_layers
-        times = linear_macs(embedder, "^time")
-        return TransformerShape(
-            width=d,
-            grid=grid,
-            patch_in=math.prod(self.patches.size(model)) * config.in_channels,
-            patch_out=model.proj_out.out_features,
-            token_macs=linear_macs(model.blocks, but=TEXT) + times_per_token * times,
-            attention=(Attention(depth, d), Attention(depth, d, "cross")),
-            text_tokens=text_tokens,
-            text_once=linear_macs(model.blocks, KEYS),
-            text_macs=linear_macs(model.blocks, TEXT),
-            picture_macs=(not times_per_token) * times
-            + text_tokens * linear_macs(embedder, "^text_embedder"),
-            adapted=self.adapted_macs(model),
-        )
+        shape = super().shape(model, grid, text_tokens)
+        times = linear_macs(model.condition_embedder, "^time")
+        return shape.with_times(times, per_token=times_per_token)

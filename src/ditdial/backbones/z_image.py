@@ -6,6 +6,7 @@ text up to a multiple of 32 tokens; the filler takes part in everything.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +19,8 @@ from ditdial.backbones.base import Model, Rewired
 from ditdial.backbones.forward import Embed, Forward, Project
 from ditdial.backbones.layers import attention
 from ditdial.backbones.patches import Patches
-from ditdial.backbones.refined import RefinedBackbone
+from ditdial.backbones.refined import RefinedBackbone, refined_lists
 from ditdial.backbones.times import Times
-from ditdial.cost.linears import FilledShape, filled
 from ditdial.cost.shape import TransformerShape
 from ditdial.ops.patching import Triple, coarse_grid, group, ungroup
 from ditdial.plan.mode import Mode
@@ -59,6 +59,30 @@ def centred_phases(model: Model, forward: Forward, stock: Rewired, *args: Any) -
     return tokens, centres.view_as(phases), *rest
 
 
+def filled(tokens: int) -> int:
+    """Tokens and the filler up to a multiple."""
+    return tokens + -tokens % SEQ_MULTI_OF
+
+
+@dataclass(frozen=True, kw_only=True)
+class FilledShape(TransformerShape):
+    """Blocks go through the filler too, and in full mode so do the first layer and the last."""
+
+    def tokens(self, mode: Mode) -> int:
+        return filled(super().tokens(mode))
+
+    def seen(self, mode: Mode) -> Triple:
+        return 1, 1, self.tokens(mode)
+
+    def patch_macs(self, mode: Mode) -> float:
+        if not mode.has_base_patch:
+            return super().patch_macs(mode)
+        text = (
+            self.text_tokens * self.patches.out * self.patches.width
+        )  # the last layer takes it too
+        return self.tokens(mode) * self.patches.macs + text
+
+
 class ZImageTimes(Times):
     """The pipeline gives sigmas of single precision."""
 
@@ -90,8 +114,9 @@ class ZImageBackbone(RefinedBackbone):
     times = ZImageTimes(argument="t", scale=1.0, rises=True, own_sigmas=True)
     rewired = (("_patchify_image", grouped_patches), ("_prepare_sequence", centred_phases))
     facts = ("dim", "n_layers", "n_refiner_layers", "n_heads", "in_channels", "cap_feat_dim")
-    modulation = "adaLN_modulation"
-    once = f"{modulation}|^t_embedder"
+    shape_class = FilledShape
+    block_lists = refined_lists("attention", "adaLN_modulation")
+    once = r"^t_embedder|^all_final_layer.*adaLN_modulation"
     prompt = "^(cap_embedder|context_refiner)"
     low_rank = (("noise_refiner", ADAPTED), ("layers", ADAPTED))
 
@@ -109,7 +134,7 @@ class ZImageBackbone(RefinedBackbone):
         self, module: Model, forward: Forward, mode: Mode, latent: Tensor, embed: Embed
     ) -> Tensor:
         count = forward.tokens(mode)
-        rows = latent.unflatten(0, (-1, filled(count, SEQ_MULTI_OF)))  # one after the other
+        rows = latent.unflatten(0, (-1, filled(count)))  # one after the other
         vectors = ungroup(rows[:, :count], forward.grid, mode.patch_scale)
         tokens = embed(vectors.unflatten(1, forward.grid))
         return F.pad(tokens, (0, 0, 0, rows.shape[1] - count)).flatten(0, 1)
@@ -124,5 +149,4 @@ class ZImageBackbone(RefinedBackbone):
         return (1, 64, 64), 512
 
     def shape(self, model: Model, grid: Triple, text_tokens: int) -> TransformerShape:
-        text = filled(text_tokens, SEQ_MULTI_OF)
-        return FilledShape(multiple=SEQ_MULTI_OF, **self.sequence(model, grid, text, text))
+        return super().shape(model, grid, filled(text_tokens))

@@ -12,7 +12,7 @@ from ditdial.cli.arguments import parse_labels, pipeline
 from ditdial.cli.tables import AsJson, Column, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from ditdial.cost.shape import TransformerShape
+    from ditdial.published.models import Published
 
 METHODS = ("flexidit", "sparsedit")
 BRANCHES = 2
@@ -45,90 +45,62 @@ def cost(
     if method not in METHODS:
         near = did_you_mean(method, METHODS)
         raise ValueError(f"method = {method!r}; legal: {', '.join(METHODS)}{near}")
+    from ditdial.published.costs import run_cost, sparse_plan
+
     if method == "sparsedit":
-        from ditdial.published.costs import sparsedit_cost
-
         numbers = tuple(parse_labels(sides, "sides")) if sides else ()
-        facts = sparsedit_cost(model, numbers, steps)
-        if as_json:
-            print_json(facts)
-        else:
-            _show_sparse(facts)
-        return
-    from ditdial.cost.shape import weak_first_cost
+        facts = run_cost(model, sparse_plan(model, numbers), steps=steps)
+        which = "sparse grids by noise level"
+    else:
+        from ditdial.methods import FlexiDiT
+        from ditdial.plan.schedule import Schedule
 
-    shape = _shape(model)
-    facts = weak_first_cost(
-        model,
-        weak_fraction,
-        guide_fraction=guide_fraction,
-        scale=scale,
-        low_rank=low_rank,
-        steps=steps,
-        shape=shape,
-    )
+        facts = run_cost(
+            _known(model),
+            FlexiDiT(scales=(scale,), rank=low_rank or 32),
+            Schedule.weak_first(weak_fraction, scale, guide_fraction=guide_fraction),
+            steps=steps,
+            merged=not low_rank,
+        )
+        which = f"the first {figures.share(weak_fraction)} of them weak"
+        if guide_fraction is not None:
+            which += f", of the guidance branch the first {figures.share(guide_fraction)}"
+    facts |= {"model": model}
     if as_json:
         print_json(facts)
-        return
-    weak = f"the first {figures.share(weak_fraction)} of them weak"
-    if guide_fraction is not None:
-        weak += f", of the guidance branch the first {figures.share(guide_fraction)}"
-    _show_weak_first(facts, "clip" if shape.grid[0] > 1 else "picture", weak)
+    else:
+        _show(facts, which)
 
 
-def _shape(model: str) -> TransformerShape:
-    """What the cost of a reference model or a published one depends on."""
+def _known(model: str) -> str | Published:
+    """A reference model, or the name of a published one."""
+    from ditdial.published.models import Published
     from ditdial.reference import reference_names
 
-    if model not in reference_names():
-        from ditdial.published.models import published_shape
-
-        return published_shape(model)
-    from ditdial.backbones import backbone_for
-
-    transformer = pipeline(model).transformer
-    backbone = backbone_for(transformer)
-    return backbone.shape(transformer, *backbone.default_size(transformer))
+    return Published.of(pipeline(model).transformer) if model in reference_names() else model
 
 
 def _line(what: str, macs: float, ratio: float, **others: Any) -> dict[str, Any]:
     return {"what": what, "macs": macs, "flops": 2 * macs, "ratio": ratio, **others}
 
 
-def _show_weak_first(facts: dict[str, Any], noun: str, which: str) -> None:
-    full, weak, steps = facts["macs_full"], facts["macs_weak"], facts["steps"]
-    say(f"{facts['model']}, per forward pass of one {noun}:\n")
-    passes = [
-        _line("full mode", full, 1.0, tokens=facts["tokens_full"]),
-        _line("weak mode", weak, weak / full, tokens=facts["tokens_weak"]),
-    ]
-    print_table(passes, COLUMNS)
-    say(f"\nper run of one {noun}, {steps} guided steps of {BRANCHES} passes,\n{which}:\n")
-    whole = BRANCHES * steps
-    runs = [
-        _line("full mode", whole * full, 1.0, paper=1.0),
-        _line("weak first", whole * facts["macs_plan"], facts["ratio"], paper=facts["ratio_paper"]),
-    ]
-    print_table(runs, (COLUMNS[0], *COLUMNS[2:], PAPER))
-    say("\n1 MAC = 2 FLOPs; the FlexiDiT paper counts transformer blocks only")
-
-
-def _show_sparse(facts: dict[str, Any]) -> None:
+def _show(facts: dict[str, Any], which: str) -> None:
     full, steps = facts["macs_full"], facts["steps"]
     say(f"{facts['model']}, per forward pass of one picture or clip:\n")
-    passes = [_line("full mode", full, 1.0)]
-    passes += [_line(name, macs, macs / full) for name, macs in facts["macs_by_grid"].items()]
-    columns = (COLUMNS[0], *COLUMNS[2:])
-    print_table(passes, columns)
-    say(f"\nper run of one picture or clip, {steps} steps without guidance, which doubles all:\n")
-    runs = [
-        _line("full mode", steps * full, 1.0, paper=1.0),
-        _line(
-            "by noise level",
-            steps * facts["macs_plan"],
-            facts["ratio"],
-            paper=facts["ratio_published"],
-        ),
+    passes = [
+        _line(f"mode {name}", macs, macs / full, tokens=facts["tokens"][name])
+        for name, macs in facts["macs"].items()
     ]
-    print_table(runs, (*columns, PAPER))
-    say("\n1 MAC = 2 FLOPs; the SparseDiT paper also counts what need not be multiplied")
+    print_table(passes, COLUMNS)
+    say(f"\nper run of one picture or clip, {steps} guided steps of {BRANCHES} passes,\n{which}:\n")
+    whole = BRANCHES * steps
+    paper = facts.get("ratio_published", facts["ratio_blocks"])
+    runs = [
+        _line("full mode", whole * full, 1.0, paper=1.0),
+        _line("as planned", whole * facts["macs_plan"], facts["ratio"], paper=paper),
+    ]
+    print_table(runs, (COLUMNS[0], *COLUMNS[2:], PAPER))
+    say(
+        "\n1 MAC = 2 FLOPs; the FlexiDiT paper counts transformer blocks only, the SparseDiT paper "
+        "also what need not be multiplied"
+    )

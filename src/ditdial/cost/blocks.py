@@ -1,145 +1,177 @@
-"""Multiply-adds of blocks that run on two token grids (SparseDiT, 2412.06028, section 3).
+"""What a block multiplies: a sum of products, one for each kind of work in it.
 
-`SparseBlock` says what one block multiplies and which role it has; `SparseCost` sums what a sparse
-mode leaves out of all of them. Averages and up-sampling are no products of matrices and count as
-nothing, as everywhere in `ditdial.cost.shape`.
+A `Term` says what one token takes in some layers of a block, or one pair of tokens in an attention,
+which tokens of the block these are, and what can leave a share of the work out:
 
-The paper counts two things otherwise, and its figures come out with ``published = True``: its
-pooling block multiplies a constant N x N matrix with the values of all tokens, and its merge
-multiplies sparse tokens after they are spread over the dense grid.
+    multiply-adds of a block = sum over its terms of  each * count[by] * share[narrows]
+
+A mode decides the counts alone (`Tokens`) and routers the shares alone (`Kept`), so that coarse,
+sparse and narrow modes, and all that are made of them, cost by the same formula. A low-rank update
+of rank r multiplies r times the inputs plus outputs of its layer: the formula serves it too, with
+inputs plus outputs in the place of multiply-adds in ``each``.
+
+Averages and up-sampling are no products of matrices and count as nothing.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from ditdial.ops.gates import kept_tokens
+
 Grid = tuple[int, int, int]
 
-ROLES = ("pool", "generate", "gather", "sparse", "recover", "dense")
-"""What a block does with its two grids, in the order of a module; ``pool`` blocks come before.
-``generate`` makes the sparse tokens, ``gather`` is the same once they are there.
+ROLES = {
+    "pool": ("dense", "dense"),
+    "generate": ("sparse", "dense"),
+    "gather": ("sparse", "dense"),
+    "sparse": ("sparse", "sparse"),
+    "recover": ("dense", "sparse"),
+    "dense": ("dense", "dense"),
+}
+"""What a block does between two token grids (SparseDiT, 2412.06028, section 3).
+
+Each with the grid that asks in its attention and the one that is asked. ``pool`` blocks come first;
+the others are in the order of a module. ``generate`` makes the sparse tokens, ``gather`` is the
+same once they are there.
 """
 
 
-class Seen(NamedTuple):
-    """Tokens of one picture in a block: that ask, that are asked and that it returns."""
+class Term(NamedTuple):
+    """Work of one kind in a block.
+
+    Args:
+        each: multiply-adds of one token, or of one pair of tokens.
+        by: which tokens or pairs: a name of `Tokens.counts`.
+        narrows: what can leave a share of it out: ``heads`` or ``channels`` that routers choose, a
+            ``prompt`` that was seen before, or ``nothing``.
+    """
+
+    each: float
+    by: str
+    narrows: str = "nothing"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Shares of one block's heads and channels, and of the tokens that enter its feed-forward."""
+
+    heads: float = 1
+    channels: float = 1
+    tokens: float = 1
+
+
+ALL = Kept()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tokens:
+    """Tokens of one picture in a block.
+
+    Args:
+        queries, keys: that ask in its attention, and that are asked.
+        stream: that go through everything else.
+        frames: rows of tokens that a spatial attention keeps apart.
+        text: of the prompt.
+        merged: of both grids together, where the block merges them.
+    """
 
     queries: int
     keys: int
     stream: int
     frames: int
+    text: int = 0
+    merged: int = 0
 
     @classmethod
-    def on(cls, grid: Grid) -> Seen:
+    def on(cls, grid: Grid, text: int = 0) -> Tokens:
         """All those of one grid."""
         n = math.prod(grid)
-        return cls(n, n, n, grid[0])
+        return cls(queries=n, keys=n, stream=n, frames=grid[0], text=text)
 
-    def pairs(self, kind: str, text: int) -> int:
-        """Which see each other in an attention of a kind (see `ditdial.cost.shape.Attention`)."""
+    @functools.cached_property
+    def counts(self) -> dict[str, float]:
+        """How many there are of each kind of token, and of pairs that meet in each attention.
+
+        ``query`` tokens have queries and take what attention returns, ``key`` tokens have keys and
+        values. ``entering`` are those of the stream that a feed-forward lets in: all of them unless
+        routers choose. ``framed`` are text tokens that are repeated for every frame.
+        """
         return {
+            "query": self.queries,
+            "key": self.keys,
+            "stream": self.stream,
+            "entering": self.stream,
+            "merged": self.merged,
+            "text": self.text,
+            "framed": self.text * self.frames,
             "self": self.queries * self.keys,
-            "joint": (self.queries + text) * (self.keys + text),
-            "cross": self.stream * text,
+            "joint": (self.queries + self.text) * (self.keys + self.text),
+            "cross": self.stream * self.text,
             "spatial": self.queries * self.keys // self.frames,
             "temporal": self.queries * self.frames,
-        }[kind]
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Linears:
-    """Linear layers of a block by the tokens that go through, in what one token takes there.
-
-    That is multiply-adds, or inputs plus outputs of those layers that carry low-rank updates.
+class Block:
+    """One block, or several that work alike, as a sum of terms.
 
     Args:
-        query: makes queries, and takes what attention returns.
-        key: makes keys and values.
-        rest: the stream's own tokens.
+        role: what it does with two token grids, of `ROLES`; None where nobody planned it.
+        router: multiply-adds of one token in the router that decides whether it enters the
+            feed-forward; 0 where all tokens do. Routers of the timestep run once per run.
     """
 
-    query: int
-    key: int
-    rest: int
+    terms: tuple[Term, ...]
+    role: str | None = None
+    router: int = 0
 
-    def of(self, seen: Seen) -> int:
-        """What all tokens take."""
-        return seen.queries * self.query + seen.keys * self.key + seen.stream * self.rest
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparseBlock:
-    """What one block multiplies.
-
-    Args:
-        role: of `ROLES`.
-        attention: kind of each attention that picture tokens go through (see
-            `ditdial.cost.shape.Attention`), and its heads times head width.
-        linear: of its linear layers.
-        cross: heads times head width of its attention to the text.
-        merge: multiply-adds of one token in one of a recover block's two merging layers.
-    """
-
-    role: str
-    attention: tuple[tuple[str, int], ...]
-    linear: Linears
-    cross: int = 0
-    merge: int = 0
-
-    def macs(self, dense: Grid, sparse: Grid, text: int, *, published: bool = False) -> int:
-        """Everything, for one picture, but what the text's own tokens multiply."""
-        seen = self.seen(dense, sparse)
-        n, m = math.prod(dense), math.prod(sparse)
-        attention = 2 * self.cross * seen.pairs("cross", text)
-        if self.role == "pool" and published:
-            half = (self.linear.query + self.linear.key) // 2  # neither queries nor keys
-            constant = sum(width for _, width in self.attention) * n * self._apart(n, dense[0])
-            return attention + constant + n * (half + self.linear.rest)
-        attention += sum(2 * width * seen.pairs(kind, text) for kind, width in self.attention)
-        merge = ((n if published else m) + n) * self.merge if self.role == "recover" else 0
-        return attention + merge + self.linear.of(seen)
-
-    def _apart(self, n: int, frames: int) -> int:
-        """Tokens that attend to each other."""
-        return n // frames if self.attention[0][0] == "spatial" else n
-
-    def seen(self, dense: Grid, sparse: Grid) -> Seen:
-        """Its tokens."""
-        n, m, frames = math.prod(dense), math.prod(sparse), dense[0]
+    def tokens(self, dense: Grid, sparse: Grid, text: int) -> Tokens:
+        """Its tokens between two grids, in its role."""
+        assert self.role is not None
+        grids = {"dense": dense, "sparse": sparse}
+        queries, keys = (math.prod(grids[name]) for name in ROLES[self.role])
+        stream, merged = queries, queries + keys if self.role == "recover" else 0
         if self.role == "pool":
-            means = n // self._apart(n, frames)
-            return Seen(means, means, n, frames)
-        return {
-            "generate": Seen(m, n, m, frames),
-            "gather": Seen(m, n, m, frames),
-            "sparse": Seen(m, m, m, frames),
-            "recover": Seen(n, m, n, frames),
-            "dense": Seen(n, n, n, frames),
-        }[self.role]
-
-
-@dataclass(frozen=True, kw_only=True)
-class SparseCost:
-    """The blocks of a model in order, with their roles.
-
-    Args:
-        published: count as the paper does.
-    """
-
-    blocks: tuple[SparseBlock, ...]
-    published: bool = False
-
-    def left_out(self, dense: Grid, token_grid: tuple[int, int], text: int) -> int:
-        """Multiply-adds that a sparse mode saves for one picture."""
-        sparse = (dense[0], *token_grid)
-        return sum(
-            replace(block, role="dense").macs(dense, dense, text)
-            - block.macs(dense, sparse, text, published=self.published)
-            for block in self.blocks
+            # Equal weights make attention an average, taken before anything is multiplied.
+            queries = keys = dense[0] if self._has("spatial") else 1
+        return Tokens(
+            queries=queries, keys=keys, stream=stream, frames=dense[0], text=text, merged=merged
         )
 
-    def seen(self, dense: Grid, token_grid: tuple[int, int]) -> list[Seen]:
-        """Tokens of each block."""
-        return [block.seen(dense, (dense[0], *token_grid)) for block in self.blocks]
+    def macs(self, tokens: Tokens, kept: Kept | None = None) -> float:
+        """Multiply-adds of one forward pass of one picture; ``kept`` is None without routers."""
+        routers = 0 if kept is None else tokens.stream * self.router
+        return self.total(self.terms, tokens, kept) + routers
+
+    def total(self, terms: Iterable[Term], tokens: Tokens, kept: Kept | None = None) -> float:
+        """The sum of terms on its tokens: its own, or those of the low-rank updates in it."""
+        kept = kept or ALL
+        shares = {"heads": kept.heads, "channels": kept.channels, "prompt": 1, "nothing": 1}
+        counts = tokens.counts
+        if self.router:
+            counts = counts | {"entering": tokens.stream * kept.tokens}
+        return sum(each * counts[by] * shares[narrows] for each, by, narrows in terms)
+
+    def narrowing(self) -> Block:
+        """The part of it that routers can leave out."""
+        return replace(
+            self, terms=tuple(x for x in self.terms if x.narrows in ("heads", "channels"))
+        )
+
+    def fixed(self, kept: Kept, tokens: Tokens) -> Kept:
+        """What is kept where a fixed number of tokens is, in each row that the block sees."""
+        row = tokens.stream
+        if self._has("spatial"):
+            row = tokens.stream // tokens.frames
+        elif self._has("temporal"):
+            row = tokens.frames
+        return replace(kept, tokens=kept_tokens(row, kept.tokens) / row)
+
+    def _has(self, kind: str) -> bool:
+        return any(term.by == kind for term in self.terms)

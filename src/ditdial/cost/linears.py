@@ -1,67 +1,62 @@
-"""Multiply-adds of live layers: what a backbone's `TransformerShape` is made of."""
+"""What one token takes in a linear layer: inputs times outputs, and inputs plus outputs.
+
+The first are multiply-adds of the layer; the second, times a rank, those of a low-rank update of
+it. Routers narrow one side of a layer, or a part of one, so that each amount comes with what
+narrows it.
+"""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from ditdial.cost.shape import Kept, TransformerShape
-from ditdial.plan.mode import Mode
+Side = Mapping[str, int]
+"""Numbers on one side of a layer, by what narrows them (see `ditdial.cost.blocks.Term`)."""
 
 
-def linear_macs(module: Any, pattern: str = "", *, but: str | None = None) -> int:
-    """Inputs times outputs of all linear layers whose names match, and do not match ``but``."""
+@dataclass(frozen=True)
+class Linear:
+    """The two sides of a linear layer."""
+
+    inputs: Side
+    outputs: Side
+
+    def products(self) -> Counter[str]:
+        """Inputs times outputs, by what narrows them; at most one of the two sides does."""
+        found: Counter[str] = Counter()
+        for before, width in self.inputs.items():
+            for after, height in self.outputs.items():
+                assert "nothing" in (before, after)
+                found[before if after == "nothing" else after] += width * height
+        return found
+
+    def sums(self) -> Counter[str]:
+        """Inputs plus outputs, by what narrows them."""
+        return Counter(self.inputs) + Counter(self.outputs)
+
+
+def linears(module: Any) -> Iterator[tuple[str, Any]]:
+    """The linear layers inside a module, with their names, but the low-rank ones of a LoRA."""
+    for name, layer in module.named_modules():
+        if hasattr(layer, "out_features") and "lora_" not in name:
+            yield name, layer
+
+
+def linear_macs(module: Any, pattern: str = "") -> int:
+    """Multiply-adds of one token in all linear layers whose names match a regular expression."""
     return sum(
         layer.in_features * layer.out_features
-        for name, layer in module.named_modules()
-        if hasattr(layer, "out_features")
-        and "lora_" not in name
-        and re.search(pattern, name)
-        and not (but and re.search(but, name))
+        for name, layer in linears(module)
+        if re.search(pattern, name)
     )
 
 
-def with_other_pictures(shape: TransformerShape, tokens: int) -> TransformerShape:
-    """The same network with ``tokens`` of reference pictures in its joint sequence (full mode)."""
-    each = shape.token_macs - shape.text_macs + (shape.patch_in + shape.patch_out) * shape.width
-    return replace(
-        shape,
-        text_tokens=shape.text_tokens + tokens,
-        picture_macs=shape.picture_macs + tokens * each,
-    )
-
-
-def filled(tokens: int, multiple: int) -> int:
-    """Tokens and the filler up to a multiple."""
-    return tokens + -tokens % multiple
-
-
-@dataclass(frozen=True, kw_only=True)
-class FilledShape(TransformerShape):
-    """A model that fills its tokens up to a multiple.
-
-    Blocks go through the filler too, and in full mode so do the first layer and the last.
-    """
-
-    multiple: int
-
-    def tokens(self, mode: Mode) -> int:
-        return filled(super().tokens(mode), self.multiple)
-
-    def dense_macs(self, mode: Mode) -> float:
-        tokens, text = self.tokens(mode), self.text_tokens
-        attention = sum(layer.macs(1, tokens, text) for layer in self.attention)
-        return attention + tokens * self.token_macs + text * self.text_macs
-
-    def macs(
-        self, mode: Mode, level: float | None = None, kept: Sequence[Kept] | None = None
-    ) -> float:
-        if mode.has_base_patch:  # the last layer projects the text as well
-            return super().macs(mode, level, kept) + self.text_tokens * self.patch_out * self.width
-        filler = (self.tokens(mode) - super().tokens(mode)) * math.prod(mode.patch_scale)
-        return (
-            super().macs(mode, level, kept) - filler * (self.patch_in + self.patch_out) * self.width
-        )
+def matrix_sizes(layer: Any) -> tuple[int, int]:
+    """Rows and columns of the product in a linear layer, or in a convolution of patches."""
+    if hasattr(layer, "out_features"):
+        return layer.in_features, layer.out_features
+    return layer.in_channels * math.prod(layer.kernel_size), layer.out_channels

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ditdial.cost.shape import Kept
+from ditdial.cost.blocks import Kept
 from ditdial.ops.gates import open_tokens
 from ditdial.plan.mode import Mode
 

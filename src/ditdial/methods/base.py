@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -68,39 +69,35 @@ class Method(ABC):
     def priced(
         self, shape: TransformerShape, model: nn.Module, backbone: Backbone
     ) -> TransformerShape:
-        """What the cost of a model depends on, with what the method changes in its blocks."""
+        """What the cost of a model depends on, with what the method changes in the blocks' work."""
         return shape
 
-    def updates(
+    def updates(self, model: nn.Module, backbone: Backbone) -> tuple[Updates, ...]:
+        """What its low-rank updates cost in a model."""
+        if not self.low_rank:
+            return ()
+        layers = backbone.adapting(self.adapts).low_rank_layers(model)
+        blocks = backbone.block_terms(model, {name for name, _ in layers})
+        parts = frozenset(mode.name for mode in self.modes)
+        return (Updates(rank=self.low_rank, blocks=blocks, parts=parts),)
+
+    def shape(
         self,
-        shape: TransformerShape,
         model: nn.Module,
         backbone: Backbone,
         size: tuple[Any, ...],
-    ) -> tuple[Updates, ...]:
-        """What its low-rank updates cost in a model.
+        *,
+        merged: bool = False,
+    ) -> TransformerShape:
+        """What the cost of a model with this method depends on.
 
         Args:
-            shape: of the model, with what sparse and routed modes change in its blocks.
             size: base grid and text tokens, as `Backbone.size` returns them.
+            merged: low-rank updates are added to the weights beforehand.
         """
-        if not self.low_rank:
-            return ()
-        backbone = backbone.adapting(self.adapts)
-        whole, layers = backbone.shape(model, *size), dict(backbone.low_rank_layers(model))
-        units = {name: layer.in_features + layer.out_features for name, layer in layers.items()}
-        own, streamed = set(layers.values()), backbone.streamed if shape.sparse else None
-        blocks = backbone.routed_blocks(model) if shape.routable else ()
-        return (
-            Updates(
-                rank=self.low_rank,
-                units=whole.adapted,
-                text_units=whole.adapted_text,
-                modes=frozenset(mode.name for mode in self.modes),
-                blocks=() if streamed is None else tuple(streamed.adapted(model, units)),
-                routed=tuple(block.adapted(own) for block in blocks),
-            ),
-        )
+        shape = self.priced(backbone.shape(model, *size), model, backbone)
+        updates = () if merged else self.updates(model, backbone)
+        return replace(shape, updates=updates, patches=replace(shape.patches, skips=self.skips))
 
     @abstractmethod
     def build(self, model: nn.Module, backbone: Backbone) -> NewModules:

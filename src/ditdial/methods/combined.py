@@ -141,15 +141,8 @@ class Combined(Method):
             shape = part.priced(shape, model, backbone)
         return shape
 
-    def updates(
-        self,
-        shape: TransformerShape,
-        model: nn.Module,
-        backbone: Backbone,
-        size: tuple[Any, ...],
-    ) -> tuple[Updates, ...]:
-        found = (part.updates(shape, model, backbone, size) for part in self.parts)
-        return tuple(itertools.chain.from_iterable(found))
+    def updates(self, model: nn.Module, backbone: Backbone) -> tuple[Updates, ...]:
+        return tuple(x for part in self.parts for x in part.updates(model, backbone))
 
     def build(self, model: nn.Module, backbone: Backbone) -> NewModules:
         return CombinedModules(self, model, backbone)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ditdial.backbones.base import Backbone
 from ditdial.backbones.routed import RoutedBlock, has_fused
+from ditdial.cost.shape import TransformerShape
 from ditdial.host.weights import compute_dtype
 from ditdial.layers.new_modules import NewModules
 from ditdial.layers.width_pass import Narrow, Open
@@ -45,6 +46,11 @@ from ditdial.plan.mode import FULL, Mode
 
 LEVELS = 10
 """Bins of noise levels for which the share of kept tokens is recorded."""
+
+
+def token_router_macs(width: int) -> int:
+    """Multiply-adds of one token in a token router: two layers, a sixteenth as wide."""
+    return width * (width // 16) + width // 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,6 +158,17 @@ class DyDiT(Method):
     @property
     def trains_base(self) -> bool:
         return self.recipe == "full"
+
+    def priced(
+        self, shape: TransformerShape, model: nn.Module, backbone: Backbone
+    ) -> TransformerShape:
+        blocks = [
+            replace(block, router=token_router_macs(modules.width))
+            if self.tokens and modules.residual is not None
+            else block
+            for block, modules in zip(shape.blocks, backbone.routed_blocks(model), strict=True)
+        ]
+        return replace(shape, blocks=tuple(blocks))
 
     def build(self, model: nn.Module, backbone: Backbone) -> NewModules:
         return RoutedModules(self, model, backbone)

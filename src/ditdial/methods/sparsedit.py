@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ditdial.backbones.base import Backbone
-from ditdial.cost.blocks import SparseCost
+from ditdial.backbones.streamed import Streamed
+from ditdial.cost.blocks import Term
 from ditdial.cost.shape import TransformerShape
 from ditdial.host.weights import NewLinear
 from ditdial.layers.grid_hooks import attach
@@ -187,6 +188,15 @@ class SparseDiT(Method):
         )
 
     def build(self, model: nn.Module, backbone: Backbone) -> NewModules:
+        self._check_depth(model, backbone)
+        return SparseModules(self, model, backbone)
+
+    def _check_depth(self, model: nn.Module, backbone: Backbone) -> Streamed:
+        """Where tokens meet in a model that this plan fits.
+
+        Raises:
+            ValueError: a plan of another depth, or one that the class cannot run.
+        """
         streamed, planned = backbone.streamed, len(self.roles)
         if streamed is None:
             raise ValueError(
@@ -208,14 +218,17 @@ class SparseDiT(Method):
                 f"pool = {self.pool}; legal for {backbone.model_class}: 0 (its picture and text "
                 "tokens attend together, which an average over the picture would not)"
             )
-        return SparseModules(self, model, backbone)
+        return streamed
 
     def priced(
         self, shape: TransformerShape, model: nn.Module, backbone: Backbone
     ) -> TransformerShape:
-        assert backbone.streamed is not None
-        blocks = backbone.streamed.priced(model, self.roles, shape.width**2)
-        return replace(shape, sparse=SparseCost(blocks=tuple(blocks)))
+        roles = self._check_depth(model, backbone).roles(self.roles)
+        merges, blocks = (Term(shape.patches.width**2, "merged"),), []
+        for block, role in zip(shape.blocks, roles, strict=True):
+            terms = block.terms + (merges if role == "recover" else ())
+            blocks.append(replace(block, role=role, terms=terms))
+        return replace(shape, blocks=tuple(blocks))
 
     def to_config(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,112 +1,132 @@
-"""What a SparseDiT of a published model costs, without weights: our counting and the paper's.
-
-`ditdial.cost.blocks` says where the two differ.
-"""
+"""What a run of a method costs on a model that is known by its config alone, without weights."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from ditdial.backbones import BACKBONES
-from ditdial.backbones.streamed import Streamed
-from ditdial.cost.blocks import Linears, SparseBlock, SparseCost
-from ditdial.cost.shape import SHAPES, TransformerShape
+from ditdial.cost.blocks import Block, Kept, Term
+from ditdial.cost.shape import TransformerShape
+from ditdial.methods.base import Method
 from ditdial.methods.sparsedit import QUARTERS, STAGES_256, STAGES_512, SparseDiT
-from ditdial.plan.mode import FULL
+from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.plan import Plan
-from ditdial.published.models import MODELS, published_shape
+from ditdial.plan.schedule import Schedule
+from ditdial.published.models import MODELS, Published, published_model
 
 
-def depth_of(name: str) -> int:
-    """Blocks that a plan for a published model has.
+def run_cost(
+    model: str | Published,
+    method: Method,
+    schedule: Schedule | None = None,
+    *,
+    steps: int = 250,
+    guidance: bool = True,
+    merged: bool = False,
+) -> dict[str, Any]:
+    """What a run of a method costs on a model.
 
-    Raises:
-        ValueError: unknown model, or one whose class has no sparse modes.
-    """
-    shape = published_shape(name)
-    if name in SHAPES:
-        return shape.attention[0].blocks
-    return len(_streamed(name).of(MODELS[name].model()))
-
-
-def sparse_shape(name: str, method: SparseDiT) -> TransformerShape:
-    """A published model's shape with the blocks of a plan.
-
-    Raises:
-        ValueError: as in `depth_of`, or a plan of another depth.
-    """
-    shape, depth = published_shape(name), depth_of(name)
-    if len(method.roles) != depth:
-        raise ValueError(f"a plan of {len(method.roles)} blocks for {name!r}; legal: {depth}")
-    if name not in SHAPES:
-        published = MODELS[name]
-        return method.priced(shape, published.model(), BACKBONES[published.model_class]())
-    d = shape.width
-    linear = Linears(query=2 * d * d, key=2 * d * d, rest=8 * d * d)
-    blocks = tuple(
-        SparseBlock(role=role, attention=(("self", d),), linear=linear, merge=d * d)
-        for role in method.roles
-    )
-    return replace(shape, sparse=SparseCost(blocks=blocks))
-
-
-def _streamed(name: str) -> Streamed:
-    model_class = MODELS[name].model_class
-    streamed = BACKBONES[model_class].streamed
-    if streamed is None:
-        raise ValueError(f"{model_class} has no sparse modes; legal: {', '.join(SHAPES)}")
-    return streamed
-
-
-def as_published(shape: TransformerShape) -> TransformerShape:
-    """The same, counted as the paper counts."""
-    assert shape.sparse is not None
-    return replace(shape, sparse=replace(shape.sparse, published=True))
-
-
-def sparsedit_cost(name: str, sides: tuple[int, ...] = (), steps: int = 250) -> dict[str, Any]:
-    """What a run of the default schedule costs.
+    Routed modes are taken to keep exactly the share that their name says: what they really keep
+    only trained routers tell.
 
     Args:
-        sides: of the sparse grids, noisiest quarter first; the paper's by default.
-        steps: evenly spaced.
+        model: a published one by its name, or any.
+        schedule: the method's own by default.
+        steps: evenly spaced noise levels.
+        guidance: whether the run has a guidance branch.
+        merged: low-rank updates are added to the weights beforehand.
 
     Returns:
-        ``macs_full`` of one forward pass of one picture, ``macs_plan`` (its mean over the run) and
-        ``ratio``, by grid too, and the same as ``..._published`` in the paper's counting.
+        ``macs_full``, multiply-adds of one forward pass of one picture in full mode; ``macs_plan``,
+        their mean over the run; ``ratio`` of the two; ``ratio_blocks``, of the blocks alone, as the
+        FlexiDiT paper counts; ``tokens`` and ``macs`` of each mode by its name; FLOPs of the first
+        two. Of sparse methods also what their paper counts, as ``..._published`` (see
+        `as_published`).
 
     Raises:
-        ValueError: as in `depth_of`, or sides that are not four numbers of at most the grid's.
+        ValueError: unknown model, a method that does not fit it, or no steps.
     """
     if steps < 1:
         raise ValueError(f"steps = {steps}; legal: >= 1")
-    grid = published_shape(name).grid
-    default = STAGES_512 if grid[1] >= 32 else STAGES_256
+    known = published_model(model) if isinstance(model, str) else model
+    schedule = schedule or method.default_schedule
+    bare = known.shape(method, merged=merged)
+    shape = replace(bare, kept=lambda mode, level: [_target(mode)] * len(bare.blocks))
+    levels = [(steps - 1 - i) / steps for i in range(steps)]
+
+    def ratio(macs: Callable[[Mode, float], float]) -> float:
+        return Plan.bind(schedule, levels, macs, guidance=guidance).ratio
+
+    modes, full = (FULL, *method.modes), shape.macs(FULL)
+    facts = {
+        "model": model if isinstance(model, str) else known.model_class,
+        "method": method.name,
+        "steps": steps,
+        "macs_full": full,
+        "macs_plan": full * ratio(shape.macs),
+        "flops_full": 2 * full,
+        "flops_plan": 2 * full * ratio(shape.macs),
+        "ratio": ratio(shape.macs),
+        "ratio_blocks": ratio(shape.block_macs),
+        "tokens": {mode.name: shape.tokens(mode) for mode in modes},
+        "macs": {mode.name: shape.macs(mode) for mode in modes},
+    }
+    if any(mode.is_sparse for mode in method.modes):
+        papers = as_published(shape)
+        found = ratio(lambda mode, level: (papers if mode.is_sparse else shape).macs(mode, level))
+        facts |= {"macs_plan_published": full * found, "ratio_published": found}
+    return facts
+
+
+def _target(mode: Mode) -> Kept:
+    """Equal shares of heads and of what enters feed-forwards, in tokens and channels together."""
+    tokens = 1 if mode.token_keep is None else mode.token_keep
+    return Kept(mode.width, min(1, mode.width / tokens), tokens)
+
+
+def sparse_plan(model: str, sides: tuple[int, ...] = ()) -> SparseDiT:
+    """SparseDiT for a published model, with sparse grids for the four quarters of noise levels.
+
+    Args:
+        sides: of the grids, the noisiest quarter's first; the paper's by default.
+
+    Raises:
+        ValueError: unknown model, one whose class has no sparse modes, or sides that are not four
+            numbers of at most the grid's.
+    """
+    known = published_model(model)
+    streamed, most = BACKBONES[known.model_class].streamed, min(known.grid[1:])
+    if streamed is None:
+        legal = ", ".join(x for x, each in MODELS.items() if BACKBONES[each.model_class].streamed)
+        raise ValueError(f"{known.model_class} has no sparse modes; legal: {legal}")
     if sides and len(sides) != len(QUARTERS):
         raise ValueError(f"sides = {sides}; legal: {len(QUARTERS)}, the noisiest quarter's first")
+    if any(side > most for side in sides):
+        raise ValueError(f"sides = {sides}; legal: at most {most}")
+    default = STAGES_512 if known.grid[1] >= 32 else STAGES_256
     stages = tuple(zip(QUARTERS, sides, strict=True)) if sides else default
-    pool = {"pool": 0} if name not in SHAPES and _streamed(name).joint else {}
-    method = SparseDiT.for_depth(depth_of(name), stages=stages, **pool)
-    if any(side > min(grid[1:]) for side in sides):
-        raise ValueError(f"sides = {sides}; legal: at most {min(grid[1:])}")
-    shape = sparse_shape(name, method)
-    facts: dict[str, Any] = {
-        "model": name,
-        "method": "sparsedit",
-        "plan": {
-            "pool": method.pool,
-            "modules": method.modules,
-            "group": list(method.group),
-            "top": method.top,
-        },
-        "steps": steps,
-        "macs_full": shape.macs(FULL),
-    }
-    levels = [(steps - 1 - i) / steps for i in range(steps)]
-    for counted, suffix in ((shape, ""), (as_published(shape), "_published")):
-        plan = Plan.bind(method.default_schedule, levels, counted.macs, guidance=False)
-        facts[f"macs_plan{suffix}"] = plan.macs / steps
-        facts[f"ratio{suffix}"] = plan.ratio
-        facts[f"macs_by_grid{suffix}"] = {m.name: counted.macs(m) for m in method.modes}
-    return facts
+    pool = {"pool": 0} if streamed.joint else {}
+    return SparseDiT.for_depth(len(streamed.of(known.model())), stages=stages, **pool)
+
+
+def as_published(shape: TransformerShape) -> TransformerShape:
+    """The same, with sparse modes counted as the SparseDiT paper (2412.06028) counts them.
+
+    Its pooling block multiplies a constant N x N matrix with the values of all tokens, which we
+    average before; its merge multiplies sparse tokens after they are spread over the dense grid, we
+    before. The other modes of this shape mean nothing.
+    """
+    return replace(shape, blocks=tuple(map(_as_published, shape.blocks)))
+
+
+def _as_published(block: Block) -> Block:
+    if block.role == "pool":
+        # Values and outputs of all tokens, no queries and keys; weights times values, no scores.
+        halved = ("query", "key", "self", "spatial")
+        terms = (x._replace(each=x.each / 2) if x.by in halved else x for x in block.terms)
+        return replace(block, role="dense", terms=tuple(terms))
+    # Both merging layers multiply as many tokens as the block returns.
+    terms = (Term(2 * x.each, "stream") if x.by == "merged" else x for x in block.terms)
+    return replace(block, terms=tuple(terms))

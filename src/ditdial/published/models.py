@@ -12,9 +12,10 @@ from typing import Any
 import diffusers
 import torch
 
-from ditdial.backbones import BACKBONES
+from ditdial.backbones import BACKBONES, backbone_for
 from ditdial.checks import did_you_mean
-from ditdial.cost.shape import SHAPES, TransformerShape
+from ditdial.cost.shape import TransformerShape
+from ditdial.methods.base import Method
 from ditdial.ops.patching import Triple
 
 
@@ -37,9 +38,37 @@ class Published:
         with torch.device("meta"):
             return getattr(diffusers, self.model_class)(**self.config)
 
-    def shape(self) -> TransformerShape:
-        """What its cost depends on."""
-        return BACKBONES[self.model_class]().shape(self.model(), self.grid, self.text_tokens)
+    def shape(self, method: Method | None = None, *, merged: bool = False) -> TransformerShape:
+        """What its cost depends on, bare or with a method.
+
+        Args:
+            merged: low-rank updates are added to the weights beforehand.
+        """
+        backbone, size = BACKBONES[self.model_class](), (self.grid, self.text_tokens)
+        if method is None:
+            return backbone.shape(self.model(), *size)
+        return method.shape(self.model(), backbone, size, merged=merged)
+
+    @classmethod
+    def of(cls, model: Any) -> Published:
+        """A live model at its usual size."""
+        config = {name: value for name, value in model.config.items() if not name.startswith("_")}
+        grid, text_tokens = backbone_for(model).default_size(model)
+        return cls(type(model).__name__, config, grid, text_tokens)
+
+
+def _dit(width: int, depth: int, heads: int, pixels: int) -> Published:
+    """DiT with patches of 2 x 2, for 1000 classes; latents have an eighth of the pixels."""
+    config = {
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "in_channels": 4,
+        "out_channels": 8,
+        "num_layers": depth,
+        "sample_size": pixels // 8,
+        "patch_size": 2,
+    }
+    return Published("DiTTransformer2DModel", config, (1, pixels // 16, pixels // 16), 0)
 
 
 PIXART = {"caption_channels": 4096, "use_additional_conditions": False}
@@ -68,6 +97,11 @@ LATTE = {
 }
 
 MODELS: dict[str, Published] = {
+    "dit-s-2-256": _dit(384, 12, 6, 256),
+    "dit-b-2-256": _dit(768, 12, 12, 256),
+    "dit-l-2-256": _dit(1024, 24, 16, 256),
+    "dit-xl-2-256": _dit(1152, 28, 16, 256),
+    "dit-xl-2-512": _dit(1152, 28, 16, 512),
     "pixart-alpha-256": Published(
         "PixArtTransformer2DModel", {**PIXART, "sample_size": 32}, (1, 16, 16), 120
     ),
@@ -85,23 +119,24 @@ MODELS: dict[str, Published] = {
 }
 
 
-def published_names() -> list[str]:
-    """Names that `published_shape` knows."""
-    return [*SHAPES, *MODELS]
-
-
-@functools.cache
-def published_shape(name: str) -> TransformerShape:
-    """A published model's shape.
+def published_model(name: str) -> Published:
+    """A published model.
 
     Raises:
         ValueError: unknown name; the known ones are listed.
     """
-    if name in SHAPES:
-        return SHAPES[name]
     if name not in MODELS:
-        names = published_names()
         raise ValueError(
-            f"unknown model {name!r}; legal: {', '.join(names)}{did_you_mean(name, names)}"
+            f"unknown model {name!r}; legal: {', '.join(MODELS)}{did_you_mean(name, MODELS)}"
         )
-    return MODELS[name].shape()
+    return MODELS[name]
+
+
+@functools.cache
+def published_shape(name: str) -> TransformerShape:
+    """What the cost of a published model depends on.
+
+    Raises:
+        ValueError: unknown name; the known ones are listed.
+    """
+    return published_model(name).shape()

@@ -8,16 +8,45 @@ from typing import Any
 
 from torch import nn
 
-from ditdial.cost.shape import Kept, TransformerShape
+from ditdial.cost.blocks import Kept
+from ditdial.cost.shape import TransformerShape
 from ditdial.host.device import Stopwatch
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.report import CallRecord
 from ditdial.runtime.surgery import Surgery
 
 
+@dataclass(frozen=True, kw_only=True)
+class CallFacts:
+    """What one call of the elastic model ran.
+
+    Args:
+        shape: of the model for the call's size.
+        rows: of the call's batch.
+        level: noise level in [0, 1]; None where a mode was forced.
+        mode, guide: of the branches; ``mode`` is None where it only repeated a prediction.
+        branch: that the pipeline called the model for, if it tells.
+        repeated: rows whose text layers were computed in another call.
+        guided: both branches are in the call.
+        pictures: that the rows belong to; None for all.
+        why: what a controller chose by, picture by picture.
+    """
+
+    shape: TransformerShape
+    rows: int
+    level: float | None
+    mode: Mode | None
+    guide: Mode | None = None
+    branch: str | None = None
+    repeated: int = 0
+    guided: bool = False
+    pictures: tuple[int, ...] | None = None
+    why: tuple[dict[str, Any] | None, ...] = ()
+
+
 @dataclass(eq=False)
-class Ledger:
-    """Of one elastic model.
+class Costs:
+    """What the calls of one elastic model cost.
 
     Attributes:
         calls: those of the present run.
@@ -50,65 +79,32 @@ class Ledger:
         key = call_size, merged
         if key not in self.shapes:
             own = surgery.with_own_blocks(model)
-            shape = method.priced(backbone.shape(own, *call_size), own, backbone)
-            if surgery.widths is not None:
-                shape = replace(shape, routable=surgery.widths.routable)
-            updates = () if merged else method.updates(shape, own, backbone, call_size)
-            self.shapes[key] = replace(shape, updates=updates, skips=method.skips)
+            self.shapes[key] = method.shape(own, backbone, call_size, merged=merged)
         shape = self.shapes[key]
         if surgery.widths is None:
             return shape
         kept = functools.partial(surgery.widths.kept, model)
         return replace(shape, kept=kept)
 
-    def record(
-        self,
-        shape: TransformerShape,
-        count: int,
-        watch: Stopwatch,
-        level: float | None,
-        mode: Mode | None,
-        guide: Mode | None = None,
-        *,
-        branch: str | None,
-        repeated: int = 0,
-        guided: bool = False,
-        pictures: tuple[int, ...] | None = None,
-        why: tuple[dict[str, Any] | None, ...] = (),
-    ) -> None:
-        """Keep what a call ran.
-
-        Args:
-            shape: of the model for the call's size.
-            count: rows.
-            mode, guide: of the branches; ``mode`` is None where it only repeated a prediction.
-            branch: that the pipeline called the model for, if it tells.
-            repeated: rows whose text layers were computed in another call.
-            guided: both branches are in the call.
-            pictures: that the rows belong to; None for all.
-            why: what a controller chose by, picture by picture.
-        """
-        shown = count // 2 if guided else count
-        kept = repeated * shape.text_tokens * shape.text_once
-        spent = self._spent(shape, mode, level) if mode is not None else 0.0
-        if mode is not None and guide is not None:
-            spent += self._spent(shape, guide, level)
+    def record(self, facts: CallFacts, watch: Stopwatch) -> None:
+        """Keep what a call ran, and how long."""
+        shape = facts.shape
+        ran = [each for each in (facts.mode, facts.guide) if each is not None]
+        spent = sum(shape.macs(each, facts.level, self.kept.get(each)) for each in ran)
+        shown = facts.rows // 2 if facts.guided else facts.rows
+        kept = facts.repeated * shape.text_tokens * shape.text_once
         self.calls.append(
             CallRecord(
-                level=level,
-                mode=mode,
-                guide=guide,
-                branch=branch,
-                rows=count,
+                level=facts.level,
+                mode=facts.mode,
+                guide=facts.guide,
+                branch=facts.branch,
+                rows=facts.rows,
                 macs=shown * spent - kept,
-                full_macs=count * shape.macs(FULL),
+                full_macs=facts.rows * shape.macs(FULL),
                 watch=watch.stop(),
-                pictures=pictures,
-                why=why,
-                guided=guided,
+                pictures=facts.pictures,
+                why=facts.why,
+                guided=facts.guided,
             )
         )
-
-    def _spent(self, shape: TransformerShape, mode: Mode, level: float | None) -> float:
-        """Multiply-adds of a picture in a mode that has just run."""
-        return shape.macs(mode, level, self.kept.get(mode))

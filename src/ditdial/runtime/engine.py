@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -32,7 +32,7 @@ from ditdial.plan.execution import Execution
 from ditdial.plan.mode import FULL, Mode
 from ditdial.runtime.chooser import Chooser
 from ditdial.runtime.compiled import Compiled
-from ditdial.runtime.costs import Ledger
+from ditdial.runtime.costs import CallFacts, Costs
 from ditdial.runtime.forward_pass import ForwardPass
 from ditdial.runtime.guidance import Remembered, run_batch, run_guidance
 from ditdial.runtime.latents import clean_latents, on_base_grid
@@ -65,7 +65,7 @@ class Engine:
     surgery: Surgery
     position: Position
     chooser: Chooser
-    costs: Ledger
+    costs: Costs
     prompts: Prompts
     passes: ForwardPass
     observers: list[Observer] = field(default_factory=list)
@@ -84,7 +84,7 @@ class Engine:
             "surgery": surgery,
             "position": Position(backbone),
             "chooser": Chooser(modes),
-            "costs": Ledger(surgery),
+            "costs": Costs(surgery),
             "prompts": Prompts(backbone.arguments.condition[0]),
         }
         compiled = Compiled(surgery.wiring, surgery.stock)
@@ -167,7 +167,7 @@ class Engine:
         if forced is not None:
             watch = Stopwatch(arguments.device(call))
             output = self.passes.run(model, call, forced)
-            self._record(shape, call, watch, None, forced)
+            self.costs.record(self._facts(shape, call, None, forced), watch)
             return output
         level = self._level(model, call)
         calls = self.costs.calls
@@ -199,20 +199,17 @@ class Engine:
         if self.surgery.widths is not None:
             self.surgery.widths.begin(self.position.levels_ahead(model))
 
-    def _record(
-        self,
-        shape: TransformerShape,
-        call: Call,
-        watch: Stopwatch,
-        level: float | None,
-        mode: Mode | None,
-        **facts: Any,
-    ) -> None:
-        """Keep what a call ran."""
-        count, branch = self.wiring.backbone.arguments.count(call), self.position.branch
-        repeated = self.prompts.repeated
-        self.costs.record(
-            shape, count, watch, level, mode, branch=branch, repeated=repeated, **facts
+    def _facts(
+        self, shape: TransformerShape, call: Call, level: float | None, mode: Mode | None
+    ) -> CallFacts:
+        """What a call ran."""
+        return CallFacts(
+            shape=shape,
+            rows=self.wiring.backbone.arguments.count(call),
+            level=level,
+            mode=mode,
+            branch=self.position.branch,
+            repeated=self.prompts.repeated,
         )
 
     def _guidance(self, model: nn.Module, call: Call, shape: TransformerShape, level: float) -> Any:
@@ -231,7 +228,8 @@ class Engine:
                 self.passes.check_cache_dit(model, FULL, step_caches.NO_ROWS)
             output = run_guidance(self.wiring, forward, part, group.segment, before)
             mode = group.segment.guide_mode if group.segment.gain else None
-            self._record(shape, part, watch, level, mode, pictures=group.pictures)
+            facts = self._facts(shape, part, level, mode)
+            self.costs.record(replace(facts, pictures=group.pictures), watch)
             return output
 
         return run_groups(arguments, call, groups, None, run)
@@ -257,17 +255,14 @@ class Engine:
                 self.wiring, forward, part, segment, own, packed=self.execution.packed
             )
             guide = None if own is None or segment.gain == 0 else segment.guide_mode
-            self._record(
-                shape,
-                part,
-                watch,
-                level,
-                segment.mode,
+            facts = replace(
+                self._facts(shape, part, level, segment.mode),
                 guide=guide,
                 guided=own is not None,
                 pictures=group.pictures,
                 why=group.why,
             )
+            self.costs.record(facts, watch)
             return output
 
         output = run_groups(arguments, call, self.groups, branches, run)

@@ -21,7 +21,7 @@ from ditdial.plan.execution import Execution
 from ditdial.plan.mode import Mode
 from ditdial.runtime.chooser import Chooser
 from ditdial.runtime.compiled import Compiled
-from ditdial.runtime.costs import Ledger
+from ditdial.runtime.costs import Costs
 from ditdial.runtime.position import Position
 from ditdial.runtime.prompts import Prompts
 from ditdial.runtime.surgery import Surgery
@@ -44,7 +44,7 @@ class ForwardPass:
     surgery: Surgery
     position: Position
     chooser: Chooser
-    costs: Ledger
+    costs: Costs
     compiled: Compiled
     prompts: Prompts
     execution: Execution = field(default_factory=Execution)

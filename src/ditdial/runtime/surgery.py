@@ -28,6 +28,7 @@ from ditdial.layers.swap import forget, restore_class, swap_class
 from ditdial.layers.text import TextSeam
 from ditdial.layers.tokens import ConditioningSeam, EmbedSeam, OutputSeam, RotarySeam
 from ditdial.layers.width import PLACE
+from ditdial.layers.width_pass import Routing
 from ditdial.layers.wiring import Wiring
 from ditdial.methods import Method
 from ditdial.runtime.tensors import NEW, Tensors
@@ -99,7 +100,7 @@ class Surgery:
             stock=type(model),
             adapted=[model.get_submodule(name) for name in sorted(parents)],
             merged=MergedWeights([layer for layer, _, _ in tensors.pairs.values()]),
-            widths=None if routing is None else Widths(routing, backbone, model),
+            widths=None if routing is None else _widths(model, backbone, method, routing),
         )
 
     def install(self, model: nn.Module) -> None:
@@ -205,3 +206,10 @@ class Surgery:
         view = copy.copy(model)
         view.__dict__["_modules"] = {**model._modules, **self.lists}
         return view
+
+
+def _widths(model: nn.Module, backbone: Backbone, method: Method, routing: Routing) -> Widths:
+    """What the routed modes of a method, or of a part of it, leave in."""
+    routed = next(x for x in method.singles if any(mode.is_routed for mode in x.modes))
+    usual = backbone.shape(model, *backbone.default_size(model))
+    return Widths(routing, routed.priced(usual, model, backbone), backbone, model)

@@ -19,8 +19,8 @@ from ditdial.backbones import Backbone
 from ditdial.backbones.arguments import Call
 from ditdial.backbones.forward import WIRING
 from ditdial.backbones.routed import has_fused
-from ditdial.cost.blocks import Seen
-from ditdial.cost.shape import Kept, Routable
+from ditdial.cost.blocks import Kept, Tokens
+from ditdial.cost.shape import TransformerShape
 from ditdial.host.weights import is_ordinary
 from ditdial.layers.width import (
     ColumnsSeam,
@@ -52,19 +52,19 @@ class Widths:
     Attributes:
         buckets: how many different sub-networks of a mode a run may have; 0 for one per step.
         slices: how many narrow copies of its weights each layer keeps for later calls.
-        routable: what can be left out of each block.
+        narrowing: what narrows in each block, for the share of its work that is left.
         layers, attention: names of the linear layers, and of the attention, that are narrowed.
         last: what the last forward pass left out.
     """
 
     last: Narrow
 
-    def __init__(self, routing: Routing, backbone: Backbone, model: nn.Module) -> None:
+    def __init__(
+        self, routing: Routing, shape: TransformerShape, backbone: Backbone, model: nn.Module
+    ) -> None:
         self.routing, self.backbone, self.buckets, self.slices = routing, backbone, 0, 1
         blocks = list(backbone.routed_blocks(model))
-        self.routable: tuple[Routable, ...] = tuple(
-            block.routable(routing.tokens) for block in blocks
-        )
+        self.narrowing = [block.narrowing() for block in shape.blocks]
         names = {module: name for name, module in model.named_modules()}
         self.layers = [names[layer] for block in blocks for layer in block.layers]
         self.attention = [names[block.attention] for block in blocks]
@@ -216,11 +216,12 @@ class Widths:
     def works(self, model: nn.Module, mode: Mode) -> list[tuple[float, float]]:
         """What narrows with the heads of each block, and what with its channels and tokens."""
         grid, text = self.backbone.default_size(model)
-        seen, nothing = Seen.on(coarse_grid(grid, mode.patch_scale)), (Kept(1, 0, 0), Kept(0, 1, 1))
-        return [
-            (block.macs(seen, text, nothing[0]), block.macs(seen, text, nothing[1]))
-            for block in self.routable
-        ]
+        tokens = Tokens.on(coarse_grid(grid, mode.patch_scale), text)
+        heads, channels = (
+            [block.total(block.terms, tokens, kept) for block in self.narrowing]
+            for kept in (Kept(1, 0, 0), Kept(0, 1, 1))
+        )
+        return list(zip(heads, channels, strict=True))
 
     def narrow(self, model: nn.Module, mode: Mode, level: float) -> Narrow:
         """A forward pass of a mode at a noise level, sliced."""
