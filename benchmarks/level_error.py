@@ -37,7 +37,9 @@ def main() -> None:
     for adapter in arguments.adapters:
         pipe = load_reference(arguments.name)
         handle = elastify(
-            pipe, reference_adapter(adapter, arguments.name), execution=Execution(merge=True)
+            pipe,
+            reference_adapter(adapter, arguments.name),
+            execution=Execution(merge=True),
         )
         model, statistics = pipe.transformer, pipe.config
         config = DataConfig(

@@ -177,7 +177,9 @@ def main() -> None:
     bench.full = bench.draw(base["scale"], STEPS, REPORT_SEED, bench.images)
     for recipe in arguments.recipes:
         handle = elastify(
-            bench.pipe, reference_adapter(recipe, arguments.name), execution=Execution(merge=True)
+            bench.pipe,
+            reference_adapter(recipe, arguments.name),
+            execution=Execution(merge=True),
         )
         for guidance in ("cfg", "weak"):
             start = base["scale"]

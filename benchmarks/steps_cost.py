@@ -32,7 +32,9 @@ def main() -> None:
     arguments = parser.parse_args()
     pipe = load_reference(arguments.name)
     handle = elastify(
-        pipe, reference_adapter("lora", arguments.name), execution=Execution(merge=True)
+        pipe,
+        reference_adapter("lora", arguments.name),
+        execution=Execution(merge=True),
     )
     euler = pipe.scheduler
     heun = FlowMatchHeunDiscreteScheduler.from_config(euler.config)

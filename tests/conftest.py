@@ -81,7 +81,9 @@ def make_elastic(make_model) -> Callable[..., Handle]:
         target = make_model() if target is None else target
         torch.manual_seed(2)
         handle = elastify(
-            target, FlexiDiT(**{"rank": 4, **method}), execution=Execution(merge=merge)
+            target,
+            FlexiDiT(**{"rank": 4, **method}),
+            execution=Execution(merge=merge),
         )
         _perturb(handle.model, lambda name: is_new(name) and "flex_" not in name, seed=3)
         return handle

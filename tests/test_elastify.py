@@ -379,7 +379,7 @@ def test_a_class_that_cannot_pack_refuses_to(make_elastic):
     with pytest.raises(ValueError, match="packed = 'mask' is out of range; legal: True, False"):
         run_as(handle, packed="mask")
     assert handle.execution.packed is True
-    handle.backbone.packed = None
+    run_as(handle.backbone, packed=None)
     with pytest.raises(ValueError, match="packed = True; legal for DiTTransformer2DModel with"):
         run_as(handle, packed=True)
     run_as(handle, packed=False)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ditdial import FULL, DyDiT, FlexiDiT, Mode, Plan, Schedule, elastify
 from ditdial.backbones.dit import DiTBackbone
 from ditdial.cost.blocks import Block, Kept, Term, Tokens
-from ditdial.cost.shape import Patches, TransformerShape
+from ditdial.cost.shape import PatchCost, TransformerShape
 from ditdial.methods.dydit import token_router_macs
 from ditdial.published.models import published_shape
 
@@ -116,7 +116,7 @@ def test_merged_low_rank_costs_nothing(make_model, make_elastic, make_call):
 
 def shape_of(*terms, grid=(1, 8, 8), text=0):
     """Two blocks of these terms, and nothing around them."""
-    nothing, blocks = Patches(width=0, into=0, out=0), (Block(terms=terms),) * 2
+    nothing, blocks = PatchCost(width=0, into=0, out=0), (Block(terms=terms),) * 2
     return TransformerShape(grid=grid, patches=nothing, blocks=blocks, text_tokens=text)
 
 

@@ -154,7 +154,10 @@ def test_a_row_alone_is_the_row_in_a_batch(name):
 @pytest.mark.parametrize("merge", [False, True])
 def test_planned_is_counted(name, merge):
     """By torch's counter, by the record, and beforehand where the number of tokens is fixed."""
-    handle, call = combined(name, recipe="full", execution=Execution(merge=merge)), call_of(name, 1)
+    handle, call = (
+        combined(name, recipe="full", execution=Execution(merge=merge)),
+        call_of(name, 1),
+    )
     shape = handle._engine.costs.shape_of(handle.model, handle.backbone.size(handle.model, call))
     for mode in (FULL, *SINGLE, *PRODUCTS):
         with torch.no_grad(), handle.using(mode):
@@ -224,7 +227,10 @@ def test_merged_updates_are_the_same(name):
 
 
 def test_changed_updates_are_merged_and_cut_anew():
-    handle, call = combined("dit", execution=Execution(merge=True)), call_of("dit")
+    handle, call = (
+        combined("dit", execution=Execution(merge=True)),
+        call_of("dit"),
+    )
     handle._engine.surgery.widths.slices, before = 4, None
     for _ in range(4):
         with torch.no_grad():

@@ -6,7 +6,7 @@ import pytest
 
 from ditdial import FULL, Mode, Plan, Schedule
 from ditdial.cost.blocks import Block, Term
-from ditdial.cost.shape import Patches, TransformerShape
+from ditdial.cost.shape import PatchCost, TransformerShape
 from ditdial.published.models import published_shape
 
 STEPS = 1000
@@ -36,7 +36,7 @@ def test_emu_like_1024(weak, published):
     terms = *linear, Term(2 * d, "self"), Term(2 * d, "cross")
     shape = TransformerShape(
         grid=(1, 64, 64),
-        patches=Patches(width=d, into=64, out=64),
+        patches=PatchCost(width=d, into=64, out=64),
         blocks=(Block(terms=terms),) * depth,
         text_tokens=256,
     )
@@ -45,7 +45,9 @@ def test_emu_like_1024(weak, published):
 
 def test_video_tokens_of_the_paper():
     """256 x 384 x 704 frames after an 8x8x8 autoencoder with patch (1, 2, 2): 33,792 tokens."""
-    shape = TransformerShape(grid=(32, 24, 44), patches=Patches(width=1, into=1, out=1), blocks=())
+    shape = TransformerShape(
+        grid=(32, 24, 44), patches=PatchCost(width=1, into=1, out=1), blocks=()
+    )
     modes = (FULL, Mode((2, 1, 1)), Mode(2))
     assert [shape.tokens(mode) for mode in modes] == [33792, 16896, 8448]
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.wild.bounded import bounded
 
-from ditdial import Adapter, Calibration, FlexiDiT, elastify, load_adapter
+from ditdial import Adapter, Calibration, FlexiDiT, elastify
 from ditdial.adapter import CONFIG, WEIGHTS
 from ditdial.measure.provenance import write_results
 from ditdial.training.config import load_recipe
@@ -33,12 +33,12 @@ def again(make_elastic):
 def assert_saved_or_refused(outcome, folder):
     """Saved whole, or refused by name with the first one as it was."""
     if outcome.kind == "done":
-        assert load_adapter(folder).notes == {"take": "second"}
+        assert Adapter.from_pretrained(folder).notes == {"take": "second"}
     else:
         assert outcome.kind == "error", outcome
         assert outcome.error in REFUSALS, outcome
         assert folder.name in outcome.text or "link" in outcome.text
-        assert load_adapter(folder).notes == {"take": "first"}
+        assert Adapter.from_pretrained(folder).notes == {"take": "first"}
 
 
 # Links
@@ -91,7 +91,7 @@ def test_a_link_beside_an_adapter_stays_a_link(adapter, again, tmp_path, kind):
     target = outside / "private.txt" if kind == "file" else outside
     (folder / "linked").symlink_to(target, target_is_directory=kind == "folder")
     again.save(folder)
-    assert load_adapter(folder).notes == {"take": "second"}
+    assert Adapter.from_pretrained(folder).notes == {"take": "second"}
     assert (folder / "linked").is_symlink()
     assert (outside / "private.txt").read_text() == "private"
 
@@ -204,7 +204,7 @@ def test_a_deeply_nested_file_is_refused_by_name(adapter, tmp_path, reader):
     folder = adapter.save(tmp_path / "adapter")
     (folder / CONFIG).write_text(DEEP)
     read = {
-        "adapter": lambda: load_adapter(folder),
+        "adapter": lambda: Adapter.from_pretrained(folder),
         "calibration": lambda: Calibration.load(file),
         "schedule": lambda: Schedule.from_json(file.read_text()),
         "recipe": lambda: load_recipe(file),

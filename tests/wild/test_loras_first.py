@@ -14,7 +14,8 @@ from tests.backbones.pipes import PIPES, transformer
 from tests.wild.pictures import noise, picture, quiet
 
 from ditdial import FULL, Mode, Schedule, elastify
-from ditdial.runtime.surgery import is_new
+from ditdial.plan.execution import Execution
+from ditdial.runtime.tensors import is_new
 
 WEAK = Mode(2)
 FLUX = PIPES["flux"]
@@ -65,7 +66,7 @@ def after(actions, *, merge=False):
     pipe, handle = FLUX.pipe(), None
     for action in actions.split(", "):
         if action == "elastify":
-            handle = elastify(pipe, adapter(), merge=merge)
+            handle = elastify(pipe, adapter(), execution=Execution(merge=merge))
         else:
             ACTIONS[action](pipe)
     assert handle is not None

@@ -13,6 +13,7 @@ from tests.wild.pictures import noise
 
 from ditdial import (
     FULL,
+    Adapter,
     Calibration,
     DDiTController,
     FlexiDiT,
@@ -20,7 +21,6 @@ from ditdial import (
     Schedule,
     Segment,
     elastify,
-    load_adapter,
 )
 from ditdial.reference import reference_adapter
 
@@ -93,9 +93,9 @@ def test_a_revision_of_a_hub_id_is_the_one_that_is_read(
     folders = {}
     for revision, rank in (("main", 4), ("v1", 2)):
         handle = make_elastic(rank=rank)
-        folders[revision] = handle.adapter(revision=revision).save(tmp_path / revision)
+        folders[revision] = handle.adapter(revision=revision).save_pretrained(tmp_path / revision)
     hub.keep(monkeypatch, tmp_path / "cache", "owner/name", folders)
-    assert load_adapter("owner/name").notes == {"revision": "main"}
+    assert Adapter.from_pretrained("owner/name").notes == {"revision": "main"}
     handle = elastify(make_model(), "owner/name", revision="v1")
     expected = elastify(make_model(), folders["v1"])
     assert handle.method.rank == 2
@@ -107,14 +107,14 @@ def test_a_revision_of_a_hub_id_is_the_one_that_is_read(
     strict=True, raises=AssertionError, reason="a folder that is not there is taken for a file"
 )
 def test_a_calibration_is_saved_into_a_folder_that_is_not_there_yet(tmp_path):
-    calibration = load_adapter(reference_adapter()).calibration
+    calibration = Adapter.from_pretrained(reference_adapter()).calibration
     assert calibration is not None
     calibration.save(tmp_path / "not" / "there")
     assert (tmp_path / "not" / "there" / "calibration.json").is_file()
 
 
 def test_a_calibration_is_saved_as_the_file_that_is_named(tmp_path):
-    calibration = load_adapter(reference_adapter()).calibration
+    calibration = Adapter.from_pretrained(reference_adapter()).calibration
     assert calibration is not None
     saved = calibration.save(tmp_path / "not" / "there.json")
     assert Calibration.load(saved) == calibration

@@ -19,13 +19,13 @@ from tests.wild.bounded import command
 
 from ditdial import (
     FULL,
+    Adapter,
     Budget,
     DyDiT,
     Mode,
     Schedule,
     Segment,
     elastify,
-    load_adapter,
 )
 from ditdial.host.device import device_name
 from ditdial.plan.seconds import Seconds
@@ -70,7 +70,7 @@ def test_the_gradient_of_a_channel_router_is_that_of_gates_before_the_activation
         widen.register_forward_pre_hook(lambda _, given: seen.update(x=given[0])),
         narrow.register_forward_hook(lambda _, given, y: (y.retain_grad(), seen.update(y=y))[0]),
     ]
-    handle.sizes.gated = True
+    handle._engine.wiring.new.gated = True
     with handle.using(HALF):
         model(**call_of("dit", count=1)).sample.square().sum().backward()
     for hook in hooks:
@@ -145,7 +145,7 @@ def test_the_steps_of_the_reference_end_at_the_data_and_none_is_spent_on_nothing
 
 def measured():
     """The calibration that ships with the reference."""
-    found = load_adapter(reference_adapter()).calibration
+    found = Adapter.from_pretrained(reference_adapter()).calibration
     assert found is not None
     return found
 
