@@ -26,9 +26,10 @@ demo: $(INSTALLED)  ## run the reference model at several budgets; writes out/de
 test: $(INSTALLED_ECOSYSTEM)  ## run the tests that need neither a GPU, the network nor minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
 
-lint: $(INSTALLED)  ## check style and format with ruff
+lint: $(INSTALLED)  ## check style and format with ruff, and the order of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache --no-logo
 
 types: $(INSTALLED)  ## check types under src/ with pyrefly
 	$(BIN)/pyrefly check
