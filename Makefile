@@ -13,7 +13,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types docs bench clean
+.PHONY: help demo test lint house types docs bench clean
 
 help:  ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3.12] [ARGS=...]"
@@ -26,10 +26,14 @@ demo: $(INSTALLED)  ## run the reference model at several budgets; writes out/de
 test: $(INSTALLED_ECOSYSTEM)  ## run the tests that need neither a GPU, the network nor minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
 
-lint: $(INSTALLED)  ## check style and format with ruff, and the order of imports
+lint: $(INSTALLED)  ## check style and format, the order of imports, and the sizes of `house`
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache --no-logo
+	$(BIN)/python scripts/house.py
+
+house: $(INSTALLED)  ## print the sizes of files, functions and classes; fails beyond their limits
+	$(BIN)/python scripts/house.py
 
 types: $(INSTALLED)  ## check types under src/ with pyrefly
 	$(BIN)/pyrefly check
