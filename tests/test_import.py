@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
+# torchmetrics is a core dependency, but only those who compare pictures should wait for it.
 EXTRAS = ("datasets", "torchmetrics", "matplotlib", "tensorboard", "torch_fidelity", "torchvision")
 CODE = f"""
 import torch
