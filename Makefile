@@ -10,11 +10,12 @@ INSTALLED_ECOSYSTEM := $(VENV)/.installed-ecosystem
 INSTALLED_DOCS := $(VENV)/.installed-docs
 INSTALLED_RELEASE := $(VENV)/.installed-release
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
-# Extra arguments of `demo`, `test`, `extras` and `bench`, as in: make test ARGS="-m slow"
+# Extra arguments of `demo`, `test`, `extras` and `bench`, as in: make test ARGS="-k budget"
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint house types docs extras wheel wheel-check bench clean
+.PHONY: help demo test test-slow test-wheel test-extras records lint house types docs extras \
+  wheel wheel-check bench clean
 
 help:  ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3.12] [ARGS=...]"
@@ -26,6 +27,19 @@ demo: $(INSTALLED)  ## run the reference model at several budgets; writes out/de
 # The models are tiny: two processes of one thread each take half the time of one with two.
 test: $(INSTALLED_ECOSYSTEM)  ## run the tests that need neither a GPU, the network nor minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+# Each runs a test that takes minutes and writes benchmarks/records/NAME.json, see scripts/records.py.
+test-slow: $(INSTALLED_ECOSYSTEM)  ## run the tests that take minutes; writes a record
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/records.py run $@
+
+test-wheel: $(INSTALLED_RELEASE)  ## run wheel-check; writes a record
+	$(BIN)/python scripts/records.py run $@
+
+test-extras: $(INSTALLED)  ## resolve the extras one by one; writes a record
+	$(BIN)/python scripts/records.py run $@
+
+records: $(INSTALLED)  ## check that each of these records is there and not older than what it covers
+	$(BIN)/python scripts/records.py check
 
 lint: $(INSTALLED)  ## check style and format, the order of imports, and the sizes of `house`
 	$(BIN)/ruff check .
