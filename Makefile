@@ -72,7 +72,7 @@ bench: $(INSTALLED)  ## measure seconds and memory on this machine; writes JSON
 	$(BIN)/python benchmarks/run.py $(ARGS)
 
 clean:  ## remove caches and built files; keeps .venv, out/ and runs/
-	rm -rf dist docs/_build .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf build dist docs/_build .pytest_cache .ruff_cache .import_linter_cache
 	find . \( -path ./$(VENV) -o -path ./out -o -path ./runs \) -prune -o \
 	  -type d -name __pycache__ -prune -exec rm -rf {} +
 
