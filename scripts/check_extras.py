@@ -31,6 +31,11 @@ def pins(text: str) -> dict[str, str]:
     return {normal(name): version for name, version in (x.split("==") for x in lines if x)}
 
 
+def requirement(project: Path, extras: list[str]) -> str:
+    """The package with some extras, as pip takes it; pip refuses empty brackets after a path."""
+    return f"{project}[{','.join(extras)}]" if extras else str(project)
+
+
 def resolve(project: Path, extras: list[str]) -> dict[str, str]:
     """Versions that pip would install into an empty environment for the package and its extras.
 
@@ -39,7 +44,7 @@ def resolve(project: Path, extras: list[str]) -> dict[str, str]:
     """
     command = [sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed"]
     command += ["--quiet", "--disable-pip-version-check", "--report", "-"]
-    command += ["-c", str(project / "constraints.txt"), f"{project}[{','.join(extras)}]"]
+    command += ["-c", str(project / "constraints.txt"), requirement(project, extras)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip())

@@ -8,7 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
-from scripts.check_extras import complaints, normal, pins
+from scripts.check_extras import complaints, normal, pins, requirement
 from scripts.check_wheel import LIMIT, only_wheel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +21,13 @@ Some_Package.of-it==1.2  # why this one
 
 def test_pins_are_read_by_normal_name():
     assert pins(PINS) == {"torch": "2.13.0", "some-package-of-it": "1.2"}
+
+
+@pytest.mark.parametrize(
+    ("extras", "asked"), [([], "/x"), (["eval"], "/x[eval]"), (["eval", "docs"], "/x[eval,docs]")]
+)
+def test_requirement_of_extras(extras, asked):
+    assert requirement(Path("/x"), extras) == asked
 
 
 @pytest.mark.parametrize(
