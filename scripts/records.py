@@ -44,7 +44,7 @@ class Target:
 TARGETS = (
     Target(
         name="test-slow",
-        command="python -m pytest -n 2 -m slow tests/methods tests/runtime",
+        command="python -m pytest -m slow tests/methods tests/runtime",
         paths=(
             "src/ditdial",
             "tests/conftest.py",
