@@ -11,6 +11,7 @@ import pytest
 
 import ditdial
 
+# torchmetrics is a core dependency, but only those who compare pictures should wait for it.
 EXTRAS = ("datasets", "torchmetrics", "matplotlib", "tensorboard", "torch_fidelity", "torchvision")
 CODE = f"""
 import torch

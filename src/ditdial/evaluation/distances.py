@@ -21,8 +21,6 @@ from torch import Tensor, nn
 
 from ditdial.checks import require
 
-INSTALL_HINT = "distances between sets need: pip install 'ditdial[metrics]'"
-
 
 class _PassThrough(nn.Module):
     """Stands where torchmetrics expects a network: what it is given are features already."""
@@ -46,13 +44,10 @@ def frechet_distance(real_feats: Tensor, fake_feats: Tensor) -> float:
         fake_feats: ``(m, d)``.
 
     Raises:
-        ImportError: torchmetrics is missing.
         ValueError: fewer than 2 samples, different widths, NaN or infinity.
     """
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-    except ImportError as error:
-        raise ImportError(INSTALL_HINT) from error
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     _check_pair(real_feats, fake_feats)
     metric = FrechetInceptionDistance(feature=_PassThrough(real_feats.shape[1]))
     metric = metric.to(real_feats.device)
@@ -83,13 +78,10 @@ def kernel_distance(
         seed: chooses the subsets; torch's global random state is left as it was.
 
     Raises:
-        ImportError: torchmetrics is missing.
         ValueError: fewer than 2 samples or than ``subset_size``, different widths, NaN or infinity.
     """
-    try:
-        from torchmetrics.image.kid import KernelInceptionDistance
-    except ImportError as error:
-        raise ImportError(INSTALL_HINT) from error
+    from torchmetrics.image.kid import KernelInceptionDistance
+
     _check_pair(real_feats, fake_feats)
     smallest = min(len(real_feats), len(fake_feats))
     legal = f"2..{smallest}, the size of the smaller set"

@@ -7,8 +7,6 @@ from torch import Tensor
 from ditdial.checks import require
 from ditdial.evaluation.features import check_images
 
-INSTALL_HINT = "PSNR and SSIM need: pip install 'ditdial[metrics]'"
-
 # SSIM's Gaussian window reaches 5 pixels past the border, by reflection.
 SSIM_REACH = 5
 
@@ -20,13 +18,10 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
         a, b: images ``(B, C, H, W)`` in [0, 1].
 
     Raises:
-        ImportError: torchmetrics is missing.
         ValueError: different shapes, not float images, values outside [0, 1].
     """
-    try:
-        from torchmetrics.functional.image import peak_signal_noise_ratio
-    except ImportError as error:
-        raise ImportError(INSTALL_HINT) from error
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     _check_pair(a, b)
     return peak_signal_noise_ratio(
         a.float(), b.float(), data_range=1.0, reduction="none", dim=(1, 2, 3)
@@ -40,13 +35,10 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
         a, b: images ``(B, C, H, W)`` in [0, 1], at least 6 pixels a side.
 
     Raises:
-        ImportError: torchmetrics is missing.
         ValueError: different shapes, too small, not float images, values outside [0, 1].
     """
-    try:
-        from torchmetrics.functional.image import structural_similarity_index_measure
-    except ImportError as error:
-        raise ImportError(INSTALL_HINT) from error
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     _check_pair(a, b)
     side = min(a.shape[-2:])
     require(side > SSIM_REACH, "image side", side, f"at least {SSIM_REACH + 1} pixels")
