@@ -17,8 +17,8 @@ import sys
 import time
 from pathlib import Path
 
-from ditdial import figures
 from ditdial.measure.provenance import write_results
+from ditdial.plain import figures
 
 RESULTS = Path(__file__).parent / "results"
 IMPORTS = """

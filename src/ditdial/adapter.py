@@ -18,8 +18,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ditdial import json_files
 from ditdial.methods import Combined, Method, method_from_config
+from ditdial.plain import json_files
 from ditdial.plan.calibration import FILE as CALIBRATION
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.schedule import Schedule

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ditdial import figures
-from ditdial.checks import require
 from ditdial.elastify import elastify
 from ditdial.evaluation.contenders import Contender, Pictures, draw_in_turn
 from ditdial.evaluation.picture import Row, comparison
 from ditdial.evaluation.runner import as_row
 from ditdial.evaluation.sheet import save_png
 from ditdial.measure.provenance import write_results
+from ditdial.plain import figures
+from ditdial.plain.checks import require
 from ditdial.plan.execution import Execution
 from ditdial.plan.schedule import Schedule
 from ditdial.reference import (

@@ -9,11 +9,11 @@ from typing import Any
 from torch import nn
 
 from ditdial.adapter import Adapter
-from ditdial.checks import require
 from ditdial.handle import Handle
 from ditdial.host.pickling import Weak
 from ditdial.host.pipelines import transformers
 from ditdial.methods import METHODS, Method
+from ditdial.plain.checks import require
 from ditdial.plan.execution import Execution
 from ditdial.plan.schedule import Schedule
 from ditdial.runtime.engine import Engine

@@ -12,11 +12,11 @@ from torch import nn
 
 from ditdial.adapter import Adapter, identity
 from ditdial.backbones import Backbone
-from ditdial.checks import require
 from ditdial.cost.shape import TransformerShape
 from ditdial.measure.calibrate import Measuring, calibrate, time_modes
 from ditdial.methods import Method
 from ditdial.ops.patching import Triple
+from ditdial.plain.checks import require
 from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.controller import Controller

@@ -10,10 +10,10 @@ import torch
 
 from ditdial import FULL, Mode, Plan, Report, Schedule, Segment
 from ditdial.host.device import Stopwatch
+from ditdial.plain.tables import WIDTH
 from ditdial.plan.frontier import SHOWN, Frontier
 from ditdial.plan.report import CallRecord
 from ditdial.plan.solved import Offer, Offers
-from ditdial.table import WIDTH
 
 WEAK = Mode(2)
 LONG = Mode((2, 1, 1), token_grid=(3, 4), width=0.5, token_keep=0.8)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ditdial.checks import did_you_mean
+from ditdial.plain.checks import did_you_mean
 
 if TYPE_CHECKING:
     from ditdial.handle import Handle

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ditdial.checks import require
 from ditdial.cli.arguments import (
     AdapterName,
     ModelName,
@@ -19,6 +18,7 @@ from ditdial.cli.arguments import (
     parse_reference,
 )
 from ditdial.cli.tables import AsJson, Column, print_json, print_table, say
+from ditdial.plain.checks import require
 
 if TYPE_CHECKING:
     from ditdial.plan.calibration import Calibration

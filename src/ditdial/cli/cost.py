@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ditdial import figures
-from ditdial.checks import did_you_mean
 from ditdial.cli.arguments import parse_labels, pipeline
 from ditdial.cli.tables import AsJson, Column, print_json, print_table, say
+from ditdial.plain import figures
+from ditdial.plain.checks import did_you_mean
 
 if TYPE_CHECKING:
     from ditdial.published.models import Published

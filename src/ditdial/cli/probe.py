@@ -6,8 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ditdial import figures
 from ditdial.cli.tables import AsJson, Column, plain, print_facts, print_json, print_table, say
+from ditdial.plain import figures
 
 COLUMNS = (
     Column("mode", "mode", name=True),

@@ -8,9 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ditdial import figures
 from ditdial.cli.results import print_results
 from ditdial.cli.tables import AsJson, Column, print_json, print_table, say
+from ditdial.plain import figures
 
 CALLS = (
     Column("index", "call"),

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ditdial import figures
 from ditdial.cli.tables import Column, Row, print_table
+from ditdial.plain import figures
 
 
 def _gmacs(value: float) -> str:

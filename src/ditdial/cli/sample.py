@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ditdial import figures
 from ditdial.cli.arguments import (
     AdapterName,
     ModelName,
@@ -19,6 +18,7 @@ from ditdial.cli.arguments import (
     read_schedule,
 )
 from ditdial.cli.tables import say
+from ditdial.plain import figures
 
 if TYPE_CHECKING:
     from ditdial.handle import Handle

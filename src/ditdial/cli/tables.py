@@ -15,7 +15,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from ditdial import figures
+from ditdial.plain import figures
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, with raw numbers.")]
 
@@ -26,7 +26,7 @@ WIDE = 10_000
 
 
 def plain(value: Any) -> str:
-    """Any value as text; numbers through `ditdial.figures`."""
+    """Any value as text; numbers through `ditdial.plain.figures`."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if value is None or isinstance(value, int | float):

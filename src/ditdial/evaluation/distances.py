@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ditdial.checks import require
+from ditdial.plain.checks import require
 
 
 class _PassThrough(nn.Module):

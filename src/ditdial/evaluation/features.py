@@ -16,7 +16,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from ditdial.checks import require
+from ditdial.plain.checks import require
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "mnist" / "classifier"
 CLASSIFIER_SIDE = 32

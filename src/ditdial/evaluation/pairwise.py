@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ditdial.checks import require
 from ditdial.evaluation.features import check_images
+from ditdial.plain.checks import require
 
 # SSIM's Gaussian window reaches 5 pixels past the border, by reflection.
 SSIM_REACH = 5

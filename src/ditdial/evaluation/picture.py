@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from ditdial.figures import share
+from ditdial.plain.figures import share
 from ditdial.plan.mode import Mode, coarseness
 from ditdial.plan.plan import Plan
 from ditdial.plan.report import Report

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ditdial.checks import require
 from ditdial.evaluation.distances import (
     FeatureStatistics,
     frechet_from_statistics,
@@ -23,6 +22,7 @@ from ditdial.evaluation.distances import (
 )
 from ditdial.evaluation.features import ClassifierFeatures, SmallClassifier, load_features
 from ditdial.evaluation.pairwise import psnr, ssim
+from ditdial.plain.checks import require
 
 
 @dataclass(frozen=True)

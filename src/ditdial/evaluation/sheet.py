@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ditdial.checks import require
 from ditdial.evaluation.features import check_images
+from ditdial.plain.checks import require
 
 GAP = 2
 GAP_VALUE = 255

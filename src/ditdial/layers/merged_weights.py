@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditdial.checks import warn
 from ditdial.host.weights import is_summable, versions
 from ditdial.layers.state import State
+from ditdial.plain.checks import warn
 from ditdial.plan.mode import Mode
 
 Places = tuple[list[dict[str, Any]], list[str]]

@@ -19,7 +19,7 @@ from typing import TypeVar
 
 import torch
 
-from ditdial.checks import require
+from ditdial.plain.checks import require
 
 Result = TypeVar("Result")
 

@@ -15,10 +15,10 @@ import numpy as np
 from torch import Tensor, nn
 
 from ditdial.adapter import identity
-from ditdial.checks import require
 from ditdial.host.parametrization import Parametrization, parametrization
 from ditdial.measure.onlookers import Clock, Errors, Onlooker, final_latents, modes_of, observed
 from ditdial.measure.provenance import provenance
+from ditdial.plain.checks import require
 from ditdial.plan.budget import pairings
 from ditdial.plan.calibration import Band, Calibration
 from ditdial.plan.choice import Choice

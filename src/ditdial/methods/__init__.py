@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from ditdial.checks import did_you_mean
 from ditdial.methods.base import Method
 from ditdial.methods.combined import Combined
 from ditdial.methods.ddit import DDiT
@@ -12,6 +11,7 @@ from ditdial.methods.dydit import DyDiT
 from ditdial.methods.flexidit import FlexiDiT
 from ditdial.methods.ppflow import PPFlow
 from ditdial.methods.sparsedit import SparseDiT
+from ditdial.plain.checks import did_you_mean
 
 METHODS: dict[str, type[Method]] = {
     method.name: method for method in (FlexiDiT, DDiT, PPFlow, DyDiT, SparseDiT, Combined)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from ditdial.checks import did_you_mean, one_of
+from ditdial.plain.checks import did_you_mean, one_of
 from ditdial.plan.choice import WEAK_GUIDANCE_GAIN, Choice
 from ditdial.plan.mode import FULL, Mode, coarseness
 

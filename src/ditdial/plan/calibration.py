@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ditdial import json_files
-from ditdial.checks import one_of
+from ditdial.plain import json_files
+from ditdial.plain.checks import one_of
 from ditdial.plan.budget import CRITERIA
 from ditdial.plan.choice import Choice
 from ditdial.plan.damage import between_points, path_damage, widths

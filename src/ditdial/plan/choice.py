@@ -11,7 +11,7 @@ import math
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Self
 
-from ditdial.checks import one_of
+from ditdial.plain.checks import one_of
 from ditdial.plan.mode import FULL, Mode
 
 GUIDANCE = ("cfg", "weak")

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ditdial.checks import one_of, require
 from ditdial.ops.differences import derivative, roughness
+from ditdial.plain.checks import one_of, require
 from ditdial.plan.choice import Choice
 from ditdial.plan.controller import Controller, Decision, Facts, Run
 from ditdial.plan.frontier import legal_shares

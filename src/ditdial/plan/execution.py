@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ditdial.checks import require
+from ditdial.plain.checks import require
 
 
 @dataclass(frozen=True, kw_only=True)

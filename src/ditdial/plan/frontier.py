@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ditdial import figures
-from ditdial.table import Table
+from ditdial.plain import figures
+from ditdial.plain.tables import Table
 
 RESOLUTION = 1e-9
 """Costs that agree to this share of the full cost count as one.

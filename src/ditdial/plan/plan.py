@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ditdial import figures, json_files
+from ditdial.plain import figures, json_files
+from ditdial.plain.tables import Table
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule, Segment
-from ditdial.table import Table
 
 
 def _prompts(segment: Segment, *, guided: bool, together: bool) -> list[tuple[str, ...]]:

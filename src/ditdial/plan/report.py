@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ditdial import json_files
+from ditdial.plain import json_files
+from ditdial.plain.tables import Table
 from ditdial.plan.mode import Mode
-from ditdial.table import Table
 
 
 class Timed(Protocol):

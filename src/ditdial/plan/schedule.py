@@ -21,10 +21,10 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ditdial import json_files
+from ditdial.plain import json_files
+from ditdial.plain.tables import Table
 from ditdial.plan.choice import WEAK_GUIDANCE_GAIN, Choice, is_number
 from ditdial.plan.mode import FULL, Mode
-from ditdial.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)

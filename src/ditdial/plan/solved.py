@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ditdial import figures
+from ditdial.plain import figures
+from ditdial.plain.tables import Table
 from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.choice import Choice
@@ -22,7 +23,6 @@ from ditdial.plan.frontier import Frontier
 from ditdial.plan.mode import Mode
 from ditdial.plan.schedule import Schedule
 from ditdial.plan.seconds import Seconds
-from ditdial.table import Table
 
 USUAL_STEPS = 50
 """Evenly spaced steps to solve for where nobody tells the levels of a run."""

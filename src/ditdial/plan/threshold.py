@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ditdial.checks import require
+from ditdial.plain.checks import require
 from ditdial.plan.controller import Facts
 from ditdial.plan.ddit import DDiTController, DDiTRun
 from ditdial.plan.frontier import legal_shares

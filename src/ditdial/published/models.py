@@ -13,10 +13,10 @@ import diffusers
 import torch
 
 from ditdial.backbones import BACKBONES, backbone_for
-from ditdial.checks import did_you_mean
 from ditdial.cost.shape import TransformerShape
 from ditdial.methods.base import Method
 from ditdial.ops.patching import Triple
+from ditdial.plain.checks import did_you_mean
 
 
 @dataclass(frozen=True)

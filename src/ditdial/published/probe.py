@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from ditdial.backbones import BACKBONES, Backbone, nearest
-from ditdial.checks import did_you_mean
 from ditdial.ops.patching import Triple
+from ditdial.plain.checks import did_you_mean
 from ditdial.plan.mode import FULL, Mode
 from ditdial.published.models import MODELS
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from ditdial.checks import did_you_mean
 from ditdial.evaluation.runner import Judge
+from ditdial.plain.checks import did_you_mean
 from ditdial.sampling.pixel_pipeline import PixelDiTPipeline
 
 HERE = Path(__file__).parent

@@ -18,7 +18,6 @@ from torch import nn
 from ditdial.adapter import Adapter
 from ditdial.backbones import Backbone
 from ditdial.backbones.arguments import Branches, Call
-from ditdial.checks import warn
 from ditdial.cost.shape import TransformerShape
 from ditdial.host import step_caches
 from ditdial.host.device import Stopwatch
@@ -27,6 +26,7 @@ from ditdial.host.pipelines import is_guided
 from ditdial.layers.checkpointing import remembered_in_checkpoints
 from ditdial.layers.wiring import Wiring
 from ditdial.methods import Method
+from ditdial.plain.checks import warn
 from ditdial.plan.controller import Facts
 from ditdial.plan.execution import Execution
 from ditdial.plan.mode import FULL, Mode

@@ -21,11 +21,11 @@ from ditdial.adapter import Adapter, Composition, check_base
 from ditdial.backbones import Backbone, backbone_for
 from ditdial.backbones.base import Rewired
 from ditdial.backbones.forward import WIRING
-from ditdial.checks import did_you_mean
 from ditdial.host.device_map import dispatch, offloads, without_places
 from ditdial.host.pickling import MADE_OF, pickled_as
 from ditdial.layers.swap import check_forward, rebind_hooks
 from ditdial.methods import Method
+from ditdial.plain.checks import did_you_mean
 from ditdial.plan.execution import Execution
 from ditdial.plan.mode import Mode
 from ditdial.plan.schedule import Schedule

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from ditdial.adapter import Adapter
-from ditdial.checks import did_you_mean, require
 from ditdial.elastify import elastify
 from ditdial.methods import DDiT, FlexiDiT, Method, PPFlow, SparseDiT
 from ditdial.methods.flexidit import SharedPatches
+from ditdial.plain.checks import did_you_mean, require
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule
 from ditdial.runtime.model_class import engine_of

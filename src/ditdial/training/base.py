@@ -19,9 +19,9 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from torch import Tensor, nn
 
 from ditdial.backbones.dit import DiTBackbone
-from ditdial.checks import require
 from ditdial.ops.patching import resize_embedding, resize_output, to_grouped
 from ditdial.ops.positions import group_centres, sincos_2d
+from ditdial.plain.checks import require
 from ditdial.training.config import Recipe, from_table
 from ditdial.training.objectives import noisy_batch
 

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ditdial.checks import require
 from ditdial.evaluation.features import CLASSIFIER_SIDE, SmallClassifier
+from ditdial.plain.checks import require
 from ditdial.training.config import DataConfig, Recipe, from_table
 from ditdial.training.data import ImageData
 

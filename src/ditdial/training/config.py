@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ditdial.checks import did_you_mean, require
+from ditdial.plain.checks import did_you_mean, require
 
 T = TypeVar("T")
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ditdial.checks import require
 from ditdial.methods.sparsedit import SparseDiT
 from ditdial.ops.flow import level_quantile, level_share, min_snr_weight
+from ditdial.plain.checks import require
 from ditdial.plan.mode import Mode
 from ditdial.training.objectives import NoisyBatch
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 
-from ditdial.checks import did_you_mean
 from ditdial.methods import DyDiT
+from ditdial.plain.checks import did_you_mean
 from ditdial.training.adapter import TRAINED, AdapterTask
 from ditdial.training.base import BaseTask
 from ditdial.training.classifier import ClassifierTask

@@ -17,11 +17,11 @@ import torch.distributed as dist
 import torch.distributed.nn.functional as dist_nn
 from torch import Tensor, nn
 
-from ditdial.checks import require
 from ditdial.elastify import elastify
 from ditdial.layers.width_pass import Narrow
 from ditdial.methods import DyDiT
 from ditdial.methods.dydit import LEVELS, RoutedModules, work_share
+from ditdial.plain.checks import require
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule
 from ditdial.runtime.model_class import engine_of

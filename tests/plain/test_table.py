@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from ditdial.table import WIDTH, Table
+from ditdial.plain.tables import WIDTH, Table
 
 
 def test_columns_stand_under_their_headings():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from ditdial import Budget, Schedule
-from ditdial.checks import did_you_mean, one_of, require
 from ditdial.methods import method_from_config
+from ditdial.plain.checks import did_you_mean, one_of, require
 from ditdial.plan.budget import pairings
 from ditdial.plan.choice import Choice
 from ditdial.plan.mode import Mode

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from ditdial import figures
+from ditdial.plain import figures
 
 
 @pytest.mark.parametrize(
