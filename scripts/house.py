@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import functools
 import importlib
 import inspect
 import io
@@ -51,7 +52,7 @@ class Limits:
         file_lines: lines of a source file.
         function_lines: lines of a function, from its ``def`` to its end, docstring included.
         function_lines_p95: the length that 95 of 100 functions do not exceed.
-        class_names: public names of a class, those of its bases included.
+        class_names: public methods and properties of a class, those of its bases included.
     """
 
     root_files: int = 8
@@ -145,16 +146,23 @@ def classes(sources: Iterable[Source]) -> Iterator[type]:
 def public_names(cls: type) -> tuple[str, set[str], int]:
     """A class's dotted name, its public names and how many it may have.
 
-    Names are those that its body defines or annotates, and the same of each base of the same
-    package; what torch, diffusers or the standard library add to it is not ours to keep small.
+    Names are those of the methods and properties that its body defines, and the same of each base
+    of the same package; what torch, diffusers or the standard library add is not ours to keep
+    small.
     """
     package = cls.__module__.split(".")[0]
     ours = [base for base in cls.__mro__ if base.__module__.split(".")[0] == package]
-    found = {name for base in ours for name in [*vars(base), *inspect.get_annotations(base)]}
+    found = {name for base in ours for name, value in vars(base).items() if _is_offered(value)}
     called = [f"{base.__module__}.{base.__qualname__}" for base in ours]
     own_limits = [CLASS_LIMITS[name] for name in called if name in CLASS_LIMITS]
     public = {name for name in found if not name.startswith("_")}
     return called[0], public, max(own_limits, default=Limits().class_names)
+
+
+def _is_offered(value: object) -> bool:
+    """Whether a class member is a method or a property; fields are its state, not its offers."""
+    kinds = (property, classmethod, staticmethod, functools.cached_property)
+    return inspect.isroutine(value) or isinstance(value, kinds)
 
 
 def quantile_95(lengths: Iterable[int]) -> int:

@@ -46,7 +46,7 @@ def test_reference_pictures(name, build, argument):
         with FlopCounterMode(display=False) as counter:
             found = handle.model(**call).sample
         assert torch.equal(found, stock(**call).sample)
-    shape = handle._engine.costs.shape_of(handle.model, handle.backbone.size(handle.model, call))
+    shape = handle._engine.shape(handle.model, handle.backbone.size(handle.model, call))
     assert shape.grid == GRID
     # Of two pictures in a batch, each is modulated by itself.
     assert 2 * shape.macs(FULL) == counter.get_total_flops() / 2

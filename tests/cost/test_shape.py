@@ -15,7 +15,7 @@ from ditdial import FULL, DyDiT, FlexiDiT, Mode, Plan, Schedule, elastify
 from ditdial.backbones.dit import DiTBackbone
 from ditdial.cost.blocks import Block, Kept, Term, Tokens
 from ditdial.cost.shape import PatchCost, TransformerShape
-from ditdial.methods.dydit import token_router_macs
+from ditdial.methods.routers import token_router_macs
 from ditdial.published.models import published_shape
 
 XL = published_shape("dit-xl-2-256")
@@ -26,7 +26,7 @@ def published(weak: int, weak_guide: int, macs) -> float:
     """Percentage of a guided run of 250 steps with so many weak steps per branch."""
     scheduler = DDPMScheduler()
     scheduler.set_timesteps(STEPS)
-    levels = [DiTBackbone().level_of(t) for t in scheduler.timesteps.tolist()]
+    levels = [DiTBackbone().times.level_of(t) for t in scheduler.timesteps.tolist()]
     schedule = Schedule.weak_first(weak / STEPS, guide_fraction=weak_guide / STEPS)
     plan = Plan.bind(schedule, levels, macs, guidance=True)
     assert sum(s.mode == Mode(2) for s in plan.steps) == weak

@@ -396,7 +396,7 @@ def test_a_copied_pipeline_runs_as_the_one_it_comes_from(name):
             c.mode for c in handle.report().calls
         ]
     assert handle_of(alone)._pipe is None
-    assert handle._pipe is pipe
+    assert handle._planning.pipe is pipe
 
 
 # Pipelines

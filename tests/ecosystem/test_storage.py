@@ -18,7 +18,7 @@ from ditdial.plan.execution import Execution
 from ditdial.runtime.tensors import is_new
 
 names = pytest.mark.parametrize("name", ["flux", "wan", "dit"])
-APART = r"merge = True, but \d+ of \d+ layers keep their low-rank update apart"
+APART = r"merge = True, but \d+ of \d+ layers keep their low-rank updates unmerged"
 
 
 # torchao

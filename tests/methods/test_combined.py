@@ -158,7 +158,7 @@ def test_planned_is_counted(name, merge):
         combined(name, recipe="full", execution=Execution(merge=merge)),
         call_of(name, 1),
     )
-    shape = handle._engine.costs.shape_of(handle.model, handle.backbone.size(handle.model, call))
+    shape = handle._engine.shape(handle.model, handle.backbone.size(handle.model, call))
     for mode in (FULL, *SINGLE, *PRODUCTS):
         with torch.no_grad(), handle.using(mode):
             handle.model(**call)  # what a run does once
@@ -220,8 +220,8 @@ def test_merged_updates_are_the_same(name):
     handle._engine.wiring.state.merged = True
     for mode, output in zip((*SINGLE, *PRODUCTS), expected, strict=True):
         torch.testing.assert_close(run(handle, call, mode), output, atol=2e-5, rtol=1e-4)
-    layer = handle.model.get_submodule(next(iter(handle._engine.surgery.pairs)))
-    merged = layer.__dict__["_elastic_merged"]
+    layer = handle.model.get_submodule(next(iter(handle._engine.surgery.tensors.pairs)))
+    merged = layer.__dict__["_ditdial_merged"]
     copies = {id(weight): key for key, (_, weight) in reversed(merged.items())}
     assert set(copies.values()) == {"patch2", "grid3x2", "grid4", "patch2_grid3x2"}  # widths share
 
@@ -234,7 +234,7 @@ def test_changed_updates_are_merged_and_cut_anew():
     handle._engine.surgery.widths.slices, before = 4, None
     for _ in range(4):
         with torch.no_grad():
-            for _, _, B in handle._engine.surgery.pairs.values():
+            for _, _, B in handle._engine.surgery.tensors.pairs.values():
                 B["patch2"].mul_(1.5)
         found = run(handle, call, ALL)
         assert (gated(handle, call, ALL) - found).norm() < 1e-6 * found.norm()
@@ -329,7 +329,7 @@ def test_other_methods_of_patch_size(name, patches):
     call = call_of(name, 1)
     assert [part.name for part in handle.method.parts] == [patches.name, "sparsedit", "dydit"]
     assert torch.equal(run(handle, call, FULL), run(deep(name), call))
-    shape = handle._engine.costs.shape_of(handle.model, handle.backbone.size(handle.model, call))
+    shape = handle._engine.shape(handle.model, handle.backbone.size(handle.model, call))
     for mode in (PATCH, BOTH, ALL_KEPT):
         sliced = run(handle, call, mode)
         counter = FlopCounterMode(display=False)
@@ -522,7 +522,7 @@ def test_one_graph_per_mode():
 
 def test_inside_a_larger_graph_routed_modes_are_refused():
     handle, call = combined("dit"), call_of("dit")
-    inside = handle._engine.run_inside
+    inside = handle._engine.passes.run_inside
     with torch.no_grad(), handle.using(BOTH):
         assert torch.equal(inside(handle.model, call).sample, run(handle, call, BOTH))
     message = r"mode 'width50' cuts its layers .* inside a larger graph"

@@ -133,4 +133,4 @@ def test_a_layout_only_permutes():
 
         flat = to_grouped(kernel, (1, 1, 1), layout)
         assert torch.equal(from_base(flat, 3, (1, 2, 2), layout), kernel)
-    assert DiTBackbone().output_layout == "thwC"
+    assert DiTBackbone().patches.output_layout == "thwC"

@@ -264,7 +264,7 @@ def test_a_film_at_rest_starts_as_its_frame(model, recipe, kind, scale):
     mode, still = Mode(scale), Mode((1, *scale[1:]))
     scales = (scale,) if still.is_full else (scale, still.patch_scale)
     sizes, x = fresh(model, recipe, kind, scales), torch.randn(1, 1, 32, 32)
-    vectors = BACKBONE.vectors(model.pos_embed, x, Forward(grid=GRID, patch=BASE))
+    vectors = BACKBONE.vectors(x, Forward(grid=GRID, patch=BASE))
     tokens = sizes.embed(vectors.expand(-1, 3, -1, -1, -1), mode)
     if still.is_full:
         expected = model.pos_embed.proj(x).flatten(2).transpose(1, 2)

@@ -82,7 +82,7 @@ def test_planned_cost_is_what_the_counter_counts(case, method):
         counter = FlopCounterMode(display=False)
         with handle.using(mode), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:
             handle.model(**call)
-        shape = handle._engine.costs.shape_of(handle.model, size)
+        shape = handle._engine.shape(handle.model, size)
         assert shape.macs(mode) == counter.get_total_flops() / 2, mode
 
 

@@ -97,7 +97,7 @@ def test_full_mode_is_stock_and_remove_is_exact(name, recipe, assert_stock):
 def test_planned_cost_is_what_the_counter_counts(name, recipe):
     handle, call = elastic(name, recipe=recipe, rank=3), call_of(name, 1)
     size = handle.backbone.size(handle.model, call)
-    shape, costs = handle._engine.costs.shape_of(handle.model, size), []
+    shape, costs = handle._engine.shape(handle.model, size), []
     for mode in handle.modes:
         counter = FlopCounterMode(display=False)
         with handle.using(mode), sdpa_kernel(SDPBackend.MATH), torch.no_grad(), counter:

@@ -147,12 +147,13 @@ def test_one_graph_per_sub_network(elastic, keep):
         for routers in handle._engine.wiring.new.routers.values():
             for parameter in routers.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    handle.schedule = Schedule.constant(Mode(width=0.5, token_keep=keep))
+    schedule = Schedule.constant(Mode(width=0.5, token_keep=keep))
+    handle.schedule = schedule
     handle._engine.surgery.widths.buckets = 1
     pipe = PixelDiTPipeline(handle.model, FlowMatchEulerDiscreteScheduler())
     pipe.set_progress_bar_config(disable=True)
     again = elastify(pipe, handle.adapter())
-    again.schedule, again._engine.surgery.widths.buckets = handle.schedule, 1
+    again.schedule, again._engine.surgery.widths.buckets = schedule, 1
 
     def draw():
         return pipe([1, 2], seeds=[0, 1], num_inference_steps=6, output_type="pt").images

@@ -52,7 +52,7 @@ def assert_saved_or_refused(outcome, folder):
 def test_saving_over_an_adapter_with_a_link_to_its_parent_copies_nothing_through_it(
     adapter, again, tmp_path
 ):
-    folder = adapter.save(tmp_path / "many" / "adapter")
+    folder = adapter.save_pretrained(tmp_path / "many" / "adapter")
     (folder / "up").symlink_to("..", target_is_directory=True)
     outcome = bounded(lambda: again.save(folder) and None, seconds=5, folder=tmp_path)
     assert_saved_or_refused(outcome, folder)
@@ -66,7 +66,7 @@ def test_saving_over_an_adapter_with_a_link_to_its_parent_copies_nothing_through
     reason="the folder that is written lies in the one whose other files are copied",
 )
 def test_saving_over_the_present_folder_does_not_copy_itself(adapter, again, tmp_path):
-    folder = adapter.save(tmp_path / "adapter")
+    folder = adapter.save_pretrained(tmp_path / "adapter")
     (folder / "card.md").write_text("mine")
 
     def save_here():
@@ -87,7 +87,7 @@ def test_a_link_beside_an_adapter_stays_a_link(adapter, again, tmp_path, kind):
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "private.txt").write_text("private")
-    folder = adapter.save(tmp_path / "adapter")
+    folder = adapter.save_pretrained(tmp_path / "adapter")
     target = outside / "private.txt" if kind == "file" else outside
     (folder / "linked").symlink_to(target, target_is_directory=kind == "folder")
     again.save(folder)
@@ -154,7 +154,7 @@ def test_a_link_with_the_name_of_a_partial_file_is_not_written_through(adapter, 
 def test_a_rank_that_the_weights_do_not_have_is_refused_before_it_takes_memory(
     adapter, make_model, tmp_path
 ):
-    folder = adapter.save(tmp_path / "adapter")
+    folder = adapter.save_pretrained(tmp_path / "adapter")
     config = json.loads((folder / CONFIG).read_text())
     config["settings"]["rank"] = 1_000_000
     (folder / CONFIG).write_text(json.dumps(config))
@@ -171,7 +171,7 @@ def test_a_rank_that_the_weights_do_not_have_is_refused_before_it_takes_memory(
 )
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool])
 def test_an_adapter_of_whole_numbers_is_refused(adapter, make_model, tmp_path, dtype):
-    folder = adapter.save(tmp_path / "adapter")
+    folder = adapter.save_pretrained(tmp_path / "adapter")
     tensors = {name: value.to(dtype) for name, value in load_file(folder / WEIGHTS).items()}
     save_file(tensors, folder / WEIGHTS)
     with pytest.raises(ValueError, match=str(dtype).removeprefix("torch.")):
@@ -185,7 +185,7 @@ def test_an_adapter_of_whole_numbers_is_refused(adapter, make_model, tmp_path, d
 )
 def test_an_adapter_is_not_saved_as_whole_numbers(adapter, tmp_path):
     with pytest.raises(ValueError, match="int32"):
-        adapter.save(tmp_path / "adapter", dtype=torch.int32)
+        adapter.save_pretrained(tmp_path / "adapter", dtype=torch.int32)
     assert not (tmp_path / "adapter").exists()
 
 
@@ -201,7 +201,7 @@ def test_a_deeply_nested_file_is_refused_by_name(adapter, tmp_path, reader):
 
     file = tmp_path / f"deep-{reader}.json"
     file.write_text(f"a = {DEEP}" if reader == "recipe" else DEEP)
-    folder = adapter.save(tmp_path / "adapter")
+    folder = adapter.save_pretrained(tmp_path / "adapter")
     (folder / CONFIG).write_text(DEEP)
     read = {
         "adapter": lambda: Adapter.from_pretrained(folder),

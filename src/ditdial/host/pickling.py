@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-MADE_OF = "_elastic_made_of"
+MADE_OF = "_ditdial_made_of"
 """Attribute of a generated class: what it is pickled as."""
 
 

@@ -16,7 +16,7 @@ either, T noise levels, E experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -25,32 +25,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditdial.backbones.base import Backbone
-from ditdial.backbones.routed import RoutedBlock, has_fused
+from ditdial.backbones.routed import RoutedBlock
 from ditdial.cost.shape import TransformerShape
 from ditdial.host.weights import compute_dtype
 from ditdial.layers.new_modules import NewModules
 from ditdial.layers.width_pass import Narrow, Open
 from ditdial.methods.base import Method
 from ditdial.methods.projections import MarkedProjections, legal_scale
+from ditdial.methods.routers import LEVELS, Routers, slot_tables, slots_of, token_router_macs
 from ditdial.ops.gates import gate, logistic_noise, open_mask, with_constant
 from ditdial.ops.patching import RESIZES, Triple
 from ditdial.ops.widths import (
-    by_importance,
-    channel_importance,
     features_of,
-    head_importance,
     shared_out,
-    slot_of_features,
 )
 from ditdial.plan.mode import FULL, Mode
-
-LEVELS = 10
-"""Bins of noise levels for which the share of kept tokens is recorded."""
-
-
-def token_router_macs(width: int) -> int:
-    """Multiply-adds of one token in a token router: two layers, a sixteenth as wide."""
-    return width * (width // 16) + width // 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,54 +166,6 @@ class DyDiT(Method):
         return asdict(self)
 
 
-class Routers(nn.Module):
-    """The three routers of every block, for one mode, in float32 whatever surrounds them.
-
-    Logits of 15 and 35 lose their order in bfloat16.
-
-    Args:
-        blocks, heads, groups: how many.
-        time_width, width: of the timestep's embedding, and of the tokens.
-    """
-
-    def __init__(
-        self, blocks: int, heads: int, groups: int, time_width: int, width: int, method: DyDiT
-    ) -> None:
-        super().__init__()
-        inner = width // 16
-        for name, slots in (("head", heads), ("channel", groups)):
-            weight = torch.empty(blocks, slots - 1, time_width)
-            bias = torch.full((blocks, slots - 1), method.head_bias)
-            self._add(name, weight, bias)
-        if method.tokens:
-            self._add("token_in", torch.empty(blocks, inner, width), torch.zeros(blocks, inner))
-            bias = torch.full((blocks, 1), method.token_bias)
-            self._add("token_out", torch.empty(blocks, 1, inner), bias)
-        # What is known of the tokens beforehand: the share that training ended with.
-        self.register_buffer("token_shares", torch.ones(blocks, LEVELS))
-
-    def _add(self, name: str, weight: Tensor, bias: Tensor) -> None:
-        for one in weight:
-            if one.numel():
-                nn.init.xavier_uniform_(one)
-        self.register_parameter(f"{name}_weight", nn.Parameter(weight))
-        self.register_parameter(f"{name}_bias", nn.Parameter(bias))
-
-    def slots(self, name: str, time_BD: Tensor) -> Tensor:
-        """Logits of the slots behind the first, ``(B, L, S - 1)``."""
-        weight, bias = getattr(self, f"{name}_weight"), getattr(self, f"{name}_bias")
-        with torch.autocast(time_BD.device.type, enabled=False):
-            return torch.einsum("bd,lsd->bls", time_BD.float(), weight.float()) + bias.float()
-
-    def tokens(self, block: int, x_BND: Tensor) -> Tensor:
-        """Logits of a block's tokens, ``(B, N)``."""
-        names = ("token_in_weight", "token_in_bias", "token_out_weight", "token_out_bias")
-        into, into_bias, out, out_bias = (getattr(self, name)[block].float() for name in names)
-        with torch.autocast(x_BND.device.type, enabled=False):
-            hidden = F.relu(F.linear(x_BND.float(), into, into_bias))
-            return F.linear(hidden, out, out_bias)[..., 0]
-
-
 class RoutedModules(MarkedProjections):
     """Routers by mode, the order of the slots, experts, and projections of coarse sizes.
 
@@ -240,16 +181,24 @@ class RoutedModules(MarkedProjections):
         self.drawing: torch.Generator | None = None
         self.offsets: dict[Mode, float] = {}
         blocks = list(backbone.routed_blocks(model))
-        self.heads, self.groups = _slots(method, backbone, blocks)
+        self.heads, self.groups = slots_of(backbone, blocks, method.groups)
         time_width = backbone.times.width(model)
         kernel, _ = backbone.patches.kernel(model)
         self.routers = nn.ModuleDict()
         for mode in method.routed:
             width = blocks[0].narrow.out_features
-            routers = Routers(len(blocks), self.heads, self.groups, time_width, width, method)
+            routers = Routers(
+                len(blocks),
+                self.heads,
+                self.groups,
+                time_width,
+                width,
+                head_bias=method.head_bias,
+                token_bias=method.token_bias if method.tokens else None,
+            )
             self.routers[mode.name] = routers.to(kernel.device)
         for index, block in enumerate(blocks):
-            for role, slots in _slot_tables(block, self.groups).items():
+            for role, slots in slot_tables(block, self.groups).items():
                 self.register_buffer(f"{role}_{index}", slots)
         self.A, self.B = nn.ParameterDict(), nn.ParameterDict()
         if method.recipe == "td-lora":
@@ -434,82 +383,6 @@ class RoutedModules(MarkedProjections):
             bias.fill_(-1.0)[:, :kept] = 1.0
 
 
-def _slots(method: DyDiT, backbone: Backbone, blocks: list[RoutedBlock]) -> tuple[int, int]:
-    """Heads, and groups of channels, of every block.
-
-    Raises:
-        ValueError: blocks that differ, or groups that do not divide the channels.
-    """
-    if not blocks:
-        raise ValueError(
-            f"no routed layers are known of {backbone.model_class}; legal: a class whose backbone "
-            "names them"
-        )
-    heads = {block.heads for block in blocks}
-    if len(heads) > 1:
-        raise ValueError(f"blocks have {sorted(heads)} heads; legal: the same number in all")
-    groups = method.groups or blocks[0].heads
-    for block in blocks:
-        if has_fused(block.attention):
-            raise ValueError(
-                f"the attention of {block.name} has fused projections, from which no heads can be "
-                "taken; legal: unfuse them first (model.unfuse_qkv_projections())"
-            )
-        if groups < 1 or block.channels % groups:
-            raise ValueError(
-                f"groups = {groups} in {block.name}; legal: a divisor of its {block.channels} "
-                "channels"
-            )
-        for layer in block.layers:
-            if not _is_plain(layer):
-                raise ValueError(
-                    f"a layer of {block.name} is a {type(layer).__name__} with weights of type "
-                    f"{type(getattr(layer, 'weight', None)).__name__}, from which no rows can be "
-                    "taken; legal: plain linear layers (fuse a LoRA and unload it; for quantised "
-                    "weights a method that changes patches, flexidit or ddit)"
-                )
-    return blocks[0].heads, groups
-
-
-def _is_plain(layer: Any) -> bool:
-    weight = getattr(layer, "weight", None)
-    plain = isinstance(layer, nn.Linear) and isinstance(weight, nn.Parameter)
-    return plain and type(weight) is nn.Parameter and weight.is_floating_point()
-
-
-@torch.no_grad()
-def _slot_tables(block: RoutedBlock, groups: int) -> dict[str, Tensor]:
-    """The slot of each head feature and of each channel, most important first."""
-    rows = [x.weight for x in (*block.inputs, *block.text_inputs)]
-    columns = [x.weight for x in (*block.outputs, *block.text_outputs)]
-    narrow = block.narrow.weight
-    if block.shared:
-        columns.append(narrow[:, : block.width])
-        narrow = narrow[:, block.width :]
-    heads = by_importance(head_importance(rows, columns, block.heads))
-    slots = slot_of_features(heads, 1).repeat_interleave(block.width // block.heads)
-    channels = by_importance(channel_importance(block.widen.weight, narrow))
-    return {
-        "heads": slots,
-        "channels": slot_of_features(channels, block.channels // groups),
-    }
-
-
 def _key(layer: str) -> str:
     """A layer's name as a key of a module dictionary."""
     return layer.replace(".", "__")
-
-
-def work_share(narrow: Narrow, work: Iterable[tuple[float, float]]) -> Tensor:
-    """Share of the blocks' work that each picture's gates leave in, ``(B,)``: F of section 3.3.
-
-    Args:
-        work: of each block, what narrows with its heads and what with its channels and tokens.
-    """
-    total, left = 0.0, torch.zeros(())
-    for index, (heads, channels) in enumerate(work):
-        token = narrow.token_shares.get(index, 1.0)
-        wide = torch.as_tensor(narrow.opens["channels"][index].share) * token
-        left = torch.as_tensor(narrow.opens["heads"][index].share) * heads + wide * channels + left
-        total += heads + channels
-    return left / total

@@ -41,9 +41,8 @@ def run_cost(
     Returns:
         ``macs_full``, multiply-adds of one forward pass of one picture in full mode; ``macs_plan``,
         their mean over the run; ``ratio`` of the two; ``ratio_blocks``, of the blocks alone, as the
-        FlexiDiT paper counts; ``tokens`` and ``macs`` of each mode by its name; FLOPs of the first
-        two. Of sparse methods also what their paper counts, as ``..._published`` (see
-        `as_published`).
+        FlexiDiT paper counts; ``tokens`` and ``macs`` by mode; FLOPs of the first two. Of sparse
+        methods also what their paper counts, ``..._published`` (see `as_published`).
 
     Raises:
         ValueError: unknown model, a method that does not fit it, or no steps.
@@ -60,15 +59,16 @@ def run_cost(
         return Plan.bind(schedule, levels, macs, guidance=guidance).ratio
 
     modes, full = (FULL, *method.modes), shape.macs(FULL)
+    planned = full * ratio(shape.macs)
     facts = {
         "model": model if isinstance(model, str) else known.model_class,
         "method": method.name,
         "steps": steps,
         "macs_full": full,
-        "macs_plan": full * ratio(shape.macs),
+        "macs_plan": planned,
         "flops_full": 2 * full,
-        "flops_plan": 2 * full * ratio(shape.macs),
-        "ratio": ratio(shape.macs),
+        "flops_plan": 2 * planned,
+        "ratio": planned / full,
         "ratio_blocks": ratio(shape.block_macs),
         "tokens": {mode.name: shape.tokens(mode) for mode in modes},
         "macs": {mode.name: shape.macs(mode) for mode in modes},

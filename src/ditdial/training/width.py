@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ditdial.elastify import elastify
 from ditdial.layers.width_pass import Narrow
 from ditdial.methods import DyDiT
-from ditdial.methods.dydit import LEVELS, RoutedModules, work_share
+from ditdial.methods.dydit import RoutedModules
+from ditdial.methods.routers import LEVELS, work_share
 from ditdial.plain.checks import require
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule
