@@ -42,7 +42,7 @@ def test_a_plan_prints_every_step_the_total_and_what_it_assumed():
     assert len(rows) == 5
     assert rows[0].split() == ["0", "0.900", "patch2", "patch2", "400.0", "GMACs", "28.6", "%"]
     assert rows[4].split() == ["4", "0.100", "full", "patch2", "900.0", "GMACs", "64.3", "%"]
-    assert total == "50.0 % of the full cost (of 65.0 % allowed), 3.500 TMACs for one picture"
+    assert total == "50.0 % of the full cost (of 65.0 % allowed), 3.50 TMACs for one picture"
     assert assumed == "for 5 steps, with guidance, 1 x 64 x 48 base tokens"
     alone = str(plan_of(Schedule.constant(), guidance=False, text_tokens=77))
     assert alone.splitlines()[1].split()[2:4] == ["full", "-"]

@@ -38,7 +38,7 @@ def test_sums():
 
 def test_an_empty_run():
     assert (Report(()).macs, Report(()).ratio, Report(()).seconds) == (0, 1.0, 0)
-    assert "100.0% of the full cost" in str(Report(()))
+    assert "100.0 % of the full cost" in str(Report(()))
 
 
 def test_json_and_table_say_the_same():
@@ -49,14 +49,14 @@ def test_json_and_table_say_the_same():
     assert [row["level"] for row in data["calls"]] == [0.75, None]
     assert (data["macs"], data["ratio"]) == (report.macs, report.ratio)
     first, second = str(report).splitlines()[1:3]
-    assert first.split()[:6] == ["0", "0.750", "patch2", "full", "2", "2.500"]
+    assert first.split()[:6] == ["0", "0.750", "patch2", "full", "2", "2.50"]
     assert second.split()[:5] == ["1", "-", "full", "-", "2"]
 
 
 def test_what_was_allowed_stands_beside_what_was_spent():
     report = Report((record(WEAK, 25.0),), budget=0.3)
     assert json.loads(report.to_json())["budget"] == 0.3
-    assert "25.0% of the full cost (of 30.0% allowed)" in str(report)
+    assert "25.0 % of the full cost (of 30.0 % allowed)" in str(report)
     assert "allowed" not in str(Report((record(WEAK, 25.0),)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ditdial.plain import json_files
+from ditdial.plain import figures, json_files
 from ditdial.plain.tables import Table
 from ditdial.plan.mode import Mode
 
@@ -157,18 +157,16 @@ class Report:
                 "-" if call.mode is None else call.mode.name,
                 "-" if call.guide is None else call.guide.name,
                 str(call.rows),
-                f"{call.macs / 1e9:.3f}",
-                f"{call.watch.seconds * 1e3:.1f}",
+                figures.macs(call.macs),
+                figures.seconds(call.watch.seconds),
             )
             for index, call in enumerate(self.calls)
         ]
-        asked = "" if self.budget is None else f" (of {self.budget:.1%} allowed)"
-        sums = (
-            f"{self.ratio:.1%} of the full cost{asked}, {self.macs / 1e9:.3f} GMAC, "
-            f"{self.seconds:.3f} s in the model"
-        )
-        headings = ("call", "level", "mode", "guide", "rows", "GMAC", "ms")
-        return Table(headings=headings, rows=rows, below=(sums,), least=(4, 6, 8, 8, 5, 10, 9))
+        asked = "" if self.budget is None else f" (of {figures.share(self.budget)} allowed)"
+        whole = f"{figures.macs(self.macs)}, {figures.seconds(self.seconds)} in the model"
+        sums = (f"{figures.share(self.ratio)} of the full cost{asked}", f"per run: {whole}")
+        headings = ("call", "level", "mode", "guide", "batch rows", "per call", "time")
+        return Table(headings=headings, rows=rows, below=sums)
 
     def __str__(self) -> str:
         return str(self.table)
