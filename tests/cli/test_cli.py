@@ -195,7 +195,7 @@ def test_errors_are_printed_as_they_are(monkeypatch, capsys, text):
     """Brackets and colons are markup to the printer: one vanished, another crashed it."""
     code, out, err = run(monkeypatch, capsys, "report", text)
     assert code == 2
-    assert err == f"error: {text!r} does not exist\n"
+    assert err == f"error: report {text!r} does not exist\n"
     assert out == ""
 
 
@@ -228,7 +228,7 @@ def test_paths_with_brackets_are_printed_as_they_are(monkeypatch, capsys, tmp_pa
         (["calibrate", "--output", "folder"], "Is a directory: 'folder'"),
         (["sample", "file"], "Not a directory: "),
         (["demo", "--output", "file/below"], "Not a directory: "),
-        (["report", "file/below.json"], "'file/below.json' does not exist"),
+        (["report", "file/below.json"], "report 'file/below.json' does not exist"),
     ],
 )
 def test_a_wrong_place_ends_in_one_line_before_any_work(

@@ -35,24 +35,24 @@ def lines_of(monkeypatch, capsys, *arguments):
 
 def test_the_cost_of_a_run_tells_its_units(monkeypatch, capsys):
     lines = lines_of(monkeypatch, capsys, "cost", "--model", "dit-xl-2-256")
-    assert lines[0] == "dit-xl-2-256, per forward pass of one picture:"
+    assert lines[0] == "dit-xl-2-256, per forward pass of one picture or clip:"
     assert re.split("  +", lines[5]) == [
-        "full mode",
+        "mode full",
         "256",
         "118.7 GMACs",
         "237.3 GFLOPs",
         "100.0 %",
     ]
-    assert any(line.startswith("per run of one picture, 250 guided steps") for line in lines)
+    assert "per run of one picture or clip, 250 guided steps of 2 passes," in lines
     assert "59.3 TMACs" in "".join(lines)  # 118.7 GMACs, twice for guidance, 250 steps
     clip = lines_of(monkeypatch, capsys, "cost", "--model", "wan-2.1-1.3b-480p")
-    assert clip[0] == "wan-2.1-1.3b-480p, per forward pass of one clip:"
+    assert clip[0] == "wan-2.1-1.3b-480p, per forward pass of one picture or clip:"
 
 
 def test_both_countings_of_sparse_modes_are_shown(monkeypatch, capsys):
     asked = ("cost", "--model", "dit-xl-2-256", "--method", "sparsedit")
     lines = lines_of(monkeypatch, capsys, *asked)
-    row = next(line for line in lines if line.startswith("by noise level"))
+    row = next(line for line in lines if line.startswith("as planned"))
     assert row.split()[-4:] == ["55.1", "%", "57.2", "%"]
 
 
@@ -80,8 +80,13 @@ def test_probe_keeps_raw_numbers_as_json(monkeypatch, capsys):
 
 def test_cost_keeps_raw_numbers_as_json(monkeypatch, capsys):
     _, out, _ = run(monkeypatch, capsys, "cost", "--model", "dit-xl-2-256", "--json")
-    names = "model tokens_full tokens_weak macs_full macs_weak macs_plan flops_full flops_plan"
-    assert list(json.loads(out)) == [*names.split(), "ratio", "ratio_paper", "steps"]
+    facts = json.loads(out)
+    assert (facts["model"], facts["method"], facts["steps"]) == ("dit-xl-2-256", "flexidit", 250)
+    assert facts["tokens"] == {"full": 256, "patch2": 64}
+    assert facts["macs"]["full"] == facts["macs_full"] == pytest.approx(118.7e9, rel=1e-3)
+    assert facts["macs_plan"] == pytest.approx(facts["ratio"] * facts["macs_full"])
+    assert facts["flops_full"] == 2 * facts["macs_full"]
+    assert facts["ratio_blocks"] == pytest.approx(facts["ratio"], rel=2e-3)
 
 
 CALLS = [
@@ -133,7 +138,7 @@ def test_what_is_no_report_is_refused(monkeypatch, capsys, tmp_path, content, wo
     assert (code, words in err) == (2, True)
     path.write_bytes(b"\xff\xfe\x00")
     code, _, err = run(monkeypatch, capsys, "report", str(path))
-    assert (code, "is not valid JSON" in err) == (2, True)
+    assert (code, str(path) in err, "decode" in err) == (2, True, True)
 
 
 @pytest.mark.parametrize("kind", ["calls", "rows"])

@@ -47,7 +47,7 @@ def test_a_row_of_results_has_facts_and_figures(elastic):
     handle.schedule = WEAK
     plan = handle.plan(4)
     assert (row["ratio"], row["gmacs"]) == (plan.ratio, plan.macs / 1e9)
-    assert Schedule.from_json(row["schedule"]) == WEAK
+    assert Schedule.from_dict(row["schedule"]) == WEAK
     assert len(row["psnr_sets"]) == 2
     assert 10 < row["psnr"] < 60
     assert 0 < row["time_ratio"] < 2

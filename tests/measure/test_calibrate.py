@@ -728,7 +728,7 @@ def test_without_a_calibration(make_elastic, make_model):
         with pytest.raises(ValueError, match="needs a calibration, and this adapter has none"):
             handle.budget = ask
     with pytest.raises(ValueError, match=r"no calibration; handle.calibrate measures one"):
-        handle.frontier(10)
+        handle.frontier(10, scheduler=DDIMScheduler())
     with pytest.raises(ValueError, match="only_seconds = True; legal with a calibration"):
         handle.calibrate(lambda n: None, only_seconds=True)
 

@@ -33,6 +33,7 @@ from ditdial import (
     elastify,
     handle_of,
 )
+from ditdial.layers.low_rank import MERGED as MERGED_WEIGHTS
 from ditdial.methods import method_from_config
 from ditdial.plan.execution import Execution
 from ditdial.reference import load_reference, reference_adapter
@@ -209,7 +210,7 @@ def test_full_mode_is_stock_and_remove_is_exact(name, assert_stock):
         assert torch.equal(run(handle, call, FULL), expected)
     handle.remove()
     assert_stock(handle.model, stock)
-    leftovers = [k for m in handle.model.modules() for k in m.__dict__ if k.startswith("_elastic")]
+    leftovers = [k for m in handle.model.modules() for k in m.__dict__ if k.startswith("_ditdial")]
     assert leftovers == []
 
 
@@ -217,11 +218,11 @@ def test_full_mode_is_stock_and_remove_is_exact(name, assert_stock):
 def test_merged_updates_are_the_same(name):
     handle, call = combined(name), call_of(name)
     expected = [run(handle, call, mode) for mode in (*SINGLE, *PRODUCTS)]
-    handle._engine.wiring.state.merged = True
+    run_as(handle, merge=True)
     for mode, output in zip((*SINGLE, *PRODUCTS), expected, strict=True):
         torch.testing.assert_close(run(handle, call, mode), output, atol=2e-5, rtol=1e-4)
     layer = handle.model.get_submodule(next(iter(handle._engine.surgery.tensors.pairs)))
-    merged = layer.__dict__["_ditdial_merged"]
+    merged = layer.__dict__[MERGED_WEIGHTS]
     copies = {id(weight): key for key, (_, weight) in reversed(merged.items())}
     assert set(copies.values()) == {"patch2", "grid3x2", "grid4", "patch2_grid3x2"}  # widths share
 

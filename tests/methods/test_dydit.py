@@ -96,7 +96,7 @@ def test_remove_is_exact(name):
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert torch.equal(run(model, call_of(name)), expected)
-    leftovers = [k for m in model.modules() for k in m.__dict__ if k.startswith("_elastic")]
+    leftovers = [k for m in model.modules() for k in m.__dict__ if k.startswith("_ditdial")]
     assert leftovers == []
 
 

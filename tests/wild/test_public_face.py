@@ -27,7 +27,6 @@ from ditdial.reference import reference_adapter
 WEAK = Mode(2)
 
 
-@pytest.mark.xfail(strict=True, raises=pytest.fail.Exception, reason="a handle takes any attribute")
 @pytest.mark.parametrize("name", ["bugdet", "merge", "schedul", "pipe"])
 def test_a_handle_takes_no_attribute_that_it_does_not_have(make_elastic, name):
     handle = make_elastic()
@@ -42,11 +41,6 @@ def test_a_handle_takes_those_that_it_has(make_elastic):
     assert handle.budget is None
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(TypeError, AttributeError),
-    reason="a value of another type is used before it is looked at",
-)
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -69,11 +63,6 @@ def test_a_value_of_another_type_is_refused_by_name(make_elastic, name, value):
     assert handle.schedule == Schedule.constant(FULL)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(TypeError, AttributeError),
-    reason="what is no adapter and no method is used before it is looked at",
-)
 @pytest.mark.parametrize(
     "adapter", [3, None, FlexiDiT, [FlexiDiT], 0.5], ids=lambda x: repr(x)[:24]
 )
@@ -84,9 +73,6 @@ def test_what_is_no_adapter_and_no_method_is_refused_by_name(make_model, assert_
     assert_stock(model, make_model())
 
 
-@pytest.mark.xfail(
-    strict=True, raises=TypeError, reason="a hub id is always read at its newest revision"
-)
 def test_a_revision_of_a_hub_id_is_the_one_that_is_read(
     make_elastic, make_model, make_call, output, monkeypatch, tmp_path
 ):
@@ -103,9 +89,6 @@ def test_a_revision_of_a_hub_id_is_the_one_that_is_read(
         assert torch.equal(output(handle.model, make_call()), output(expected.model, make_call()))
 
 
-@pytest.mark.xfail(
-    strict=True, raises=AssertionError, reason="a folder that is not there is taken for a file"
-)
 def test_a_calibration_is_saved_into_a_folder_that_is_not_there_yet(tmp_path):
     calibration = Adapter.from_pretrained(reference_adapter()).calibration
     assert calibration is not None
@@ -125,11 +108,6 @@ def levels(seed):
     return sorted(torch.rand(3, generator=noise(seed)).tolist(), reverse=True)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a guide that was left out is written down, and comes back as one that was given",
-)
 @pytest.mark.parametrize(
     "schedule",
     [
@@ -160,11 +138,6 @@ class OwnScheduler(diffusers.FlowMatchEulerDiscreteScheduler):
     """A user's own kind of a known scheduler."""
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=ValueError,
-    reason="one of two tests of a scheduler reads the name of its class, and not of its bases",
-)
 def test_a_subclass_of_a_flow_scheduler_is_a_flow_scheduler_wherever_it_is_asked():
     case = PIPES["sd3"]
     expected, found = (

@@ -227,11 +227,6 @@ def test_a_budget_in_seconds_that_no_mode_can_keep_is_refused_without_an_empty_r
     assert "seconds" in str(error.value)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a plan prints its steps, and not what it took for granted",
-)
 def test_a_plan_states_the_grid_the_tokens_the_steps_and_the_guidance_that_it_assumed():
     case = PIPES["flux"]
     pipe = case.pipe()
@@ -274,11 +269,6 @@ def test_seconds_of_a_reference_adapter_are_kept_outside_the_package(monkeypatch
 # Values of the wrong kind
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=pytest.fail.Exception,
-    reason="the name of a mode is kept as if it were one, and fails in the first call",
-)
 @pytest.mark.parametrize("field", ["mode", "guide"])
 def test_a_segment_takes_no_name_for_a_mode(field):
     with pytest.raises((ValueError, TypeError), match=rf"{field} = 'patch2'; legal"):

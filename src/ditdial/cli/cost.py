@@ -101,6 +101,6 @@ def _show(facts: dict[str, Any], which: str) -> None:
     ]
     print_table(runs, (COLUMNS[0], *COLUMNS[2:], PAPER))
     say(
-        "\n1 MAC = 2 FLOPs; the FlexiDiT paper counts transformer blocks only, the SparseDiT paper "
-        "also what need not be multiplied"
+        "\n1 MAC = 2 FLOPs; the FlexiDiT paper counts transformer blocks only,\n"
+        "the SparseDiT paper also what need not be multiplied"
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +9,7 @@ import typer
 
 from ditdial.cli.results import print_results
 from ditdial.cli.tables import AsJson, Column, print_json, print_table, say
-from ditdial.plain import figures
+from ditdial.plain import figures, json_files
 
 CALLS = (
     Column("index", "call"),
@@ -29,7 +28,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Print what a run did: one line per call of the model, or one per row of results."""
-    data = _read(path)
+    data = json_files.read(path, "report", _checked)
     if as_json:
         print_json(data)
     elif "calls" in data:
@@ -38,22 +37,19 @@ def report(
         print_results(data["rows"])
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _checked(data: Any) -> dict[str, Any]:
     """The content of a file that holds a report or rows of results.
 
     Raises:
-        OSError: no such file, or one that cannot be read.
-        ValueError: no JSON, or neither of the two.
+        ValueError: neither of the two.
     """
-    if not path.exists():
-        raise FileNotFoundError(f"{str(path)!r} does not exist")
-    try:
-        data = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is not valid JSON: {error}") from error
-    lines = data.get("calls", data.get("rows")) if isinstance(data, dict) else None
-    if not isinstance(lines, list) or not all(isinstance(line, dict) for line in lines):
-        raise ValueError(f"{str(path)!r} is no report; legal: JSON with 'calls' or 'rows'")
+    calls = isinstance(data, dict) and "calls" in data
+    lines = data.get("calls" if calls else "rows") if isinstance(data, dict) else None
+    needed = {"level", "mode", "macs"} if calls else set()
+    if not isinstance(lines, list) or not all(
+        isinstance(line, dict) and needed <= set(line) for line in lines
+    ):
+        raise ValueError("this is no report; legal: 'calls' of a run, or 'rows' of results")
     return data
 
 

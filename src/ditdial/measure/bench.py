@@ -13,7 +13,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent import futures
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -132,7 +132,7 @@ def in_fresh_processes(measure: Callable[[], Result], processes: int) -> Iterato
     require(processes >= 1, "processes", processes, ">= 1")
     context = multiprocessing.get_context("spawn")
     for _ in range(processes):
-        with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with futures.ProcessPoolExecutor(1, mp_context=context) as pool:
             yield pool.submit(measure).result()
 
 

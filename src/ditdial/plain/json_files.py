@@ -78,7 +78,7 @@ def read(path: str | Path, what: str, make: Callable[[Any], Made]) -> Made:
         ValueError: the file is no text, no JSON, or not understood; the message names it.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"{what} {str(path)!r} does not exist")
     try:
         return loads(path.read_text(encoding="utf-8"), what, make)

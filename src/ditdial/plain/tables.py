@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,10 +58,11 @@ class Table:
 
     def html(self) -> str:
         """The table with all of its texts, as HTML."""
-        head = "".join(f"<th>{html.escape(text)}</th>" for text in self.headings)
+        from html import escape  # its tables of names are slow to import
+
+        head = "".join(f"<th>{escape(text)}</th>" for text in self.headings)
         rows = "".join(
-            f"<tr>{''.join(f'<td>{html.escape(text)}</td>' for text in row)}</tr>"
-            for row in self.rows
+            f"<tr>{''.join(f'<td>{escape(text)}</td>' for text in row)}</tr>" for row in self.rows
         )
-        below = "".join(f"<p>{html.escape(line)}</p>" for line in self.below)
+        below = "".join(f"<p>{escape(line)}</p>" for line in self.below)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{below}"

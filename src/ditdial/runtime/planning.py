@@ -108,10 +108,8 @@ class Planning:
             ValueError: outside (0, 1], below the cheapest plan, or one that asks for what was not
                 measured, or not on this device.
         """
-        chooser, facts = (
-            self.engine.chooser,
-            Facts(levels=(), macs=self.engine.shape(self.model).macs),
-        )
+        chooser = self.engine.chooser
+        facts = Facts(levels=(), macs=self.engine.shape(self.model).macs)
         asked = budget if isinstance(budget, Budget) else Budget(budget)
         controller: Controller | None
         if chooser.calibration is not None:

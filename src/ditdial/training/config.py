@@ -191,6 +191,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         raw = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"recipe {str(path)!r} is not valid TOML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"recipe {str(path)!r} is nested too deeply to be read") from error
     for override in overrides:
         _apply_override(raw, override)
     task = raw.pop("task", None)
