@@ -100,10 +100,11 @@ class PixelDiTPipeline(DiffusionPipeline):
             x = x * scheduler.init_noise_sigma
         arguments = _accepted(scheduler.step, generator=generator)
         levels = (scheduler.timesteps / 1000).to(torch.float32)
+        dtype = self.transformer.dtype  # slow to ask for: diffusers looks at every module
         steps = zip(scheduler.timesteps, levels, path_norm(levels), strict=True)
         for t, level, norm in self.progress_bar(list(steps)):
             network_input = x / norm if is_flow else scheduler.scale_model_input(x, t)
-            prediction = self._predict(network_input, t, labels, scale)
+            prediction = self._predict(network_input.to(dtype), t, labels, scale)
             if is_flow:
                 prediction = velocity(network_input, prediction, level, norm)
             x = scheduler.step(prediction, t, x, **arguments).prev_sample
@@ -114,7 +115,7 @@ class PixelDiTPipeline(DiffusionPipeline):
         branches = len(labels) // len(x)
         batch = torch.cat([x] * branches)
         prediction = self.transformer(
-            batch.to(self.transformer.dtype),
+            batch,
             timestep=t[None].expand(len(batch)),
             class_labels=labels,
         ).sample.float()
