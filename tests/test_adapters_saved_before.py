@@ -14,7 +14,8 @@ from tests.methods.test_combined import deep
 
 from ditdial import Mode, elastify
 
-FOLDERS = sorted(
+HERE = Path(__file__).parent / "adapters_saved_before"
+FOLDERS = sorted(path.parent for path in HERE.glob("*/expected.safetensors"))
     path.parent
     for path in Path(__file__).parent.glob("adapters_saved_before/*/expected.safetensors")
 )
