@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -25,8 +26,9 @@ assert not loaded, loaded
 """
 
 
-def python(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+def python(code: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -70,24 +72,34 @@ def test_a_name_that_is_none_is_refused():
         exec("from ditdial import elastic")
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "import ditdial.elastify",
-        "from ditdial.elastify import handle_of",
-        "from ditdial import handle_of",
-        "import ditdial.demo",
-        "import ditdial; ditdial.elastify",
-    ],
+FIRST = (
+    "import ditdial.elastify",
+    "from ditdial.elastify import handle_of",
+    "from ditdial import handle_of",
+    "import ditdial.demo",
+    "import ditdial; ditdial.elastify",
 )
-def test_elastify_is_the_function_whatever_is_imported_first(first):
+EACH_IN_A_FORK = """
+import os, sys
+import diffusers, torch  # slow, and once is enough for all
+for first in sys.argv[1:]:
+    child = os.fork()
+    if not child:
+        exec(first)
+        import ditdial
+        from ditdial import elastify
+        from ditdial.elastify import elastify as same
+        assert elastify is same is ditdial.elastify and callable(same)
+        assert sys.modules["ditdial.elastify"].elastify is same
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, first
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_elastify_is_the_function_whatever_is_imported_first():
     """Its module has the same name, which the import system binds in the package."""
-    python(
-        f"{first}\nimport ditdial, sys\nfrom ditdial import elastify\n"
-        "from ditdial.elastify import elastify as same\n"
-        "assert elastify is same is ditdial.elastify and callable(same)\n"
-        "assert sys.modules['ditdial.elastify'].elastify is same"
-    )
+    python(EACH_IN_A_FORK, *FIRST)
 
 
 SHARE = """

@@ -188,8 +188,12 @@ def command_alone(*arguments, **environment):
     ("arguments", "start"),
     [
         (["methods"], "method     changes"),
-        (["backbones"], " " * 32 + "patch size"),
-        (["cost", "--model", "dit-xl-2-256"], "dit-xl-2-256, per forward pass"),
+        pytest.param(["backbones"], " " * 32 + "patch size", marks=pytest.mark.slow),
+        pytest.param(
+            ["cost", "--model", "dit-xl-2-256"],
+            "dit-xl-2-256, per forward pass",
+            marks=pytest.mark.slow,
+        ),
         (["cost", "--model", "mnist", "--json"], "{\n"),
     ],
 )

@@ -364,8 +364,15 @@ def answer(rank, model, call, out):
     assert {c.mode for c in handle_of(model).report().calls} == {WEAK}
 
 
-@recipes
-@pytest.mark.parametrize("name", ["sd3", "flux"])
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("flux", "lora"),
+        pytest.param("sd3", "lora", marks=pytest.mark.slow),
+        pytest.param("flux", "shared", marks=pytest.mark.slow),
+        ("sd3", "shared"),
+    ],
+)
 def test_a_started_process_runs_the_model_it_is_given(name, recipe):
     """Not a pickle read here, where the generated classes are still known; its memory is shared."""
     handle, call = elastic(name, recipe=recipe), call_of(name)

@@ -20,7 +20,7 @@ class Base:
     """A base."""
 
     annotated: int
-    given = 1
+    given = 1  # a field is no offer
 
     def method(self):
         """Do nothing."""
@@ -32,7 +32,10 @@ class Layer(Base, UserDict):
     """Inherits from the base and from another package."""
 
     own: str = """not a
-    docstring"""  # a comment
+    docstring"""
+
+    @property
+    def size(self) -> int: ...
 
 
 # another comment
@@ -65,7 +68,7 @@ def test_numbers(package):
     assert found["broken"] == []
     assert found["root_files"] == ["__init__.py"]
     assert found["lines"] == 2 + len(MODULE.splitlines())
-    assert found["code_lines"] == 9
+    assert found["code_lines"] == 11
     assert found["comments_per_100_lines"] == pytest.approx(100 * 2 / found["lines"])
     # Three modules, two classes and a method: 1 + 1 + 2, 1 + 1 and 1 lines of documentation.
     assert found["public_names"] == 6
@@ -73,10 +76,11 @@ def test_numbers(package):
     assert found["functions"] == [
         ["planted.room.module.Base.method", 2],
         ["planted.room.module.Base._hidden", 1],
+        ["planted.room.module.Layer.size", 2],
     ]
     assert found["classes"] == [
-        ["planted.room.module.Layer", 4, 20],  # nothing of what UserDict offers
-        ["planted.room.module.Base", 3, 20],
+        ["planted.room.module.Layer", 2, 20],  # nothing of what UserDict offers
+        ["planted.room.module.Base", 1, 20],
     ]
 
 
@@ -84,12 +88,12 @@ def function(lines: int) -> str:
     return "def long():\n" + "    call()\n" * (lines - 1)
 
 
-def attributes(first: int, last: int) -> str:
-    return "".join(f"    name_{number}: int = 0\n" for number in range(first, last))
+def methods(first: int, last: int) -> str:
+    return "".join(f"    def name_{number}(self): ...\n" for number in range(first, last))
 
 
-INHERITED = f"class A:\n{attributes(0, 15)}\nclass B(A):\n{attributes(10, 21)}"
-ALLOWED = f"class A:\n{attributes(0, 15)}\nclass B(A):\n{attributes(10, 20)}"
+INHERITED = f"class A:\n{methods(0, 15)}\nclass B(A):\n{methods(10, 21)}"
+ALLOWED = f"class A:\n{methods(0, 15)}\nclass B(A):\n{methods(10, 20)}"
 
 
 @pytest.mark.parametrize(

@@ -111,6 +111,7 @@ def test_our_modules_are_imported_by_statements_only():
     found = [
         f"{file.relative_to(ROOT)}:{line}"
         for file in sorted(PACKAGE.rglob("*.py"))
+        if file != PACKAGE / "__init__.py"  # lazy; the linter sees the same names there
         for line in dynamic_imports(file.read_text())
     ]
     assert not found, "the linter cannot see these imports: " + ", ".join(found)

@@ -69,7 +69,7 @@ def test_the_baseline_runs_beside_every_run():
 
 
 def test_ratios_are_to_the_baseline_beside():
-    pauses = iter([0.01, 0.02, 0.04])  # a machine that becomes slower and slower
+    pauses = iter([0.04, 0.08, 0.16])  # a machine that becomes slower and slower
     runs = {name: lambda: time.sleep(2 * pause[0]) for name in "abc"}
     pause = [0.0]
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import ditdial.plan
-from ditdial import Calibration, Mode, Schedule, json_files
+from ditdial import Calibration, Mode, Schedule
+from ditdial.plain import json_files
 
 PLAIN = (
     *("mode", "choice", "schedule", "plan", "budget", "frontier"),
