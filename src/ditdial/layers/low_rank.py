@@ -35,7 +35,11 @@ class LowRankSeam(nn.Module):
     coarse_B: nn.ParameterDict
 
     def forward(self, x: Tensor) -> Tensor:
-        """Stock linear layer plus the update of each token's mode."""
+        """Stock linear layer plus the low-rank update of each token's mode.
+
+        ``(..., in) -> (..., out)``. Full mode is the stock layer alone; a mode whose weights are
+        merged is one product with the merged weight.
+        """
         state = wiring_of(self).state
         mode = state.mode
         if state.layout is not None:

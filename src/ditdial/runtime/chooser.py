@@ -96,12 +96,16 @@ class Chooser:
     def decide(
         self, level: float, facts: Callable[[], Facts], latents: Callable[[], Tensor]
     ) -> list[Group]:
-        """How the pictures of a step run.
+        """How the pictures of a step run, by the schedule or as a controller sees their latents.
 
         Args:
             level: noise level of the call.
             facts: of the run, asked for at its first call.
-            latents: of the conditional rows, as `Run.decide` takes them.
+            latents: of the conditional rows, as `Run.decide` takes them; cut only if a controller
+                looks at them.
+
+        Returns:
+            One group where all pictures run alike, else one for each choice.
         """
         if self.controller is None:
             return [Group(self.schedule.at(level))]

@@ -110,7 +110,14 @@ class Compiled:
             set_eval_frame(compiler)
 
     def run(self, model: nn.Module, call: dict[str, Any]) -> Any:
-        """The stock forward in the present mode."""
+        """The stock forward in the present mode: as it is, or as the graph of this mode.
+
+        Args:
+            call: arguments of the stock forward by name.
+
+        Returns:
+            What the stock forward returns.
+        """
         forward = self._forward(model, self.wiring.state.modes)
         set_eval_frame(self.around)
         try:

@@ -87,7 +87,13 @@ class Costs:
         return replace(shape, kept=kept)
 
     def record(self, facts: CallFacts, watch: Stopwatch) -> None:
-        """Keep what a call ran, and how long."""
+        """Keep what a call ran, what that multiplies, and how long it took.
+
+        Args:
+            facts: of the call, once it has run.
+            watch: started before the call; stopped here, and read only when somebody asks for the
+                seconds, since reading waits for the device.
+        """
         shape = facts.shape
         ran = [each for each in (facts.mode, facts.guide) if each is not None]
         spent = sum(shape.macs(each, facts.level, self.kept.get(each)) for each in ran)

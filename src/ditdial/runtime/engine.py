@@ -163,6 +163,7 @@ class Engine:
         return output
 
     def _choose_and_run(self, model: nn.Module, call: Call, shape: TransformerShape) -> Any:
+        """Find out where the call stands in its run, and run it as its guidance branch asks."""
         arguments, forced = self.wiring.backbone.arguments, self.chooser.forced
         if forced is not None:
             watch = Stopwatch(arguments.device(call))
@@ -277,7 +278,12 @@ class Engine:
         level: float,
         branches: Branches | None,
     ) -> list[Group]:
-        """How the pictures of this step run."""
+        """Ask the chooser how the pictures of this step run, in groups of one choice each.
+
+        Raises:
+            RuntimeError: pictures want different modes beside a step cache, which keeps one state
+                for all of them.
+        """
 
         def facts() -> Facts:
             guided: bool | None = branches is not None

@@ -54,7 +54,11 @@ def run_groups(
     branches: Branches | None,
     run: RunGroup,
 ) -> Any:
-    """Run a batch group by group.
+    """Run a batch group by group: the pictures of one choice at a time.
+
+    Args:
+        branches: which rows guide which; None if all are conditional.
+        run: runs the rows of one group.
 
     Returns:
         What the stock forward returns, for all rows in their order.
