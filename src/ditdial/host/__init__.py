@@ -2,6 +2,6 @@
 
 How a pipeline tells whether it guides and at which levels it calls its transformer, what a
 scheduler's predictions mean, where weights are when they are offloaded or quantised, what step
-caches keep, how changed classes are pickled. Facts about other people's code that may change with
-their next version stand in this room and nowhere else.
+caches keep, how changed classes are pickled. What is known here of other people's code may change
+with their next version.
 """
