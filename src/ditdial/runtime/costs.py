@@ -96,6 +96,7 @@ class Costs:
         """
         shape = facts.shape
         ran = [each for each in (facts.mode, facts.guide) if each is not None]
+        # Of routed modes what their tokens really kept, where a pass has told it.
         spent = sum(shape.macs(each, facts.level, self.kept.get(each)) for each in ran)
         shown = facts.rows // 2 if facts.guided else facts.rows
         kept = facts.repeated * shape.text_tokens * shape.text_once

@@ -71,6 +71,7 @@ def run_groups(
         rows, own = _rows_of(group.pictures, branches)
         part = arguments.rows(call, rows) | {"return_dict": False}
         prediction = arguments.stack(run(part, group, own, rows)[0])
+        # Channels and dtype are the prediction's: a learned variance adds some to the latent's.
         if out is None:
             out = prediction.new_empty(arguments.count(call), *prediction.shape[1:])
         out = out.index_copy(0, torch.tensor(rows, device=out.device), prediction)
