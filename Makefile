@@ -14,12 +14,12 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-wheel test-extras records lint house types docs extras \
-  wheel wheel-check bench clean
+.PHONY: help demo test test-slow test-wheel test-extras records lint house types docs \
+  architecture extras wheel wheel-check bench clean
 
 help:  ## list the targets
 	@echo "Usage: make TARGET [PYTHON=python3.12] [ARGS=...]"
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-13s %s\n", $$1, $$2 }' Makefile
 
 demo: $(INSTALLED)  ## run the reference model at several budgets; writes out/demo
 	$(BIN)/ditdial demo --output out/demo $(ARGS)
@@ -55,6 +55,9 @@ types: $(INSTALLED)  ## check types under src/ with pyrefly
 
 docs: $(INSTALLED_DOCS)  ## build the documentation into docs/_build/html; warnings are errors
 	$(BIN)/sphinx-build -W -b html docs docs/_build/html
+
+architecture: $(INSTALLED)  ## draw the pictures of docs/architecture.md from the code
+	$(BIN)/python scripts/architecture.py
 
 extras: $(INSTALLED)  ## resolve all extras with the pins in constraints.txt; installs nothing
 	$(BIN)/python scripts/check_extras.py $(ARGS)

@@ -1,4 +1,8 @@
-"""One verb in, one verb out: `elastify` changes a model, `Handle.remove` undoes it exactly."""
+"""One verb in, one verb out: `elastify` changes a model, `Handle.remove` undoes it exactly.
+
+What is done to the model itself is `ditdial.runtime.model_class.make_elastic`; this file finds the
+transformer of a pipeline and reads adapters from folders or the hub.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The handle of an elastic model: what its owner sets, asks and undoes."""
+"""The handle of an elastic model: what its owner sets, asks and undoes.
+
+It computes nothing itself: each of its names is a question to the engine, or a wish that is checked
+before the engine is told.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""What we know of diffusers' model classes; one file each."""
+"""What we know of diffusers' model classes; one file each.
+
+A backbone is knowledge, not code: which submodules make tokens and end them, what the arguments of
+a call mean, how noise levels are told, where tokens meet, what its blocks multiply. The contract is
+`ditdial.backbones.base`; what is said here of a class is enough to run every method on it that the
+class allows.
+"""
 
 from __future__ import annotations
 

@@ -89,12 +89,23 @@ class Arguments:
         return self.stack(output.sample if call.get("return_dict", True) else output[0])
 
     def answer(self, call: Call, prediction: Tensor) -> Any:
-        """What the stock model would return for a call with this prediction."""
+        """What the stock model would return for a call with this prediction.
+
+        Args:
+            prediction: of all rows, ``(B, ...)``.
+
+        Returns:
+            The class's output object, or a tuple where the call asks for one.
+        """
         sample = list(prediction) if self.sample in self.lists else prediction
         return self.output(sample=sample) if call.get("return_dict", True) else (sample,)
 
     def rows(self, call: Call, index: Rows) -> Call:
-        """The arguments of some rows of a batched call."""
+        """The arguments of some rows of a batched call.
+
+        Tensors and lists with an entry for each row are cut, also inside dictionaries and lists;
+        all else is shared by the rows and stays.
+        """
         total = self.count(call)
         places = range(total)[index] if isinstance(index, slice) else index
         return {
@@ -103,7 +114,10 @@ class Arguments:
         }
 
     def give_condition(self, call: Call, condition: Call) -> Call:
-        """``call`` with the condition of ``condition`` (for weak-model guidance)."""
+        """``call`` with the condition of ``condition`` (for weak-model guidance).
+
+        The guidance branch then sees the prompt instead of the null prompt (FlexiDiT, section 3.4).
+        """
         return call | {name: condition[name] for name in self.condition if name in condition}
 
     def branches(self, model: Any, call: Call, pipe: Any) -> Branches | None:
@@ -138,7 +152,11 @@ class Arguments:
 
 
 def cut(value: Any, index: Rows, total: int) -> Any:
-    """Some of ``total`` rows of an argument, inside lists and dictionaries too."""
+    """Some of ``total`` rows of an argument, inside lists and dictionaries too.
+
+    A tensor is taken for one with a row each by its first side alone, so that what the rows share
+    must not happen to have as many entries.
+    """
     if isinstance(value, dict):
         return {key: cut(inner, index, total) for key, inner in value.items()}
     if isinstance(value, list):

@@ -143,18 +143,34 @@ class Backbone(ABC):
 
     @abstractmethod
     def default_size(self, model: Model) -> tuple[Triple, int]:
-        """Base grid and number of text tokens where nothing else is said."""
+        """Base grid and number of text tokens where nothing else is said.
+
+        Plans and ``ditdial probe`` count with these: the usual size of the published model, and the
+        usual length of a prompt in its pipeline.
+
+        Returns:
+            ``(frames, height, width)`` in base tokens, and text tokens.
+        """
 
     def size(self, model: Model, call: Call) -> tuple[Any, ...]:
         """What the cost of a call depends on beside the model: base grid, text tokens."""
         return self.grid(model, call), self.text_tokens(call)
 
     def planned_size(self, grid: Triple, text_tokens: int, pipe: Any) -> tuple[Any, ...]:
-        """What `size` will return in a run of a pipeline (None for a bare model)."""
+        """What `size` will return in a run of a pipeline (None for a bare model).
+
+        Args:
+            grid, text_tokens: that the plan is asked for.
+            pipe: tells what else the size of its calls will hold.
+        """
         return grid, text_tokens
 
     def grid(self, model: Model, call: Call) -> Triple:
-        """Base grid ``(frames, height, width)`` of a call."""
+        """Base grid ``(frames, height, width)`` of a call.
+
+        Read from the latent's sides ``(B, C, [frames,] height, width)``; classes whose pipelines
+        pack latents into tokens read it elsewhere.
+        """
         sides = self.arguments.latent(call).shape[2:]
         frames, height, width = sides if len(sides) == 3 else (1, *sides)
         t, h, w = self.patches.size(model)
@@ -182,7 +198,15 @@ class Backbone(ABC):
         return tokens if positions is None else (tokens + positions).to(tokens.dtype)
 
     def positions(self, module: Model, forward: Forward, mode: Mode) -> Tensor | None:
-        """Position vectors ``(1, n, D)`` that the token-making module adds, if it does."""
+        """Position vectors ``(1, n, D)`` that the token-making module adds, if it does.
+
+        Args:
+            module: that makes tokens; it holds the stock table or what makes it.
+
+        Returns:
+            Those of the centres of the mode's groups, in units of base tokens; None where positions
+            enter elsewhere.
+        """
         return None
 
     def beside(self, module: Model, tokens: Tensor, *others: Tensor) -> Tensor:
@@ -192,11 +216,21 @@ class Backbone(ABC):
     def phases(
         self, module: Model, forward: Forward, mode: Mode, stock: Callable[..., Any], args: tuple
     ) -> Any:
-        """Rotary phases of a mode's tokens, as the stock rotary module would return them."""
+        """Rotary phases of a mode's tokens, as the stock rotary module would return them.
+
+        Args:
+            stock: the stock ``forward`` of that module.
+            args: its arguments, which speak of base tokens.
+        """
         raise AssertionError(f"{self.model_class} names a rotary module and makes no phases")
 
     def prepare(self, call: Call, forward: Forward, mode: Mode) -> Call:
-        """Arguments that depend on the grid, rewritten for a mode that makes its own tokens."""
+        """Arguments that depend on the grid, rewritten for a mode that makes its own tokens.
+
+        Returns:
+            A call of its own where anything is rewritten; the pipeline's tensors are left as they
+            are.
+        """
         return call
 
     def output_grid(self, grid: Triple) -> Triple:
@@ -211,7 +245,16 @@ class Backbone(ABC):
         hidden: Tensor,
         project: Project,
     ) -> Tensor:
-        """What the output layer returns, in a mode that makes its own tokens."""
+        """What the output layer returns, in a mode that makes its own tokens.
+
+        Args:
+            stock: the stock ``forward`` of the output layer, for tokens that are not the picture's.
+            hidden: what that layer is given, ``(B, n, D)``.
+            project: the mode's own projection.
+
+        Returns:
+            ``(B, N, c_out)`` in base order, as the stock un-patchify expects it.
+        """
         return project(hidden, self.output_grid(forward.grid))
 
     def block_hooks(self, model: Model) -> Iterator[tuple[nn.Module, BlockHook]]:
@@ -233,7 +276,10 @@ class Backbone(ABC):
         return view
 
     def identity(self, model: Model) -> dict[str, Any]:
-        """The facts an adapter must share with its base: class, width, depth, patch, channels."""
+        """The facts an adapter must share with its base: class, width, depth, patch, channels.
+
+        They are written into adapters as plain data, and compared before one is loaded.
+        """
         facts = {name: getattr(model.config, name) for name in self.facts}
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in facts.items()}
         return {"class": self.model_class, **plain}
@@ -296,7 +342,10 @@ class Backbone(ABC):
             )
 
     def as_volume(self, tokens: Tensor, forward: Forward, mode: Mode) -> Tensor:
-        """``(B, n, D)`` -> ``(B, D, t, h, w)``, what a patch convolution returns."""
+        """``(B, n, D)`` -> ``(B, D, t, h, w)``, what a patch convolution returns.
+
+        For classes whose stock forward flattens the volume itself.
+        """
         # Contiguous as a convolution's: other strides in the first block cost one more graph.
         volume = tokens.transpose(1, 2).contiguous()
         return volume.unflatten(2, coarse_grid(forward.grid, mode.patch_scale))

@@ -51,11 +51,19 @@ class Forward:
     constants: dict[Any, Tensor] = field(default_factory=dict)
 
     def tokens(self, mode: Mode) -> int:
-        """Tokens of one picture of the present grid in a mode."""
+        """Tokens of one picture of the present grid in a mode.
+
+        Ragged borders count as whole groups: 7 x 5 base tokens are 4 x 3 at scale 2.
+        """
         return math.prod(coarse_grid(self.grid, mode.patch_scale))
 
     def constant(self, key: object, make: Callable[[], Tensor]) -> Tensor:
-        """A tensor that only ``key`` decides, made once for each device."""
+        """A tensor that only ``key`` decides, made once for each device.
+
+        Args:
+            key: hashable, and all that the tensor depends on beside the device.
+            make: makes it, on any device.
+        """
         key = key, self.device
         if key not in self.constants:
             if torch.compiler.is_compiling():  # it belongs to the graph

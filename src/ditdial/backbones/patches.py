@@ -40,7 +40,12 @@ class Patches:
         return (frames or 1, size, size) if isinstance(size, int) else tuple(size)
 
     def vectors(self, latent: Tensor, size: Triple) -> Tensor:
-        """Latents ``(B, C, frames, height, width)`` -> base patch vectors ``(B, T, H, W, c)``."""
+        """Latents ``(B, C, frames, height, width)`` -> base patch vectors ``(B, T, H, W, c)``.
+
+        Args:
+            size: latent frames, rows and columns of one base patch. What is left over at the far
+                sides is cut off, as the stock patch convolution does.
+        """
         t, h, w = size
         B, C, frames, height, width = latent.shape
         T, H, W = frames // t, height // h, width // w
@@ -61,7 +66,12 @@ class Patches:
         return getattr(module, "proj", module), model.get_submodule(self.output)
 
     def kernel(self, model: Any) -> Projection:
-        """Weight ``(D, C, pt, ph, pw)`` and bias ``(D,)`` of the base patch embedding."""
+        """Weight ``(D, C, pt, ph, pw)`` and bias ``(D,)`` of the base patch embedding.
+
+        In the one form that new sizes are started from, whether the class has a convolution or a
+        linear layer; weights that torchao has quantised are read as floating numbers, a missing
+        bias is zero.
+        """
         layer, _ = self.layers(model)
         patch, weight = self.size(model), values(layer)
         if weight.ndim == 2:

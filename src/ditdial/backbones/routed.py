@@ -50,7 +50,11 @@ class Routed:
     feed_forward: str | None = "ff"
 
     def of(self, model: Any) -> Iterator[RoutedBlock]:
-        """The modules of each block."""
+        """The modules of each block.
+
+        Layers that are None in a block, as the text's output layer in a model's last block may be,
+        are left out.
+        """
         for index, block in enumerate(model.get_submodule(self.blocks)):
             attention = block.get_submodule(self.attention)
 

@@ -60,7 +60,11 @@ class Streamed:
         return [(module, kind) for module, kind in found if module is not None]
 
     def roles(self, planned: Sequence[str]) -> tuple[str, ...]:
-        """Of all blocks that the plan of the ones in ``blocks`` gives a role, those beside too."""
+        """Of all blocks that the plan of the ones in ``blocks`` gives a role, those beside too.
+
+        Args:
+            planned: roles of the blocks in ``blocks`` (see `ditdial.cost.blocks.ROLES`).
+        """
         thinned = ("generate", "gather", "sparse")
         beside = ("sparse" if role in thinned else "dense" for role in planned)
         return (*planned, *(() if self.beside is None else beside))

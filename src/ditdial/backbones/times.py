@@ -77,14 +77,24 @@ class Times:
         return model.get_submodule(self.layers[1]).linear_2.out_features
 
     def vector(self, model: Any, times: Tensor) -> Tensor:
-        """Embedding of the time alone, ``(B, D)``, of times ``(B,)`` as the model is given them."""
+        """Embedding of the time alone, ``(B, D)``, of times ``(B,)`` as the model is given them.
+
+        What routers of the timestep read. Nothing of the prompt, the size or the guidance scale is
+        in it, so that it is known for all steps of a run beforehand.
+        """
         sinusoids, embedder = (model.get_submodule(name) for name in self.layers)
         weight = embedder.linear_1.weight
         times = times.to(weight.device, torch.float32) * self.factor
         return embedder(sinusoids(times).to(weight.dtype))
 
     def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
-        """Timesteps of a run of a latent with this base grid, as a pipeline of the class asks."""
+        """Timesteps of a run of a latent with this base grid, as a pipeline of the class asks.
+
+        Args:
+            scheduler: is changed; plans give a copy.
+            grid: a scheduler with dynamic shifting wants to know the number of base tokens.
+            pipe: the pipeline, for what else it tells its scheduler; None for a bare model.
+        """
         facts, given = scheduler.config, {}
         if facts.get("use_dynamic_shifting", False):
             given["mu"] = self.shift(facts, math.prod(grid), steps)

@@ -135,7 +135,13 @@ def elastic(model: str, adapter: str) -> tuple[PixelDiTPipeline, Handle]:
 
 
 def adapter_folder(model: str, adapter: str) -> Path:
-    """Where an adapter is: its name is of a reference model's, unless it has a slash."""
+    """Where an adapter is: its name is of a reference model's, unless it has a slash.
+
+    Args:
+        model: as in `pipeline`.
+        adapter: ``lora``, ``shared`` or a method's name of a reference model, else a folder; with a
+            slash it is always a folder (``./lora``).
+    """
     from ditdial.reference import reference_adapter, reference_names
 
     named = model in reference_names() and "/" not in adapter

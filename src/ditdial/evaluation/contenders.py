@@ -94,7 +94,13 @@ def draw_in_turn(
     steps: int,
     batch_size: int,
 ) -> None:
-    """Let each contender draw the first batch, then each the second, and so on."""
+    """Let each contender draw the first batch, then each the second, and so on.
+
+    Args:
+        handle: of the pipeline; its schedule is left at the last contender's.
+        contenders: collect their pictures and seconds.
+        steps: sampling steps of all.
+    """
     for start in range(0, len(pictures.seeds), batch_size):
         part = slice(start, start + batch_size)
         for contender in contenders:

@@ -125,7 +125,14 @@ class Judge:
 def save_reference_set(
     network: nn.Module, images: Tensor, path: str | Path, *, sample: int = 2000
 ) -> None:
-    """Write statistics and some features of real pictures ``(n, C, H, W)`` in [0, 1]."""
+    """Write statistics and some features of real pictures ``(n, C, H, W)`` in [0, 1].
+
+    Args:
+        network: whose features they are; `Judge.load` has to be given the same.
+        path: a safetensors file.
+        sample: pictures, drawn with a fixed seed, whose features are kept for the kernel distance,
+            in half precision.
+    """
     feats = torch.cat([network(part) for part in images.split(250)])
     statistics = FeatureStatistics.of(feats)
     chosen = torch.randperm(len(feats), generator=torch.Generator().manual_seed(0))[:sample]
@@ -141,7 +148,12 @@ def save_reference_set(
 
 
 def as_row(figures: dict[str, Figure], **facts: Any) -> dict[str, Any]:
-    """One flat row of a results file: facts, values, noises and the values of each set."""
+    """One flat row of a results file: facts, values, noises and the values of each set.
+
+    Args:
+        figures: by name; ``frechet`` becomes ``frechet``, ``frechet_noise`` and ``frechet_sets``.
+        facts: first in the row.
+    """
     row = dict(facts)
     for name, figure in figures.items():
         row[name], row[f"{name}_noise"] = figure.value, figure.noise

@@ -35,14 +35,18 @@ class LowRankSeam(nn.Module):
     coarse_B: nn.ParameterDict
 
     def forward(self, x: Tensor) -> Tensor:
-        """Stock linear layer plus the update of each token's mode."""
+        """Stock linear layer plus the low-rank update of each token's mode.
+
+        ``(..., in) -> (..., out)``. Full mode is the stock layer alone; a mode whose weights are
+        merged is one product with the merged weight.
+        """
         state = wiring_of(self).state
         mode = state.mode
         if state.layout is not None:
             run = functools.partial(LowRankSeam.forward, self)
             return torch.cat(state.each(run, x.split(state.layout.strips)))
         stock = super().forward  # pyrefly: ignore[missing-attribute]
-        if mode is FULL:
+        if mode is FULL:  # before any look-up: full mode pays for one comparison
             return stock(x)
         merged = self.coarse_merged(mode)
         if merged is not None:
@@ -104,6 +108,7 @@ class LowRankSeam(nn.Module):
         cache, key = self.__dict__.setdefault(MERGED, {}), "_".join(self.coarse_parts(mode))
         version = fixed, versions(weight, *pairs)
         if cache.get(key, (None,))[0] != version:
+            # Modes of the same parts share one copy; all let go of the old before the new is made.
             stale = cache.get(key)
             for name in [name for name, kept in cache.items() if kept is stale]:
                 del cache[name]

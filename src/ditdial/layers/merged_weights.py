@@ -60,11 +60,14 @@ class MergedWeights:
         Args:
             state: of the pass; tells the run and the latent's device.
         """
+        # Once a run: sums over all weights wait for the device, which versions do not.
         if self.run != state.run:
             weights = [x.weight for x in self.layers]
             self.run, self.prints = state.run, fingerprints(weights, state.device)
+        # At every call: a step of the optimizer, or a callback, leaves its trace in a version.
         sources = self._sources(mode)
         made_of = state.device, self.prints, sources
+        # A parametrized weight is computed anew at each look, so that no version speaks for it.
         if sources is None or self.current.get(mode) != made_of:
             self._renew(mode, state.device)
             self.current[mode] = made_of

@@ -33,7 +33,12 @@ class NewModules(nn.Module, ABC):
 
     @abstractmethod
     def makes_tokens(self, mode: Mode) -> bool:
-        """Whether this mode's tokens are made here rather than by the stock modules."""
+        """Whether this mode's tokens are made here rather than by the stock modules.
+
+        True of coarse modes; and of full mode while the one weight of all patch sizes is trained
+        (FlexiDiT's shared recipe). Modes with token grids and routed modes at the base's patch size
+        leave the making of tokens to the stock modules.
+        """
 
     def ready(self, mode: Mode) -> None:
         """Make what is kept between passes; called before each pass whose tokens are made here."""
@@ -41,11 +46,18 @@ class NewModules(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, vectors: Tensor, mode: Mode) -> Tensor:
-        """Base patch vectors ``(B, T, H, W, c)`` -> tokens ``(B, n, D)`` without positions."""
+        """Base patch vectors ``(B, T, H, W, c)`` -> tokens ``(B, n, D)`` without positions.
+
+        Ragged borders of the grid are filled by repetition, so ``n`` counts whole groups.
+        """
 
     @abstractmethod
     def project(self, hidden: Tensor, mode: Mode, grid: Triple) -> Tensor:
-        """Final hidden states ``(B, n, D)`` -> base patch vectors ``(B, T*H*W, c_out)``."""
+        """Final hidden states ``(B, n, D)`` -> base patch vectors ``(B, T*H*W, c_out)``.
+
+        Args:
+            grid: base grid of one row of ``hidden``; what was filled up at its borders is cut off.
+        """
 
     def attach(self, model: nn.Module) -> list[tuple[nn.Module, RemovableHandle]]:
         """Put hooks on modules of the model, which find the pass by `ditdial.layers.wiring`.

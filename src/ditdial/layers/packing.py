@@ -62,7 +62,11 @@ class Layout:
         return tuple([part.rows for part in self.parts])
 
     def pack(self, pieces: Sequence[Tensor]) -> Tensor:
-        """``(pictures, tokens, D)`` of each part -> ``(strips of all, strip, D)``."""
+        """``(pictures, tokens, D)`` of each part -> ``(strips of all, strip, D)``.
+
+        Rows of different lengths become rows of one length without padding, since the strip divides
+        all of them.
+        """
         return torch.cat([piece.reshape(-1, self.strip, piece.shape[-1]) for piece in pieces])
 
     def unpack(self, packed: Tensor) -> list[Tensor]:

@@ -94,7 +94,13 @@ class State(Forward):
         grids: TokenGrids | None = None,
         text: TextKey | None = None,
     ) -> Iterator[None]:
-        """The present pass runs; nothing of it outlives the block."""
+        """The present pass runs; nothing of it outlives the block.
+
+        Args:
+            narrow: what a routed pass leaves out.
+            grids: the two token grids of a pass in a sparse mode.
+            text: the prompt of the pass, where layers that see it alone are to keep their outputs.
+        """
         self.narrow, self.grids, self.text, self.running = narrow, grids, text, True
         try:
             yield
@@ -103,9 +109,15 @@ class State(Forward):
             self.running = False
 
     def each(self, run: Callable[[Any], Any], pieces: Iterable[Any]) -> list[Any]:
-        """What a layer makes of each part of a packed batch, in the mode of that part."""
+        """What a layer makes of each part of a packed batch, in the mode of that part.
+
+        Args:
+            run: is given one piece; it sees a state without a layout.
+            pieces: the layer's input for each part, in their order.
+        """
         layout, before = self.layout, (self.mode, self.makes_tokens)
         assert layout is not None
+        # Without a layout each part looks like a call of its own, to seams inside this one too.
         made, self.layout = [], None
         try:
             for part, piece in zip(layout.parts, pieces, strict=True):

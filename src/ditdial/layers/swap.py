@@ -36,7 +36,12 @@ def _swapped(stock: type, *mixins: type) -> type:
 
 
 def swap_class(module: nn.Module, mixin: type, wiring: Wiring) -> None:
-    """Put ``mixin`` in front of the class of ``module``; `restore_class` undoes it."""
+    """Put ``mixin`` in front of the class of ``module``; `restore_class` undoes it.
+
+    The module keeps its object, weights, buffers, hooks and keys; its class keeps its place among
+    the bases, so that ``isinstance`` goes on to hold. Swaps may be stacked and are undone last to
+    first.
+    """
     was = type(module)
     module.__class__ = _generated(was, mixin)
     module.__dict__[WIRING] = wiring

@@ -22,7 +22,11 @@ class TextSeam(nn.Module):
     weight: Tensor
 
     def forward(self, text: Tensor) -> Tensor:
-        """Stock output, computed once per prompt while the state names one."""
+        """Stock output, computed once per prompt while the state names one.
+
+        ``(B, T, D) -> (B, T, D')`` or what else the layer makes of the text. A prompt is known
+        again by its memory, content and run, a weight by its version.
+        """
         state = wiring_of(self).state
         stock = super().forward  # pyrefly: ignore[missing-attribute]
         if torch.compiler.is_compiling() or torch.is_grad_enabled():

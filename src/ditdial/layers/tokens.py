@@ -25,6 +25,9 @@ class EmbedSeam(nn.Module):
 
         The latent is the last of the inputs; where there are others, rows are not packed.
 
+        Returns:
+            What the stock module returns, with ``(B, n, D)`` tokens of the mode in it.
+
         Raises:
             RuntimeError: the forward pass did not come through the elastic model.
             ValueError: a latent that cannot be multiplied with the mode's weights.
@@ -53,7 +56,11 @@ class RotarySeam(nn.Module):
     """Mixed into the module that makes the rotary phases of a grid."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Stock phases in full mode; those of the groups' centres otherwise."""
+        """Stock phases in full mode; those of the groups' centres otherwise.
+
+        Returns:
+            What the stock module returns, for ``n`` tokens of the mode instead of ``N``.
+        """
         wiring = wiring_of(self)
         stock = functools.partial(super().forward, **kwargs)  # pyrefly: ignore[missing-attribute]
         if not wiring.state.makes_tokens:
@@ -65,7 +72,10 @@ class OutputSeam(nn.Module):
     """Mixed into the last linear layer: tokens of any mode become base tokens in base order."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """``(B, n, D)`` of the present mode -> ``(B, N, c)`` on the base grid."""
+        """Tokens ``(B, n, D)`` of the present mode -> ``(B, N, c)`` on the base grid.
+
+        Base patch vectors in base order are what the stock un-patchify expects, whatever the mode.
+        """
         wiring = wiring_of(self)
         state, stock = wiring.state, super().forward  # pyrefly: ignore[missing-attribute]
         if state.layout is not None:

@@ -107,7 +107,11 @@ class Narrow:
         return self.places[block]
 
     def kept(self) -> tuple[Kept, ...]:
-        """What was left in, block by block, once the forward pass is over."""
+        """What was left in, block by block, once the forward pass is over.
+
+        For the costs: shares of heads, channels and tokens, each in the mean over the pictures. It
+        reads from the device once.
+        """
         shares = [
             (heads.share, channels.share, self.token_shares.get(block, 1.0))
             for block, (heads, channels) in enumerate(
@@ -158,7 +162,12 @@ class Routing(Protocol):
         ...
 
     def decide(self, mode: Mode, time_TD: Tensor) -> dict[str, Tensor]:
-        """Open slots of each block at T noise levels, ``(T, L, S)`` booleans by role."""
+        """Open slots of each block at T noise levels, ``(T, L, S)`` booleans by role.
+
+        Args:
+            time_TD: embeddings of the time alone, as `ditdial.backbones.times.Times.vector` makes
+                them.
+        """
         ...
 
     def mix(self, time_BD: Tensor) -> Tensor | None:

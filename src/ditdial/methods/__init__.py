@@ -1,4 +1,9 @@
-"""Published systems; one file each with the same parts."""
+"""Published systems; one file each with the same parts.
+
+A method has a configuration that checks itself, the modes that it adds, the new modules that it
+puts on a base and how these start from the base's weights. What is common to all methods is in the
+rooms below; a file here holds what its paper adds.
+"""
 
 from __future__ import annotations
 

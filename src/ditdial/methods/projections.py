@@ -54,6 +54,7 @@ class OwnProjections(NewModules):
         return not mode.is_full
 
     def embed(self, vectors: Tensor, mode: Mode) -> Tensor:
+        """Join the base patches of each group, and multiply them with the mode's own weights."""
         return self.patch_embeds[mode.name](group(vectors, mode.patch_scale))
 
     def project(self, hidden: Tensor, mode: Mode, grid: Triple) -> Tensor:

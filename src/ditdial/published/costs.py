@@ -28,8 +28,7 @@ def run_cost(
 ) -> dict[str, Any]:
     """What a run of a method costs on a model.
 
-    Routed modes are taken to keep exactly the share that their name says: what they really keep
-    only trained routers tell.
+    Routed modes are taken to keep the share of their name; only trained routers tell the real one.
 
     Args:
         model: a published one by its name, or any.
@@ -39,9 +38,9 @@ def run_cost(
         merged: low-rank updates are added to the weights beforehand.
 
     Returns:
-        ``macs_full``, multiply-adds of one forward pass of one picture in full mode; ``macs_plan``,
-        their mean over the run; ``ratio`` of the two; ``ratio_blocks``, of the blocks alone, as the
-        FlexiDiT paper counts; ``tokens`` and ``macs`` by mode; FLOPs of the first two. Of sparse
+        ``macs_full`` and ``macs_plan``, multiply-adds of one picture's forward pass in full mode
+        and in the mean over the run, and their FLOPs; ``ratio`` of the two; ``ratio_blocks``, of
+        the blocks alone, as the FlexiDiT paper counts; ``tokens`` and ``macs`` by mode. Of sparse
         methods also what their paper counts, ``..._published`` (see `as_published`).
 
     Raises:

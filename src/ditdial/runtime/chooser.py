@@ -41,7 +41,10 @@ class Chooser:
     run: Run | Schedule | None = None
 
     def use(self, choice: Schedule | Controller | None) -> None:
-        """Leave the next runs to a schedule or a controller; None: to the schedule as it is."""
+        """Leave the next runs to a schedule or a controller; None: to the schedule as it is.
+
+        A budget that was set before is given up with the controller that it was spent by.
+        """
         if isinstance(choice, Schedule):
             self.schedule, choice = choice, None
         self.controller, self.budget = choice, None
@@ -74,7 +77,10 @@ class Chooser:
         return mode if alike and self.controller is None else None
 
     def is_alone(self, mode: Mode) -> bool:
-        """Whether no other mode comes in the same run."""
+        """Whether no other mode comes in the same run.
+
+        Then a step cache may keep one state for the run, as it does on the stock model.
+        """
         return (self.forced, self.controller) == (None, None) and self.schedule.modes == {mode}
 
     def planned(self, facts: Facts) -> Schedule:
@@ -96,12 +102,16 @@ class Chooser:
     def decide(
         self, level: float, facts: Callable[[], Facts], latents: Callable[[], Tensor]
     ) -> list[Group]:
-        """How the pictures of a step run.
+        """How the pictures of a step run, by the schedule or as a controller sees their latents.
 
         Args:
             level: noise level of the call.
             facts: of the run, asked for at its first call.
-            latents: of the conditional rows, as `Run.decide` takes them.
+            latents: of the conditional rows, as `Run.decide` takes them; cut only if a controller
+                looks at them.
+
+        Returns:
+            One group where all pictures run alike, else one for each choice.
         """
         if self.controller is None:
             return [Group(self.schedule.at(level))]
@@ -118,7 +128,11 @@ class Chooser:
         self.run.learn(level, clean)
 
     def changes_between(self, low: float, high: float) -> bool:
-        """Whether two noise levels of one call may want different modes."""
+        """Whether two noise levels of one call may want different modes.
+
+        Rows of one call share a forward pass, so that a batch whose rows lie on both sides of a
+        segment's edge cannot be run (`ditdial.runtime.engine.Engine.run` refuses it).
+        """
         if low == high:
             return False
         return self.controller is not None or self.schedule.at(low) is not self.schedule.at(high)

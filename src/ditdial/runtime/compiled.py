@@ -60,7 +60,11 @@ class Graphs:
 
 
 def unseen(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep a compiler from the code of a function, but not from what it calls."""
+    """Keep a compiler from the code of a function, but not from what it calls.
+
+    ``torch.compiler.disable`` would keep it from both, so that the stock forward inside could not
+    become a graph.
+    """
     skip_code(function.__code__)
     return function
 
@@ -92,7 +96,10 @@ class Compiled:
         return self.own is not None or self.around is not None
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the stock forward, once per mode, as ``torch.compile`` takes it."""
+        """Compile the stock forward, once per mode, as ``torch.compile`` takes it.
+
+        Nothing is compiled yet: each mode's function is when it is first called.
+        """
         compile = functools.partial(torch.compile, *args, **kwargs)
         self.own = Graphs(self.stock.forward, self.wiring, compile)
 
@@ -102,6 +109,7 @@ class Compiled:
 
         Only the stock forward is to become a graph: `run` gives the compiler back for it.
         """
+        # Taken off for the time of the call, or choosing the mode would be traced into the graph.
         self.around = set_eval_frame(None)  # None unless a compiler is at work
         try:
             return run(*args)
@@ -110,7 +118,15 @@ class Compiled:
             set_eval_frame(compiler)
 
     def run(self, model: nn.Module, call: dict[str, Any]) -> Any:
-        """The stock forward in the present mode."""
+        """The stock forward in the present mode: as it is, or as the graph of this mode.
+
+        Args:
+            call: arguments of the stock forward by name.
+
+        Returns:
+            What the stock forward returns.
+        """
+        # Found before the compiler is back: it must see the stock forward alone.
         forward = self._forward(model, self.wiring.state.modes)
         set_eval_frame(self.around)
         try:
@@ -138,6 +154,7 @@ def _counted(wiring: Wiring, modes: tuple[Mode, ...]) -> Triple | None:
     """
     if not any(map(wiring.new.makes_tokens, modes)):
         return None
+    # A packed call has several modes: its grid is whole if the patches of all of them divide it.
     state, scales = wiring.state, zip(*(mode.patch_scale for mode in modes), strict=True)
     kt, kh, kw = (math.lcm(*own) for own in scales)
     whole = not any(side % k for side, k in zip(state.grid, (kt, kh, kw), strict=True))

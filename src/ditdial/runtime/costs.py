@@ -87,9 +87,16 @@ class Costs:
         return replace(shape, kept=kept)
 
     def record(self, facts: CallFacts, watch: Stopwatch) -> None:
-        """Keep what a call ran, and how long."""
+        """Keep what a call ran, what that multiplies, and how long it took.
+
+        Args:
+            facts: of the call, once it has run.
+            watch: started before the call; stopped here, and read only when somebody asks for the
+                seconds, since reading waits for the device.
+        """
         shape = facts.shape
         ran = [each for each in (facts.mode, facts.guide) if each is not None]
+        # Of routed modes what their tokens really kept, where a pass has told it.
         spent = sum(shape.macs(each, facts.level, self.kept.get(each)) for each in ran)
         shown = facts.rows // 2 if facts.guided else facts.rows
         kept = facts.repeated * shape.text_tokens * shape.text_once

@@ -104,7 +104,11 @@ class Engine:
         return self.surgery.tensors.method
 
     def adapter(self, model: nn.Module, **notes: Any) -> Adapter:
-        """The present weights as an adapter."""
+        """The present weights as an adapter.
+
+        Args:
+            notes: anything else worth keeping; written into the adapter's config.
+        """
         tensors, backbone = self.surgery.tensors, self.wiring.backbone
         return tensors.adapter(model, backbone, self.chooser.schedule, notes)
 
@@ -153,8 +157,10 @@ class Engine:
         """
         wiring = self.wiring
         size = wiring.backbone.size(model, call)
+        # The grid comes first: seams, checks and costs all count in it.
         wiring.state.grid, shape = size[0], self.shape(model, size)
         self.prompts.repeated = 0
+        # A layer that somebody has put in since the last call needs its seam before this one runs.
         self.surgery.look_over(model)
         with remembered_in_checkpoints(model, wiring.state):
             output = self._choose_and_run(model, call, shape)
@@ -163,19 +169,21 @@ class Engine:
         return output
 
     def _choose_and_run(self, model: nn.Module, call: Call, shape: TransformerShape) -> Any:
+        """Find out where the call stands in its run, and run it as its guidance branch asks."""
         arguments, forced = self.wiring.backbone.arguments, self.chooser.forced
         if forced is not None:
             watch = Stopwatch(arguments.device(call))
             output = self.passes.run(model, call, forced)
             self.costs.record(self._facts(shape, call, None, forced), watch)
             return output
+        # A new run is noticed before the branch is told: what the last one left would mislead it.
         level = self._level(model, call)
         calls = self.costs.calls
         if self.position.starts_run(model, level, calls[-1].level if calls else None):
             self._start_run(model)
         if self.position.is_guidance(model, arguments.latent(call), level):
             output = self._guidance(model, call, shape, level)
-            self.remembered = None
+            self.remembered = None  # it holds the step's tensors
             return output
         return self._conditional(model, call, shape, level)
 
@@ -195,7 +203,7 @@ class Engine:
         self.prompts.seen.clear()
         self.remembered = self.position.previous = None
         self.chooser.begin_run()
-        self.wiring.state.run += 1
+        self.wiring.state.run += 1  # what layers have kept of the last prompt is stale from here on
         if self.surgery.widths is not None:
             self.surgery.widths.begin(self.position.levels_ahead(model))
 
@@ -224,6 +232,7 @@ class Engine:
             watch, before = Stopwatch(arguments.device(part)), self.remembered
             if before is not None and rows is not None:
                 before = Remembered(arguments.rows(before.call, rows), before.sample[list(rows)])
+            # Nothing runs then, and cache-dit counts a pass through the blocks for each call.
             if not group.segment.gain:
                 self.passes.check_cache_dit(model, FULL, step_caches.NO_ROWS)
             output = run_guidance(self.wiring, forward, part, group.segment, before)
@@ -277,7 +286,12 @@ class Engine:
         level: float,
         branches: Branches | None,
     ) -> list[Group]:
-        """How the pictures of this step run."""
+        """Ask the chooser how the pictures of this step run, in groups of one choice each.
+
+        Raises:
+            RuntimeError: pictures want different modes beside a step cache, which keeps one state
+                for all of them.
+        """
 
         def facts() -> Facts:
             guided: bool | None = branches is not None
@@ -287,6 +301,7 @@ class Engine:
             return Facts(levels=levels, macs=shape.macs, guided=guided)
 
         latent = self.wiring.backbone.arguments.latent(call)
+        # Asked for only by a controller that looks at latents: schedules pay nothing for it.
         latents = functools.partial(on_base_grid, self.wiring, latent, branches)
         groups = self.chooser.decide(level, facts, latents)
         if len(groups) > 1 and step_caches.has_step_cache(model):

@@ -57,15 +57,19 @@ class ForwardPass:
         Args:
             branch: of a batched call, if its rows run by themselves.
         """
+        # New tensors that no hook brings back are fetched first: the steps below read them.
         with onloaded(self.surgery.silent if self.surgery.away else ()):
             wiring = self.surgery.wiring
             state, new = wiring.state, wiring.new
+            # `state.modes` and whatever is made ready below read the mode from the state.
             state.mode, state.makes_tokens = mode, new.makes_tokens(mode)
             state.device = wiring.backbone.arguments.device(call)
+            # Gradients must reach the factors, which a merged weight has no way back to.
             state.merging = self.execution.merge and not torch.is_grad_enabled()
             for each in state.modes:
                 self._check(model, call, each, branch)
                 self._ready(model, each)
+            # Behind the checks, which count the base tokens that the call still speaks of.
             if state.makes_tokens:
                 call = wiring.backbone.prepare(call, state, mode)
             narrow, text = self._narrow(model, call, mode), self._prompt(call)
@@ -73,6 +77,8 @@ class ForwardPass:
             begun = state.begin(narrow=narrow, grids=grids, text=text)
             with begun, self._cache_state(model, mode, branch):
                 output = self.compiled.run(model, call)
+            # Behind the pass: tokens decide on their way what they skip. Of a graph nothing is
+            # told.
             if narrow is not None and not self.compiled.at_work:
                 self.costs.kept[mode] = narrow.kept()
             return output
@@ -102,7 +108,11 @@ class ForwardPass:
             )
 
     def check_cache_dit(self, model: nn.Module, mode: Mode, branch: str) -> None:
-        """Refuse what cache-dit would get wrong."""
+        """Refuse what cache-dit would get wrong.
+
+        Raises:
+            RuntimeError: cache-dit is on, and the call is of a kind that it keeps no state for.
+        """
         reads_blocks = self.surgery.wiring.backbone.reads_blocks
         step_caches.check_cache_dit(model, mode, branch, reads_blocks=reads_blocks)
 
@@ -127,6 +137,7 @@ class ForwardPass:
     def _prompt(self, call: Call) -> TextKey | None:
         """The prompt of a call, if what depends on it alone is kept for the run."""
         kept = self.execution.keep_text and self.prompts.in_one_group
+        # In a forced mode nobody notices that a new run begins, so nothing is kept for a run.
         kept = kept and self.chooser.forced is None
         if not kept or self.compiled.at_work or torch.is_grad_enabled():
             return None

@@ -60,6 +60,8 @@ def run_batch(
     if branches is None:
         return forward(call, segment.mode)
     same = segment.guide_mode == segment.mode
+    # Ordinary guidance in one mode is the pipeline's own call, run in one piece as the stock model
+    # does.
     if same and segment.gain == 1:
         return forward(call, segment.mode)
     conditional = arguments.rows(call, branches.conditional)

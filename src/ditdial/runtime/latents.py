@@ -21,7 +21,11 @@ def shared_part(latent: Tensor, prediction: Tensor) -> tuple[slice, ...]:
 
 
 def on_base_grid(wiring: Wiring, sample: Tensor, branches: Branches | None) -> Tensor:
-    """Conditional rows of latents or predictions as ``(B, T, H, W, C, p)``."""
+    """Conditional rows of latents or predictions as ``(B, T, H, W, C, p)``.
+
+    The one form that controllers and calibrations see, whatever the class: B pictures on the base
+    grid ``(T, H, W)``, C channels, p numbers of each channel in a base patch.
+    """
     backbone, state = wiring.backbone, wiring.state
     x = sample if branches is None else sample[branches.conditional]
     vectors = backbone.vectors(x.detach(), state)
@@ -33,7 +37,14 @@ def on_base_grid(wiring: Wiring, sample: Tensor, branches: Branches | None) -> T
 def clean_latents(
     wiring: Wiring, told: Parametrization, level: float, latent: Tensor, prediction: Tensor
 ) -> Any:
-    """The clean latents that predictions at a noise level imply; what is given stays as it is."""
+    """The clean latents that predictions at a noise level imply; what is given stays as it is.
+
+    Args:
+        told: what the model's predictions mean.
+        level: noise level of all rows.
+        latent, prediction: of all rows. Channels that only one of them has (a learned variance, a
+            picture that was given) take no part.
+    """
     shared = shared_part(latent, prediction)
     moves = wiring.backbone.direction * prediction[shared]
     clean = latent.clone()

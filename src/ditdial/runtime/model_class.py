@@ -76,7 +76,7 @@ def make_elastic(
     if previous is None:
         check_forward(model)
     else:
-        uninstall(model)
+        uninstall(model)  # new modules start from the base's weights, which must be in place
     try:
         engine = Engine.build(model, backbone, method, adapters)
         engine.execution = execution or Execution()
@@ -132,6 +132,7 @@ def install(model: nn.Module, engine: Engine) -> None:
     surgery.install(model)
     model.__class__ = elastic_class(surgery.stock, engine.wiring.backbone.rewired, engine.method)
     model.__dict__[ENGINE], model.__dict__[WIRING] = engine, engine.wiring
+    # Behind the change of class: hooks that hold the stock forward are given the elastic one.
     rebind_hooks(model, surgery.stock)
 
 

@@ -54,7 +54,11 @@ def run_groups(
     branches: Branches | None,
     run: RunGroup,
 ) -> Any:
-    """Run a batch group by group.
+    """Run a batch group by group: the pictures of one choice at a time.
+
+    Args:
+        branches: which rows guide which; None if all are conditional.
+        run: runs the rows of one group.
 
     Returns:
         What the stock forward returns, for all rows in their order.
@@ -67,6 +71,7 @@ def run_groups(
         rows, own = _rows_of(group.pictures, branches)
         part = arguments.rows(call, rows) | {"return_dict": False}
         prediction = arguments.stack(run(part, group, own, rows)[0])
+        # Channels and dtype are the prediction's: a learned variance adds some to the latent's.
         if out is None:
             out = prediction.new_empty(arguments.count(call), *prediction.shape[1:])
         out = out.index_copy(0, torch.tensor(rows, device=out.device), prediction)

@@ -50,7 +50,10 @@ class Position:
         return None if self.context is None else self.context[0]
 
     def pipe_of(self, model: nn.Module) -> Any:
-        """The pipeline, if it is alive and this very model is in it (a copy's is another one)."""
+        """The pipeline, if it is alive and this very model is in it (a copy's is another one).
+
+        Both of Wan 2.2's transformers are looked at, and a model that `torch.compile` has wrapped.
+        """
         pipe = self.pipe() if self.pipe is not None else None
         for name in TRANSFORMERS:
             owned = getattr(pipe, name, None)
@@ -87,7 +90,11 @@ class Position:
         return called_levels(self.pipe_of(model), model, scheduler)
 
     def as_planned(self, model: nn.Module, level: float) -> float:
-        """A noise level that the model was told, as the scheduler knows it."""
+        """A noise level that the model was told, as the scheduler knows it.
+
+        FLUX's pipeline casts times to the latents' dtype. A level within bfloat16's rounding of a
+        known one is that one; any other is taken as it was told.
+        """
         scheduler, timesteps = self._scheduler(model)
         if timesteps is None:
             return level

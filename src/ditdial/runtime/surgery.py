@@ -104,7 +104,13 @@ class Surgery:
         )
 
     def install(self, model: nn.Module) -> None:
-        """Attach the new parameters and swap classes; the inverse of `uninstall`."""
+        """Attach the new parameters and swap classes; the inverse of `uninstall`.
+
+        The model is not an elastic one yet: its own class is swapped by
+        `ditdial.runtime.model_class.install`, which calls this first. What may be refused was
+        refused in `build`, when nothing had been changed.
+        """
+        # Retrained base weights go in first and come out last: all else is put on their network.
         self.tensors.exchange()
         model.add_module(NEW, self.tensors.new)
         self.keep_seams(model)
@@ -116,6 +122,7 @@ class Surgery:
         for module, hook in self.wiring.backbone.block_hooks(model):
             self.hooks.append((module, module.register_forward_pre_hook(hook, with_kwargs=True)))
         self.hooks += self.tensors.new.attach(model)
+        # A hook finds its pass on its module, not in a closure, so that a copied model has its own.
         for module, _ in self.hooks:
             module.__dict__[WIRING] = self.wiring
         self.lists = {k: m for k, m in model.named_children() if isinstance(m, nn.ModuleList)}
@@ -187,7 +194,8 @@ class Surgery:
         Raises:
             RuntimeError: the adapter's own version of base weights is offloaded.
         """
-        self.tensors.check_exchange(model)
+        self.tensors.check_exchange(model)  # all that may be refused, before anything is undone
+        # Swaps that stand in front of others go first: each takes off the outermost class.
         for module in reversed(self.swapped):
             restore_class(module)
         self.swapped.clear()

@@ -154,6 +154,7 @@ class Tensors:
             now, tensor = held[leaf], self.base[name]
             if is_ordinary(now):  # moving a buffer, or a hook that was removed, makes a new object
                 tensor = self.base[name] = now
+            # By data, not by object: optimizers, hooks and tied weights hold on to the parameter.
             tensor.data, self.others[name] = other.to(tensor), tensor.data
             if tensor is not now:  # quantised since
                 held[leaf], self.quantised[name] = tensor, now
@@ -162,7 +163,10 @@ class Tensors:
 
 
 def is_new(key: str) -> bool:
-    """Whether a parameter name of an elastic model is one of the added tensors."""
+    """Whether a parameter name of an elastic model is one of the added tensors.
+
+    Names of the base's parameters never are: they stay as they were.
+    """
     return key.startswith(f"{NEW}.") or ".coarse_A." in key or ".coarse_B." in key
 
 

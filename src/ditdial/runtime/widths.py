@@ -157,7 +157,14 @@ class Widths:
         self.made: dict[tuple[Mode, float], Narrow] = {}
 
     def at(self, model: nn.Module, mode: Mode, level: float) -> Opened:
-        """What a mode opens at a noise level."""
+        """What a mode opens at a noise level.
+
+        The routers are asked for all levels of the present run at once, so that buckets can join
+        neighbouring steps; a level outside the run is asked by itself.
+
+        Returns:
+            Open slots of each block, ``(L, S)`` booleans by role, on the CPU.
+        """
         mode = self.routing.routed_as(mode)
         key = (mode, level)
         if key not in self.opened:
@@ -170,6 +177,7 @@ class Widths:
             with torch.no_grad():
                 mixes = self.routing.mix(time)
             opened = [{role: x[i] for role, x in found.items()} for i in range(len(levels))]
+            # Joined here and not when a step runs: a bucket is made of all steps that fall into it.
             if self.buckets and len(levels) > 1:
                 opened = united(opened, self.buckets)
             for index, each in enumerate(levels):
@@ -199,6 +207,7 @@ class Widths:
             left = heads * works[:, 0] + channels * tokens * works[:, 1]
             return float(left.sum(1).mean() / works.sum())
 
+        # The open share rises with the offset, so that halving finds the width that was asked for.
         low, high = -FAR, FAR
         least, most = share(low), share(high)
         if not least <= mode.width <= most:
@@ -207,7 +216,7 @@ class Widths:
                 f"width = {mode.width}; legal for these routers: {math.ceil(100 * least) / 100} to "
                 f"{math.floor(100 * most) / 100}, since what tokens skip is as trained"
             )
-        for _ in range(40):
+        for _ in range(40):  # 2 * FAR / 2^40 is below the steps of float32 logits
             middle = (low + high) / 2
             low, high = (middle, high) if share(middle) < mode.width else (low, middle)
         # Of the two sides of a step, the nearer one.
@@ -251,7 +260,14 @@ def _shares(opened: Opened) -> list[tuple[float, float]]:
 
 
 def united(opened: list[Opened], buckets: int) -> list[Opened]:
-    """Neighbouring steps joined, what adds least first, until no more than ``buckets`` are left."""
+    """Neighbouring steps joined, what adds least first, until no more than ``buckets`` are left.
+
+    Each turn joins the two neighbours whose union opens the fewest slots in vain, counted once for
+    each step that did not ask for them.
+
+    Returns:
+        For each step what its bucket opens: at least what the step itself does.
+    """
     runs: list[tuple[Opened, int]] = [(each, 1) for each in opened]
     while len(runs) > buckets:
         costs = [_added(a, b) for a, b in zip(runs, runs[1:], strict=False)]
