@@ -44,12 +44,14 @@ class Target:
 TARGETS = (
     Target(
         name="test-slow",
-        command="python -m pytest -m slow tests/methods tests/runtime",
+        command="python -m pytest -m slow tests/cli tests/ecosystem tests/methods tests/runtime",
         paths=(
             "src/ditdial",
             "tests/conftest.py",
             "tests/elastic_models.py",
             "tests/backbones",
+            "tests/cli",
+            "tests/ecosystem",
             "tests/methods",
             "tests/runtime",
             "constraints.txt",

@@ -16,9 +16,6 @@ from ditdial import Mode, elastify
 
 HERE = Path(__file__).parent / "adapters_saved_before"
 FOLDERS = sorted(path.parent for path in HERE.glob("*/expected.safetensors"))
-    path.parent
-    for path in Path(__file__).parent.glob("adapters_saved_before/*/expected.safetensors")
-)
 METHODS = ("flexidit-shared", "flexidit", "ddit", "dydit", "sparsedit", "combined")
 DEEP = ("dydit", "sparsedit", "combined")
 """Saved of models with more blocks."""

@@ -70,9 +70,9 @@ def test_numbers(package):
     assert found["lines"] == 2 + len(MODULE.splitlines())
     assert found["code_lines"] == 11
     assert found["comments_per_100_lines"] == pytest.approx(100 * 2 / found["lines"])
-    # Three modules, two classes and a method: 1 + 1 + 2, 1 + 1 and 1 lines of documentation.
-    assert found["public_names"] == 6
-    assert found["docstring_lines_per_public_name"] == pytest.approx(7 / 6)
+    # Three modules, two classes, a method and a property: 1 + 1 + 2, 1 + 1, 1 and 0 lines.
+    assert found["public_names"] == 7
+    assert found["docstring_lines_per_public_name"] == pytest.approx(7 / 7)
     assert found["functions"] == [
         ["planted.room.module.Base.method", 2],
         ["planted.room.module.Base._hidden", 1],
