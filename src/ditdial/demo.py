@@ -116,11 +116,12 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        similar = f"{row['psnr']:.1f} dB" if "psnr" in row else "-"
+        similar = f"{figures.number(row['psnr'])} dB" if "psnr" in row else figures.UNKNOWN
         lines.append(
             f"| {row['name']} | {figures.macs(1e9 * row['gmacs'])} | {figures.share(row['ratio'])} "
             f"| {figures.seconds(row['seconds'])} | {figures.share(row['time_ratio'])} "
-            f"| {row['frechet']:.2f} ± {row['frechet_noise']:.2f} "
-            f"| {row['accuracy']:.1%} ± {row['accuracy_noise']:.1%} | {similar} |"
+            f"| {figures.number(row['frechet'])} ± {figures.number(row['frechet_noise'])} "
+            f"| {figures.share(row['accuracy'])} ± {figures.share(row['accuracy_noise'])} "
+            f"| {similar} |"
         )
     return "\n".join(lines) + "\n"
