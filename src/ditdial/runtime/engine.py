@@ -222,10 +222,8 @@ class Engine:
 
     def _guidance(self, model: nn.Module, call: Call, shape: TransformerShape, level: float) -> Any:
         """The guidance call of a pipeline that makes one per branch."""
-        arguments, forward = (
-            self.wiring.backbone.arguments,
-            functools.partial(self.passes.run, model),
-        )
+        arguments = self.wiring.backbone.arguments
+        forward = functools.partial(self.passes.run, model)
         groups = self.groups or [Group(self.chooser.schedule.at(level))]
 
         def run(part: Call, group: Group, _: Branches | None, rows: tuple[int, ...] | None) -> Any:
@@ -247,10 +245,8 @@ class Engine:
         self, model: nn.Module, call: Call, shape: TransformerShape, level: float
     ) -> Any:
         """A call with the conditional branch, and the guidance branch if both are in one batch."""
-        arguments, forward = (
-            self.wiring.backbone.arguments,
-            functools.partial(self.passes.run, model),
-        )
+        arguments = self.wiring.backbone.arguments
+        forward = functools.partial(self.passes.run, model)
         branches = arguments.branches(model, call, self.position.pipe_of(model))
         self.groups = self._decide(model, call, shape, level, branches)
         self.prompts.in_one_group = len(self.groups) == 1
