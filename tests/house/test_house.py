@@ -76,7 +76,7 @@ def test_numbers(package):
     assert found["functions"] == [
         ["planted.room.module.Base.method", 2],
         ["planted.room.module.Base._hidden", 1],
-        ["planted.room.module.Layer.size", 2],
+        ["planted.room.module.Layer.size", 1],
     ]
     assert found["classes"] == [
         ["planted.room.module.Layer", 2, 20],  # nothing of what UserDict offers
