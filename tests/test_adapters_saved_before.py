@@ -21,7 +21,7 @@ DEEP = ("dydit", "sparsedit", "combined")
 """Saved of models with more blocks."""
 
 
-def test_all_classes_and_methods_are_here():
+def test_all_classes_and_these_methods_are_here():
     names = {folder.name.removesuffix(f"-{method}") for folder in FOLDERS for method in METHODS}
     classes = {CASES[name].model_class for name in names if name in CASES}
     assert classes == {case.model_class for case in CASES.values()}

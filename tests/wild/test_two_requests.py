@@ -108,15 +108,29 @@ def test_stock_pipelines_that_take_turns_each_give_their_own_picture(name):
     assert_each(in_turns(runs), expected)
 
 
-@pytest.mark.parametrize("what", [COARSE_GUIDE, WEAK_GUIDANCE], ids=["coarse guide", "weak"])
-@pytest.mark.parametrize("name", ["qwenimage", "chroma"])
-def test_runs_of_a_schedule_that_take_turns_by_steps_each_equal_the_run_alone(name, what):
-    case = CASES[name]
+def assert_turns_by_steps(case, what):
     expected = alone(case, what)
     pipes = two_pipelines(case)
     ask(case, case.elastic(pipes[0]), what)
     runs = [by_steps(case, *each) for each in zip(pipes, REQUESTS, strict=True)]
     assert_each(in_turns(runs), expected)
+
+
+def assert_turns_by_calls(case):
+    """The guide is coarse, so that a call taken for the other branch changes the picture."""
+    expected = alone(case, COARSE_GUIDE)
+    pipes = two_pipelines(case)
+    ask(case, case.elastic(pipes[0]), COARSE_GUIDE)
+    here = hook_calls(pipes[0].transformer)
+    runs = [by_calls(case, *each, here) for each in zip(pipes, REQUESTS, strict=True)]
+    assert_each(in_turns(runs), expected)
+
+
+@pytest.mark.parametrize("what", [COARSE_GUIDE, WEAK_GUIDANCE], ids=["coarse guide", "weak"])
+@pytest.mark.parametrize("name", ["qwenimage", "chroma"])
+def test_runs_of_a_schedule_that_take_turns_by_steps_each_equal_the_run_alone(name, what):
+    case = CASES[name]
+    assert_turns_by_steps(case, what)
 
 
 @pytest.mark.xfail(
@@ -127,11 +141,7 @@ def test_runs_of_a_schedule_that_take_turns_by_steps_each_equal_the_run_alone(na
 @cases
 def test_runs_of_a_budget_that_take_turns_by_steps_each_equal_the_run_alone(name):
     case, share = CASES[name], BUDGETS.get(name, 0.85)
-    expected = alone(case, share)
-    pipes = two_pipelines(case)
-    ask(case, case.elastic(pipes[0]), share)
-    runs = [by_steps(case, *each) for each in zip(pipes, REQUESTS, strict=True)]
-    assert_each(in_turns(runs), expected)
+    assert_turns_by_steps(case, share)
 
 
 @pytest.mark.xfail(
@@ -143,22 +153,12 @@ def test_runs_of_a_budget_that_take_turns_by_steps_each_equal_the_run_alone(name
 def test_runs_that_take_turns_by_model_calls_each_equal_the_run_alone(name):
     """A second call comes between the two branches of a step."""
     case = CASES[name]
-    expected = alone(case, COARSE_GUIDE)
-    pipes = two_pipelines(case)
-    ask(case, case.elastic(pipes[0]), COARSE_GUIDE)
-    here = hook_calls(pipes[0].transformer)
-    runs = [by_calls(case, *each, here) for each in zip(pipes, REQUESTS, strict=True)]
-    assert_each(in_turns(runs), expected)
+    assert_turns_by_calls(case)
 
 
 def test_runs_with_both_branches_in_a_call_take_turns_by_model_calls():
     case = CASES["sd3"]
-    expected = alone(case, COARSE_GUIDE)
-    pipes = two_pipelines(case)
-    ask(case, case.elastic(pipes[0]), COARSE_GUIDE)
-    here = hook_calls(pipes[0].transformer)
-    runs = [by_calls(case, *each, here) for each in zip(pipes, REQUESTS, strict=True)]
-    assert_each(in_turns(runs), expected)
+    assert_turns_by_calls(case)
 
 
 @pytest.mark.xfail(
