@@ -273,8 +273,8 @@ class Handle:
 
     def report(self) -> Report:
         """What the last run really did."""
-        engine = self._live()
-        return Report(tuple(engine.costs.calls), budget=engine.chooser.allowed)
+        run = self._live().position.run
+        return Report(tuple(run.calls), budget=run.choosing.allowed)
 
     @contextlib.contextmanager
     def using(self, mode: Mode) -> Iterator[None]:
@@ -288,13 +288,8 @@ class Handle:
         if not engine.method.has(mode):
             raise ValueError(f"mode {mode.name!r}; legal: {', '.join(m.name for m in self.modes)}")
         self.backbone.check(self.model, {mode})
-        engine.costs.calls.clear()
-        engine.wiring.state.run += 1
-        previous, engine.chooser.forced = engine.chooser.forced, mode
-        try:
+        with engine.forced(mode):
             yield
-        finally:
-            engine.chooser.forced = previous
 
     def disabled(self) -> contextlib.AbstractContextManager[None]:
         """Run every call as the base does, for a block, and go on as before then."""

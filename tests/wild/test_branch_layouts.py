@@ -39,11 +39,6 @@ def relative(found, expected):
     return ((found - expected).norm() / (expected - expected.mean()).norm()).item()
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="three row groups are taken for conditional rows: the guide is never coarse",
-)
 def test_the_coarse_guide_of_three_row_groups_acts_or_is_refused():
     pipe = perturbed()
     expected = PAG.draw(pipe)
@@ -56,11 +51,6 @@ def test_the_coarse_guide_of_three_row_groups_acts_or_is_refused():
         assert relative(found, expected) > 1e-3
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="halves of three row groups of two prompts are taken for two branches",
-)
 def test_prompts_from_equal_noise_in_three_row_groups_do_not_mix_branches():
     pipe = perturbed()
     handle = PAG.elastic(pipe)
@@ -80,11 +70,6 @@ def test_full_mode_of_three_row_groups_is_the_stock_picture():
     assert torch.equal(PAG.draw(pipe, PROMPTS, (11, 11)), expected)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="modular blocks open no cache context, and no call is known to be a guidance branch",
-)
 @pytest.mark.filterwarnings("ignore:the schedule asks for weak guidance")
 @pytest.mark.parametrize(
     "schedule",

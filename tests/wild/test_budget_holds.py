@@ -19,11 +19,6 @@ def levels_of(report):
     return list(dict.fromkeys(call.level for call in report.calls))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a run is planned for all timesteps of its scheduler, also for those that it skips",
-)
 @pytest.mark.parametrize("strength", [0.6, 0.3])
 def test_a_budget_holds_for_the_steps_that_an_image_to_image_run_makes(strength):
     case = PIPES["flux"]
@@ -53,11 +48,6 @@ def test_a_budget_holds_for_an_image_to_image_run_from_pure_noise():
     assert handle.report().ratio <= 0.6
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the third call of a step with skip-layer guidance is in no plan",
-)
 @pytest.mark.parametrize("steps", [6, 10])
 def test_a_budget_holds_with_skip_layer_guidance(steps):
     case = PIPES["sd3"]
@@ -70,11 +60,6 @@ def test_a_budget_holds_with_skip_layer_guidance(steps):
     assert handle.report().ratio <= 0.9
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a plan takes guidance to be on in all steps or in none",
-)
 @pytest.mark.parametrize("edges", [(0.5, 1.0), (0.0, 0.5)], ids=["starts", "stops"])
 def test_a_budget_holds_with_a_guider_that_works_in_half_of_the_run(edges):
     """It is not exceeded, and what it leaves would not pay for one more step in full mode."""
@@ -90,11 +75,6 @@ def test_a_budget_holds_with_a_guider_that_works_in_half_of_the_run(edges):
     assert 0.8 - report.ratio < 2 * (1 - weak) / len(report.calls)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a plan counts one time for all tokens, and image-to-video has a time for each",
-)
 def test_the_plan_of_an_image_to_video_run_knows_that_each_token_has_a_time():
     build = given(diffusers.LTXImageToVideoPipeline, "ltx", shifting(), vae=ltx_vae)
     case = PipeCase(build, LTX, (3, 8, 16), 6, embedded=True)
@@ -129,11 +109,6 @@ def sprint(pipe, steps):
     SANA_SPRINT.draw(pipe, num_inference_steps=steps, **given)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, ValueError),
-    reason="times of the SCM scheduler are angles, and its last one is no step",
-)
 @sprints
 def test_the_plan_of_a_sprint_has_the_steps_that_run(steps):
     pipe = SANA_SPRINT.pipe()
@@ -148,11 +123,6 @@ def test_the_plan_of_a_sprint_has_the_steps_that_run(steps):
     assert report.ratio == pytest.approx(plan.ratio, rel=1e-3)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a sprint is planned for times that are taken for tiny noise levels",
-)
 @pytest.mark.parametrize("steps", [2, 4])
 def test_a_sprint_spends_its_budget(steps):
     """One of the steps is weak: with two, 0.66 of the full cost."""
@@ -190,11 +160,6 @@ class Inverting(diffusers.FluxPipeline):
         return packed
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a noise level that rises is taken for the start of another run",
-)
 def test_the_report_keeps_every_call_of_a_run_whose_levels_rise():
     case = PIPES["flux"]
     pipe = Inverting(**case.pipe().components)

@@ -23,11 +23,6 @@ def image_to_image(pipe):
     return quiet(diffusers.AutoPipelineForImage2Image.from_pipe(pipe))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="whether guidance is on is read from the pipeline that was given to elastify",
-)
 def test_a_guided_image_to_image_pipeline_is_guided_whatever_the_first_pipeline_did_last():
     case = PIPES["sd3"]
     pipe = case.pipe()
@@ -38,11 +33,6 @@ def test_a_guided_image_to_image_pipeline_is_guided_whatever_the_first_pipeline_
     assert [(call.mode, call.guide) for call in handle.report().calls] == [(FULL, WEAK)] * 4
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="two prompts from equal noise are taken for two branches, as the first pipeline had",
-)
 def test_two_unguided_prompts_from_equal_noise_are_no_branches_whatever_the_first_pipeline_did():
     case = PIPES["sd3"]
     pipe = case.pipe()
@@ -57,11 +47,6 @@ def test_two_unguided_prompts_from_equal_noise_are_no_branches_whatever_the_firs
     assert torch.equal(found, expected)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="without the first pipeline no call is known to be a guidance branch",
-)
 def test_a_guide_stays_coarse_in_a_pipeline_that_outlives_the_first():
     case = PIPES["chroma"]
     pipe = case.pipe()
@@ -78,11 +63,6 @@ def test_a_guide_stays_coarse_in_a_pipeline_that_outlives_the_first():
     assert torch.equal(found, expected)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="without the first pipeline a run's noise levels and guidance are not known",
-)
 def test_a_budget_buys_the_same_in_a_pipeline_that_outlives_the_first():
     case = PIPES["chroma"]
     pipe = case.pipe()
@@ -98,11 +78,6 @@ def test_a_budget_buys_the_same_in_a_pipeline_that_outlives_the_first():
     assert torch.equal(found, expected)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a run is planned for the timesteps of the first pipeline's scheduler",
-)
 @pytest.mark.parametrize("steps_before", [0, 4], ids=["first", "after a run of the other"])
 def test_a_pipeline_with_a_scheduler_of_its_own_runs_the_plan_of_its_own_timesteps(steps_before):
     case = PIPES["flux"]
@@ -120,11 +95,6 @@ def test_a_pipeline_with_a_scheduler_of_its_own_runs_the_plan_of_its_own_timeste
     assert report.ratio <= 0.6
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a bare call's noise level is moved to the nearest timestep of a pipeline's last run",
-)
 def test_a_bare_call_beside_a_pipeline_keeps_the_noise_level_it_is_given():
     case = PIPES["sd3"]
     pipe = case.pipe()

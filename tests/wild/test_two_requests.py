@@ -133,22 +133,12 @@ def test_runs_of_a_schedule_that_take_turns_by_steps_each_equal_the_run_alone(na
     assert_turns_by_steps(case, what)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the plan of a run is the model's, and the second run follows that of the first",
-)
 @cases
 def test_runs_of_a_budget_that_take_turns_by_steps_each_equal_the_run_alone(name):
     case, share = CASES[name], BUDGETS.get(name, 0.85)
     assert_turns_by_steps(case, share)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the branch of a call is the model's, and another run's call comes in between",
-)
 @pytest.mark.parametrize("name", [name for name in CASES if name != "sd3"])
 def test_runs_that_take_turns_by_model_calls_each_equal_the_run_alone(name):
     """A second call comes between the two branches of a step."""
@@ -161,11 +151,6 @@ def test_runs_with_both_branches_in_a_call_take_turns_by_model_calls():
     assert_turns_by_calls(case)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a run inside another one, between two of its steps, starts the model's only run anew",
-)
 @cases
 def test_a_run_inside_the_callback_of_another_leaves_it_as_it_was(name):
     case, share = CASES[name], BUDGETS.get(name, 0.85)
@@ -189,11 +174,6 @@ def first_block(model):
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))[0]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=(AssertionError, RuntimeError, ValueError, TypeError),
-    reason="the mode of a pass is the model's, and a call that comes in the middle changes it",
-)
 @pytest.mark.parametrize("name", ["qwenimage", "sd3", "wan"])
 def test_a_request_in_the_middle_of_another_ones_model_call_leaves_it_as_it_was(name):
     """Either it runs at once, or it waits until that call is over."""
@@ -255,11 +235,6 @@ def stepping(shift):
     return Stepping(**parts)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the plan of a run is the model's, and the second run follows that of the first",
-)
 def test_two_runs_of_generators_that_interleave_step_by_step_each_equal_the_run_alone():
     """Without threads, with other timesteps and another number of steps each."""
     case, share, shifts = PIPES["sd3"], 0.8, (3.0, 1.0)

@@ -10,7 +10,6 @@ import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor
 
-from ditdial.host.pipelines import is_guided
 from ditdial.ops.patching import Triple, group
 from ditdial.plan.mode import Mode
 
@@ -120,17 +119,20 @@ class Arguments:
         """
         return call | {name: condition[name] for name in self.condition if name in condition}
 
-    def branches(self, model: Any, call: Call, pipe: Any) -> Branches | None:
+    def branches(self, model: Any, call: Call, guided: bool | None) -> Branches | None:
         """The guidance layout of a batched call, None if all rows are conditional.
 
         Pipelines that guide in one batch give both halves the same latents.
+
+        Args:
+            guided: whether guidance is on; None where nothing tells.
         """
         sample = self.latent(call)
         count, half = len(sample), len(sample) // 2
         if self.conditional_first is None or count % 2:
             return None
         # In the first step, two prompts from equal noise are the very numbers of two branches.
-        if is_guided(pipe) is False:
+        if guided is False:
             return None
         if not torch.equal(sample[:half], sample[half:]):
             return None

@@ -21,7 +21,7 @@ from ditdial.plan.mode import Mode
 class LabelledArguments(Arguments):
     """Guidance rows have the null class, which is the last label."""
 
-    def branches(self, model: Model, call: Call, pipe: Any) -> Branches | None:
+    def branches(self, model: Model, call: Call, guided: bool | None) -> Branches | None:
         """The guidance layout of a batched call, None if all rows are conditional."""
         labels, count = call.get("class_labels"), self.count(call)
         if labels is None or count % 2 or labels.numel() != count:

@@ -97,6 +97,11 @@ class LTXBackbone(Backbone):
     def size(self, model: Model, call: Call) -> tuple[Any, ...]:
         return *super().size(model, call), has_token_times(call)
 
+    def planned_size(self, grid: Triple, text_tokens: int, pipe: Any) -> tuple[Any, ...]:
+        # Pipelines that start from a frame tell each token a time: those of the frame have none.
+        names = (cls.__name__ for cls in type(pipe).__mro__)
+        return grid, text_tokens, any("ImageToVideo" in name or "I2V" in name for name in names)
+
     def picture_macs(self, model: Model, text_tokens: int) -> int:
         return text_tokens * linear_macs(model.caption_projection)
 

@@ -23,8 +23,12 @@ from ditdial.backbones.times import Times
 from ditdial.cost.blocks import Block, Term
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import TransformerShape
+from ditdial.host.pipelines import tells_angles
 from ditdial.ops.patching import Triple, coarse_grid
 from ditdial.plan.mode import Mode
+
+SPRINT_MIDDLE = 1.3
+"""Angle of the second of two steps: the default of the pipeline's ``intermediate_timesteps``."""
 
 
 class SanaTimes(Times):
@@ -36,6 +40,14 @@ class SanaTimes(Times):
         if call.get("guidance") is None:
             return low, high
         return low * self.scale, high * self.scale
+
+    def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
+        """As the pipelines do; those of Sprint have a time of their own for two steps alone."""
+        if tells_angles(scheduler):
+            middle = SPRINT_MIDDLE if steps == 2 else None
+            scheduler.set_timesteps(steps, intermediate_timesteps=middle)
+        else:
+            super().set_timesteps(scheduler, steps, grid, pipe)
 
 
 class SanaBackbone(PatchEmbedBackbone):

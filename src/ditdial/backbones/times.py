@@ -54,6 +54,17 @@ class Times:
         ends = [self.level_of(time) for time in (min(times), max(times))]
         return min(ends), max(ends)
 
+    def rounding(self, call: Call) -> float:
+        """Relative error that the time of a call may have by its dtype.
+
+        FLUX's pipeline casts a time to the latents' dtype and divides it there: each of the two
+        errs by half of a dtype's epsilon.
+        """
+        dtype = torch.as_tensor(call[self.argument]).dtype
+        # A time in whole numbers was divided in double precision, levels in single.
+        single = 4 * torch.finfo(torch.float32).eps
+        return max(torch.finfo(dtype).eps, single) if dtype.is_floating_point else single
+
     def level_of(self, time: float) -> float:
         """Noise level in [0, 1] of the time the model is given."""
         level = time / self.scale

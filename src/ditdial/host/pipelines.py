@@ -2,47 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from types import FrameType
+import math
+from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 TRANSFORMERS = ("transformer", "transformer_2")
 """Components of a pipeline that may be made elastic."""
-
-
-GUIDED = ("do_classifier_free_guidance", "do_true_cfg")
-"""What pipelines call the fact that guidance is on."""
-
-
-def is_guided(pipe: Any) -> bool | None:
-    """Whether guidance is on in the present call of a pipeline; None where nothing tells.
-
-    Some pipelines have an attribute for it. Others keep it in a local variable of their
-    ``__call__``, which is read there: latents and prompts do not tell two prompts from equal noise
-    from two branches, and in inference mode tensors do not even tell where they come from.
-    """
-    told = getattr(pipe, GUIDED[0], None)
-    frames = _calls_of(pipe, sys._getframe()) if told is None else ()
-    for frame in frames:
-        facts = frame.f_locals
-        told = next((facts[name] for name in GUIDED if name in facts), None)
-        if told is None and "guidance_scale" in facts:  # DiTPipeline
-            told = facts["guidance_scale"] > 1
-        if told is not None:
-            break
-    return told
-
-
-def _calls_of(pipe: Any, frame: FrameType | None) -> Iterator[FrameType]:
-    """Calls of a pipeline that a frame lies in, the inmost first."""
-    while frame is not None and pipe is not None:
-        if frame.f_code.co_name == "__call__" and frame.f_locals.get("self") is pipe:
-            yield frame
-        frame = frame.f_back
 
 
 def transformers(pipe: Any) -> dict[str, nn.Module]:
@@ -55,19 +22,52 @@ def transformers(pipe: Any) -> dict[str, nn.Module]:
     }
 
 
-def called_at(pipe: Any, model: nn.Module, scheduler: Any) -> Tensor:
-    """Whether a pipeline calls this transformer, for each of the scheduler's timesteps."""
-    always = torch.ones_like(scheduler.timesteps, dtype=torch.bool)
-    models = transformers(pipe)
-    if len(models) < 2:
-        return always
-    first, ratio = always, pipe.config.get("boundary_ratio")
-    if ratio is not None:
-        first = scheduler.timesteps >= ratio * scheduler.config.num_train_timesteps
-    return first if models["transformer"] is model else ~first
+def holds(pipe: Any, model: nn.Module) -> bool:
+    """Whether this very model is in a pipeline (a copy's is another one).
+
+    Both of Wan 2.2's transformers are looked at, and a model that `torch.compile` has wrapped.
+    """
+    return any(model is own for own in transformers(pipe).values())
 
 
-def called_levels(pipe: Any, model: nn.Module, scheduler: Any) -> tuple[float, ...]:
-    """Noise levels at which a pipeline calls this transformer, one per step."""
-    times = scheduler.timesteps[called_at(pipe, model, scheduler)].tolist()
-    return tuple(t / scheduler.config.num_train_timesteps for t in times)
+def steps_of(scheduler: Any) -> Tensor:
+    """Timesteps of a scheduler at which a model is called, as it was set last."""
+    # The last time of a consistency model's scheduler is where the last step ends.
+    return scheduler.timesteps[:-1] if tells_angles(scheduler) else scheduler.timesteps
+
+
+def levels_of(
+    pipe: Any, model: nn.Module, scheduler: Any, timesteps: Iterable[float]
+) -> tuple[float, ...]:
+    """Noise levels at which a pipeline calls a transformer, one per step.
+
+    Args:
+        timesteps: those of all steps of the run, of both transformers where there are two.
+    """
+    count = scheduler.config.num_train_timesteps
+    models, ratio = transformers(pipe), None
+    if len(models) > 1:
+        ratio = pipe.config.get("boundary_ratio")
+    first = len(models) < 2 or models["transformer"] is model
+    edge = 0.0 if ratio is None else ratio * count
+    return tuple(
+        noise_level(scheduler, time) for time in map(float, timesteps) if (time >= edge) is first
+    )
+
+
+def noise_level(scheduler: Any, time: float) -> float:
+    """Noise level in [0, 1] of a scheduler's timestep."""
+    if tells_angles(scheduler):
+        noise, signal = math.sin(time), math.cos(time)
+        return noise / (noise + signal)
+    return time / scheduler.config.num_train_timesteps
+
+
+def told_level(scheduler: Any, time: float) -> float:
+    """Noise level that a model hears of a timestep, which it divides by 1000."""
+    return noise_level(scheduler, time) if tells_angles(scheduler) else time / 1000
+
+
+def tells_angles(scheduler: Any) -> bool:
+    """Whether timesteps are angles between signal and noise (sCM 2410.11081, SANA-Sprint)."""
+    return any(cls.__name__ == "SCMScheduler" for cls in type(scheduler).__mro__)

@@ -108,6 +108,21 @@ class State(Forward):
             self.narrow = self.grids = self.text = None
             self.running = False
 
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Make room for another pass, if one is at work: a hook in it has called the model."""
+        if not self.running:
+            yield
+            return
+        now, rest = self.snapshot(), (self.text, self.merging, self.unit, self.run)
+        self.layout = None
+        try:
+            yield
+        finally:
+            self._return_to(now)
+            self.text, self.merging, self.unit, self.run = rest
+            self.running = True
+
     def each(self, run: Callable[[Any], Any], pieces: Iterable[Any]) -> list[Any]:
         """What a layer makes of each part of a packed batch, in the mode of that part.
 

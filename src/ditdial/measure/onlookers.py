@@ -94,7 +94,8 @@ class Clock:
         if self.seconds is not None:
             return
         arguments = self.engine.wiring.backbone.arguments
-        branches = arguments.branches(model, call, self.pipe)
+        caller = self.engine.position.caller(model)
+        branches = arguments.branches(model, call, caller.guided)
         alone = call if branches is None else arguments.rows(call, branches.conditional)
         latent = arguments.latent(alone)
         calls = {"alone": alone} if branches is None else {"alone": alone, "together": call}
@@ -193,8 +194,9 @@ class Onlooker:
         """Look at a call; branches that come one after the other wait for each other."""
         self.calls += 1
         arguments = self.engine.wiring.backbone.arguments
-        branches = arguments.branches(model, call, self.pipe)
-        latent, level = arguments.latent(call), self.engine.costs.calls[-1].level
+        caller = self.engine.position.caller(model)
+        branches = arguments.branches(model, call, caller.guided)
+        latent, level = arguments.latent(call), self.engine.position.run.calls[-1].level
         assert level is not None
         found = self._predict(model, call, output, latent, level)
         if branches is not None:
@@ -218,7 +220,7 @@ class Onlooker:
 
     def _guides(self, level: float, latent: Tensor) -> bool:
         """Whether a call is the guidance branch: by its name, or by the latent's second coming."""
-        branch = self.engine.position.branch
+        branch = self.engine.position.run.branch
         if branch is not None:
             return branch in self.engine.wiring.backbone.arguments.contexts
         before = self.waiting.get(False)

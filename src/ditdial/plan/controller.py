@@ -8,8 +8,8 @@ latents.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -17,6 +17,30 @@ from torch import Tensor
 from ditdial.plan.choice import Choice
 from ditdial.plan.mode import Mode
 from ditdial.plan.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Forward passes of one picture in a step.
+
+    Args:
+        guided: whether one of them is the guidance branch.
+        more: how many there are beside the conditional and the guidance branch; they run in the
+            conditional branch's mode.
+    """
+
+    guided: bool
+    more: int = 0
+
+    @classmethod
+    def of(cls, count: int) -> Passes:
+        """So many passes, of which the second is the guidance branch."""
+        return cls(count > 1, max(count - 2, 0))
+
+    @property
+    def count(self) -> int:
+        """All of them."""
+        return 1 + self.guided + self.more
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,18 +53,26 @@ class Facts:
         macs: multiply-adds of one forward pass of one picture in a mode at a noise level (None: in
             the mean).
         guided: whether there is a guidance branch; None where that is not known yet.
+        passes: at the noise levels whose steps are others than ``guided`` says.
     """
 
     levels: tuple[float, ...]
     macs: Callable[[Mode, float | None], float]
     guided: bool | None = None
+    passes: Mapping[float, Passes] = field(default_factory=dict)
+
+    def at(self, level: float | None) -> Passes:
+        """Forward passes of a picture in the step at a noise level."""
+        told = None if level is None else self.passes.get(level)
+        return told or Passes(self.guided is not False)
 
     def cost(self, choice: Choice, level: float | None = None) -> float:
-        """Multiply-adds of one picture in one call at a noise level, both branches."""
-        mode, guide = choice.mode, choice.guide_mode
-        if self.guided is False or choice.gain == 0:
-            return self.macs(mode, level)
-        return self.macs(mode, level) + self.macs(guide, level)
+        """Multiply-adds of one picture in one step at a noise level, all its passes."""
+        passes = self.at(level)
+        own = (1 + passes.more) * self.macs(choice.mode, level)
+        if not passes.guided or choice.gain == 0:
+            return own
+        return own + self.macs(choice.guide_mode, level)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,3 +129,23 @@ class Controller(ABC):
             ValueError: the run does not allow what was asked for (a cap that cannot be kept, too
                 few steps).
         """
+
+
+class BudgetController(Controller):
+    """One that spends a budget: all its choices are made before the run."""
+
+    @abstractmethod
+    def begin(self, facts: Facts) -> Schedule:
+        """The schedule of a run.
+
+        Raises:
+            ValueError: a budget below the cheapest plan.
+        """
+
+    @abstractmethod
+    def least(self, facts: Facts) -> float:
+        """Share of the full cost that the cheapest plan of a run takes."""
+
+    @abstractmethod
+    def within(self, share: float) -> BudgetController:
+        """The same with another budget."""

@@ -47,6 +47,16 @@ class CallRecord:
     why: tuple[dict[str, Any] | None, ...] = ()
     guided: bool = False
 
+    @property
+    def passes(self) -> int:
+        """Forward passes of each picture."""
+        return 2 if self.guided else 1
+
+    @property
+    def count(self) -> int:
+        """Pictures of the batch that ran in this call."""
+        return self.rows // self.passes
+
 
 @dataclass
 class Trail:
@@ -121,7 +131,7 @@ class Report:
     def _pictures(call: CallRecord) -> int:
         if call.pictures is not None:
             return max(call.pictures) + 1
-        return call.rows // 2 if call.guided else call.rows
+        return call.count
 
     def to_dict(self) -> dict[str, object]:
         """Plain data: totals and one row per call."""

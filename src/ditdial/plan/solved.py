@@ -7,7 +7,7 @@ another scheduler, and it is the best plan for just these steps.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -18,7 +18,7 @@ from ditdial.plain.tables import Table
 from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.choice import Choice
-from ditdial.plan.controller import Controller, Facts
+from ditdial.plan.controller import BudgetController, Facts
 from ditdial.plan.frontier import Frontier
 from ditdial.plan.mode import Mode
 from ditdial.plan.schedule import Schedule
@@ -63,7 +63,7 @@ class Offers(tuple[Offer, ...]):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SolvedBudget(Controller):
+class SolvedBudget(BudgetController):
     """Runs every run at the least damage that its budget allows.
 
     Args:
@@ -103,6 +103,14 @@ class SolvedBudget(Controller):
         frontier = steps.frontier(self.budget.share)
         return steps.schedule(frontier.choices(frontier.best(self.budget.share)))
 
+    def least(self, facts: Facts) -> float:
+        """Of the cheapest plan."""
+        return float(_Steps(self, facts).frontier().costs[0])
+
+    def within(self, share: float) -> SolvedBudget:
+        """The same with another budget."""
+        return replace(self, budget=replace(self.budget, share=share))
+
     def offers(self, facts: Facts, count: int = 50) -> Offers:
         """The best plans for a run at evenly spaced budgets, cheapest first.
 
@@ -128,23 +136,34 @@ class _Steps:
 
     def __init__(self, controller: SolvedBudget, facts: Facts) -> None:
         calibration, criterion = controller.calibration, controller.budget.criterion
-        guided = facts.guided is not False
         told = facts.levels or [1 - step / USUAL_STEPS for step in range(USUAL_STEPS)]
         levels, counts = np.unique(np.clip(told, 0, 1), return_counts=True)
         self.levels: list[float] = levels[::-1].tolist()
+        guides = np.array([facts.at(level).guided for level in self.levels])
+        guided = bool(guides.any())
         self.choices: Sequence[Choice] = calibration.choices
         if not guided:
             self.choices = [Choice(mode=mode) for mode in calibration.conditional]
         self.damage = calibration.damage(self.levels, criterion=criterion, guided=guided)
-        self.ordered = self.damage + TIE * calibration.errors(self.levels, guided=guided)
+        errors = calibration.errors(self.levels, guided=guided)
+        if guided and not guides.all() and criterion == "path":
+            # Steps that a guider leaves out are those of the conditional branch alone.
+            own = [calibration.conditional.index(choice.mode) for choice in self.choices]
+            alone = calibration.damage(self.levels, guided=False)[:, own]
+            self.damage = np.where(guides[:, None], self.damage, alone)
+            alone = calibration.errors(self.levels, guided=False)[:, own]
+            errors = np.where(guides[:, None], errors, alone)
+        self.ordered = self.damage + TIE * errors
         full, seconds = Choice(), controller.seconds
+        counts = counts[::-1]
         if controller.budget.currency == "seconds" and seconds is not None:
-            shares = np.array([seconds.of(choice, guided=guided) for choice in self.choices])
-            shares /= seconds.of(full, guided=guided)
+            rows = np.array([[seconds.of(choice, guided=guided) for choice in self.choices]])
+            whole = counts * seconds.of(full, guided=guided)
         else:
-            rows = [[facts.cost(each, level) for each in self.choices] for level in self.levels]
-            shares = np.array(rows) / facts.cost(full)
-        self.costs = counts[::-1, None] * shares / counts.sum()
+            costs = [[facts.cost(each, level) for each in self.choices] for level in self.levels]
+            rows = np.array(costs)
+            whole = counts * np.array([facts.cost(full, level) for level in self.levels])
+        self.costs = counts[:, None] * rows / whole.sum()
 
     def frontier(self, limit: float = np.inf) -> Frontier:
         return Frontier.of(self.ordered, self.costs, limit=limit)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ditdial.plan.budget import Budget
 from ditdial.plan.choice import Choice
-from ditdial.plan.controller import Controller, Facts
+from ditdial.plan.controller import BudgetController, Facts
 from ditdial.plan.frontier import ROUNDING, legal_shares
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule
@@ -22,7 +22,7 @@ POWERFUL = Choice()
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeakFirstBudget(Controller):
+class WeakFirstBudget(BudgetController):
     """Runs as few of the noisiest steps weak as the budget asks for.
 
     The last of them is weak in its guidance branch alone, if that is enough.
@@ -57,18 +57,14 @@ class WeakFirstBudget(Controller):
         """
         if self.share == 1:
             return Schedule.constant()
-        # Steps of the same level cannot differ.
-        counts = Counter(min(max(level, 0.0), 1.0) for level in facts.levels)
+        counts = _levels(facts)
         levels = sorted(counts, reverse=True)
-
-        def costs(choice: Choice) -> list[float]:
-            if not levels:
-                return [facts.cost(choice)]
-            return [counts[level] * facts.cost(choice, level) for level in levels]
-
-        full = costs(POWERFUL)
-        weak = self._finest({mode: costs(Choice(mode=mode)) for mode in self.coarse}, full, facts)
-        both, allowed = costs(Choice(mode=weak)), (self.share + ROUNDING) * sum(full)
+        full = _costs(POWERFUL, facts, counts)
+        weak = self._finest(facts, counts)
+        both, allowed = (
+            _costs(Choice(mode=weak), facts, counts),
+            (self.share + ROUNDING) * sum(full),
+        )
         if not levels:
             fraction = (1 - self.share) / (1 - both[0] / full[0])
             return Schedule.weak_first(min(1.0, fraction), weak)
@@ -77,15 +73,28 @@ class WeakFirstBudget(Controller):
             spent += both[steps] - full[steps]
             steps += 1
         choices = [Choice(mode=weak)] * steps + [POWERFUL] * (len(levels) - steps)
-        if steps and facts.guided is not False:
+        if steps and facts.at(levels[steps - 1]).guided:
             guided = Choice(guide=weak)
-            if spent + costs(guided)[steps - 1] - both[steps - 1] <= allowed:
+            if spent + _costs(guided, facts, counts)[steps - 1] - both[steps - 1] <= allowed:
                 choices[steps - 1] = guided
         return Schedule.of_steps(levels, choices)
 
-    def _finest(self, costs: dict[Mode, list[float]], full: list[float], facts: Facts) -> Mode:
+    def least(self, facts: Facts) -> float:
+        """Of the cheapest mode throughout."""
+        return min(self._shares(facts, _levels(facts)).values(), default=1.0)
+
+    def within(self, share: float) -> WeakFirstBudget:
+        """The same with another budget."""
+        return replace(self, share=share)
+
+    def _shares(self, facts: Facts, counts: Counter[float]) -> dict[Mode, float]:
+        """Share of the full cost of each weak mode throughout."""
+        full = sum(_costs(POWERFUL, facts, counts))
+        return {mode: sum(_costs(Choice(mode=mode), facts, counts)) / full for mode in self.coarse}
+
+    def _finest(self, facts: Facts, counts: Counter[float]) -> Mode:
         """The dearest of the weak modes that reach the budget throughout."""
-        shares = {mode: sum(each) / sum(full) for mode, each in costs.items()}
+        shares = self._shares(facts, counts)
         reachable = [
             mode for mode, share in shares.items() if share <= self.share + ROUNDING and share < 1
         ]
@@ -95,6 +104,18 @@ class WeakFirstBudget(Controller):
             legal = legal_shares(least, f"the cheapest mode throughout{steps}")
             raise ValueError(f"budget = {self.share}; legal: {legal}")
         return max(reachable, key=shares.__getitem__)
+
+
+def _levels(facts: Facts) -> Counter[float]:
+    """The noise levels of a run, and how many steps have each: they cannot differ."""
+    return Counter(min(max(level, 0.0), 1.0) for level in facts.levels)
+
+
+def _costs(choice: Choice, facts: Facts, counts: Counter[float]) -> list[float]:
+    """Of a choice at each noise level, the noisiest first; of one step where none is known."""
+    if not counts:
+        return [facts.cost(choice)]
+    return [counts[level] * facts.cost(choice, level) for level in sorted(counts, reverse=True)]
 
 
 def weak_first_for_budget(

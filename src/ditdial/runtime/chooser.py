@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
 from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
-from ditdial.plan.controller import Controller, Facts, Run
+from ditdial.plan.choice import Choice
+from ditdial.plan.controller import BudgetController, Controller, Facts, Passes, Run
 from ditdial.plan.mode import Mode
+from ditdial.plan.report import CallRecord
 from ditdial.plan.schedule import Schedule
 from ditdial.runtime.pictures import Group, grouped
 
@@ -26,9 +28,6 @@ class Chooser:
         budget: that the controller was made for.
         calibration: what each choice of modes loses at each noise level, if that was measured.
         forced: the mode of all calls, whatever their noise level.
-        allowed: share of the full FLOPs that the present run was planned for, if it has a budget.
-        run: what the controller is at work on in the present run; the schedule of a run whose
-            choices were made before it.
     """
 
     modes: tuple[Mode, ...]
@@ -37,8 +36,6 @@ class Chooser:
     budget: float | Budget | None = None
     calibration: Calibration | None = None
     forced: Mode | None = None
-    allowed: float | None = None
-    run: Run | Schedule | None = None
 
     def use(self, choice: Schedule | Controller | None) -> None:
         """Leave the next runs to a schedule or a controller; None: to the schedule as it is.
@@ -49,9 +46,9 @@ class Chooser:
             self.schedule, choice = choice, None
         self.controller, self.budget = choice, None
 
-    def begin_run(self) -> None:
-        """Forget the run before."""
-        self.run, self.allowed = None, self.share
+    def begin(self) -> Choosing:
+        """For a run that is about to begin."""
+        return Choosing(self, self.share)
 
     @property
     def share(self) -> float | None:
@@ -60,11 +57,6 @@ class Chooser:
             return None
         budget = self.budget if isinstance(self.budget, Budget) else Budget(self.budget)
         return budget.share if budget.currency == "flops" else None
-
-    @property
-    def learns(self) -> bool:
-        """Whether the present run wants to see the clean latents that are predicted."""
-        return isinstance(self.run, Run) and self.run.learns
 
     @property
     def only_mode(self) -> Mode | None:
@@ -99,34 +91,6 @@ class Chooser:
             "a schedule or a budget (its cap bounds the cost, and the report tells it)"
         )
 
-    def decide(
-        self, level: float, facts: Callable[[], Facts], latents: Callable[[], Tensor]
-    ) -> list[Group]:
-        """How the pictures of a step run, by the schedule or as a controller sees their latents.
-
-        Args:
-            level: noise level of the call.
-            facts: of the run, asked for at its first call.
-            latents: of the conditional rows, as `Run.decide` takes them; cut only if a controller
-                looks at them.
-
-        Returns:
-            One group where all pictures run alike, else one for each choice.
-        """
-        if self.controller is None:
-            return [Group(self.schedule.at(level))]
-        if self.run is None:
-            self.run = self.controller.begin(facts())
-        if isinstance(self.run, Schedule):
-            self.schedule = self.run
-            return [Group(self.schedule.at(level))]
-        return grouped(self.run.decide(level, latents()))
-
-    def learn(self, level: float, clean: Tensor) -> None:
-        """Show the present run the clean latents that the conditional branch predicted."""
-        assert isinstance(self.run, Run)
-        self.run.learn(level, clean)
-
     def changes_between(self, low: float, high: float) -> bool:
         """Whether two noise levels of one call may want different modes.
 
@@ -136,3 +100,101 @@ class Chooser:
         if low == high:
             return False
         return self.controller is not None or self.schedule.at(low) is not self.schedule.at(high)
+
+
+@dataclass(eq=False)
+class Choosing:
+    """How the modes of one run are chosen.
+
+    Args:
+        chooser: of the model.
+        allowed: share of the full FLOPs that the run may take, if it has a budget.
+
+    Attributes:
+        at_work: what the controller does in this run; the schedule of a run whose choices were made
+            before it.
+        facts: of the run, as its schedule takes them to be.
+        known: level at which calls were counted last, and the passes that were counted by then.
+    """
+
+    chooser: Chooser
+    allowed: float | None = None
+    at_work: Run | Schedule | None = None
+    facts: Facts | None = None
+    known: tuple[float, int] | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether the run wants to see the clean latents that are predicted."""
+        return isinstance(self.at_work, Run) and self.at_work.learns
+
+    def learn(self, level: float, clean: Tensor) -> None:
+        """Show the run the clean latents that the conditional branch predicted."""
+        assert isinstance(self.at_work, Run)
+        self.at_work.learn(level, clean)
+
+    def begin(self, facts: Callable[[], Facts]) -> Schedule | None:
+        """What is chosen before the first call: the schedule, unless latents are looked at.
+
+        Args:
+            facts: of the run, asked for only by a controller.
+        """
+        if self.chooser.controller is None:
+            return self.chooser.schedule
+        if self.at_work is None:
+            self.facts = facts()
+            self.at_work = self.chooser.controller.begin(self.facts)
+            if isinstance(self.at_work, Schedule):
+                self.chooser.schedule = self.at_work  # the one to see when the run is over
+        return self.at_work if isinstance(self.at_work, Schedule) else None
+
+    def decide(
+        self, level: float, latents: Callable[[], Tensor], calls: Sequence[CallRecord]
+    ) -> list[Group]:
+        """How the pictures of a step run, by the schedule or as a controller sees their latents.
+
+        Args:
+            level: noise level of the call.
+            latents: of the conditional rows, as `Run.decide` takes them; cut only if a controller
+                looks at them.
+            calls: of the run so far.
+
+        Returns:
+            One group where all pictures run alike, else one for each choice.
+        """
+        if self.chooser.controller is None:
+            return [Group(self.chooser.schedule.at(level))]
+        if isinstance(self.at_work, Run):
+            return grouped(self.at_work.decide(level, latents()))
+        self._keep_within_budget(level, calls)
+        assert isinstance(self.at_work, Schedule)
+        return [Group(self.at_work.at(level))]
+
+    def _keep_within_budget(self, level: float, calls: Sequence[CallRecord]) -> None:
+        """Plan the steps from here on anew, if those before made other passes than planned.
+
+        A callback may have turned guidance off, or a pipeline made calls that nobody told of.
+        """
+        facts, controller = self.facts, self.chooser.controller
+        if self.allowed is None or facts is None or level not in facts.levels:
+            return
+        if not isinstance(controller, BudgetController) or not calls or level == calls[-1].level:
+            return
+        done, counted = facts.levels.index(level), sum(call.passes for call in calls)
+        since, before = self.known or (facts.levels[0], 0)
+        planned = facts.levels[facts.levels.index(since) : done]
+        self.known = level, counted
+        if counted - before == sum(facts.at(each).count for each in planned):
+            return
+        last = Passes.of(sum(call.passes for call in calls if call.level == calls[-1].level))
+        rest = facts.levels[done:]
+        passes = {each: facts.passes.get(each, last) for each in rest}
+        self.facts = facts = replace(facts, levels=rest, passes=passes)
+        spent, full = (
+            sum(getattr(call, name) / call.count for call in calls)
+            for name in ("macs", "full_macs")
+        )
+        ahead = sum(facts.cost(Choice(), each) for each in rest)
+        share = (self.allowed * (full + ahead) - spent) / ahead
+        share = min(max(share, controller.least(facts)), 1.0)
+        self.at_work = controller.within(share).begin(facts)

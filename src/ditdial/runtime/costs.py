@@ -1,4 +1,4 @@
-"""What the calls of an elastic model cost, and the record of a run."""
+"""What the calls of an elastic model cost."""
 
 from __future__ import annotations
 
@@ -49,12 +49,10 @@ class Costs:
     """What the calls of one elastic model cost.
 
     Attributes:
-        calls: those of the present run.
         kept: what routed modes left in, when each of them last ran.
     """
 
     surgery: Surgery
-    calls: list[CallRecord] = field(default_factory=list)
     kept: dict[Mode, tuple[Kept, ...]] = field(default_factory=dict)
     shapes: dict[tuple[tuple[Any, ...], bool], TransformerShape] = field(default_factory=dict)
 
@@ -86,8 +84,8 @@ class Costs:
         kept = functools.partial(surgery.widths.kept, model)
         return replace(shape, kept=kept)
 
-    def record(self, facts: CallFacts, watch: Stopwatch) -> None:
-        """Keep what a call ran, what that multiplies, and how long it took.
+    def record(self, facts: CallFacts, watch: Stopwatch) -> CallRecord:
+        """What a call ran, what that multiplies, and how long it took.
 
         Args:
             facts: of the call, once it has run.
@@ -100,18 +98,16 @@ class Costs:
         spent = sum(shape.macs(each, facts.level, self.kept.get(each)) for each in ran)
         shown = facts.rows // 2 if facts.guided else facts.rows
         kept = facts.repeated * shape.text_tokens * shape.text_once
-        self.calls.append(
-            CallRecord(
-                level=facts.level,
-                mode=facts.mode,
-                guide=facts.guide,
-                branch=facts.branch,
-                rows=facts.rows,
-                macs=shown * spent - kept,
-                full_macs=facts.rows * shape.macs(FULL),
-                watch=watch.stop(),
-                pictures=facts.pictures,
-                why=facts.why,
-                guided=facts.guided,
-            )
+        return CallRecord(
+            level=facts.level,
+            mode=facts.mode,
+            guide=facts.guide,
+            branch=facts.branch,
+            rows=facts.rows,
+            macs=shown * spent - kept,
+            full_macs=facts.rows * shape.macs(FULL),
+            watch=watch.stop(),
+            pictures=facts.pictures,
+            why=facts.why,
+            guided=facts.guided,
         )

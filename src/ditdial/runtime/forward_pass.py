@@ -23,7 +23,6 @@ from ditdial.runtime.chooser import Chooser
 from ditdial.runtime.compiled import Compiled
 from ditdial.runtime.costs import Costs
 from ditdial.runtime.position import Position
-from ditdial.runtime.prompts import Prompts
 from ditdial.runtime.surgery import Surgery
 
 
@@ -33,11 +32,10 @@ class ForwardPass:
 
     Attributes:
         surgery: what was changed on the model.
-        position: where a call stands in its run.
+        position: which run a call belongs to, and where it stands in it.
         chooser: who chooses its modes.
         costs: what calls cost; learns what routed modes left in.
         compiled: how the stock forward is run.
-        prompts: of the present run.
         execution: how calls are run.
     """
 
@@ -46,7 +44,6 @@ class ForwardPass:
     chooser: Chooser
     costs: Costs
     compiled: Compiled
-    prompts: Prompts
     execution: Execution = field(default_factory=Execution)
 
     def run(
@@ -131,18 +128,19 @@ class ForwardPass:
         """What a routed mode leaves out of a call."""
         if self.surgery.widths is None or not mode.is_routed:
             return None
-        _, level = self.position.level(model, call)
+        _, level = self.position.levels(call, self.position.run)
         return self.surgery.widths.of(model, call, mode, level)
 
     def _prompt(self, call: Call) -> TextKey | None:
         """The prompt of a call, if what depends on it alone is kept for the run."""
-        kept = self.execution.keep_text and self.prompts.in_one_group
+        prompts = self.position.run.prompts
+        kept = self.execution.keep_text and prompts.in_one_group
         # In a forced mode nobody notices that a new run begins, so nothing is kept for a run.
         kept = kept and self.chooser.forced is None
         if not kept or self.compiled.at_work or torch.is_grad_enabled():
             return None
         state = self.surgery.wiring.state
-        return None if state.layout is not None else self.prompts.key(call, state.run)
+        return None if state.layout is not None else prompts.key(call, state.run)
 
     def run_inside(self, model: nn.Module, call: Call) -> Any:
         """One call inside a larger graph or an export: nothing is read from tensors or recorded.

@@ -199,13 +199,13 @@ class ElasticModel(nn.Module):
             with cached(name, **facts):
                 yield
             return
-        position = engine.position
-        previous, position.context = position.context, (name, facts)
+        place = engine.position.place(engine.position.caller(self))
+        previous, place.context = place.context, (name, facts)
         try:
             with cached(name, **facts):
                 yield
         finally:
-            position.context = previous
+            place.context = previous
 
     @classmethod
     def from_pretrained(

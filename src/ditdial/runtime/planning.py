@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ditdial.host.device import device_name
-from ditdial.host.pipelines import called_levels
+from ditdial.host.pipelines import levels_of, steps_of
 from ditdial.ops.patching import Triple
 from ditdial.plan.budget import Budget
 from ditdial.plan.controller import Controller, Facts
@@ -49,7 +49,7 @@ class Planning:
         scheduler = copy.deepcopy(scheduler)
         grid = grid or self.engine.shape(self.model).grid
         backbone.times.set_timesteps(scheduler, num_inference_steps, grid, pipe)
-        levels = called_levels(pipe, self.model, scheduler)
+        levels = levels_of(pipe, self.model, scheduler, steps_of(scheduler).tolist())
         if not levels:
             raise ValueError(
                 f"num_inference_steps = {num_inference_steps}; at none of them does the pipeline "

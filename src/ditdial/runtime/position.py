@@ -1,136 +1,105 @@
-"""The position of a call in its run: noise level, first call or a later one, guidance or not.
+"""The position of a call: which run it belongs to, and where it stands in it.
 
-diffusers' pipelines tell their models none of this. It is read from the scheduler that is at work,
-from the name of the ``cache_context`` that is open, and from the latent.
+diffusers' pipelines tell their models none of this. What one call of a pipeline knows lies among
+the local variables of that call, and so does what an elastic model keeps of it: it ends when the
+call does, and of several calls that take turns each has its own.
 """
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ditdial.backbones import Backbone
 from ditdial.backbones.arguments import Call
-from ditdial.host.pipelines import TRANSFORMERS, called_levels
-from ditdial.host.weights import versions
+from ditdial.host.callers import Caller, caller_of
+from ditdial.host.pipelines import holds
+from ditdial.runtime.chooser import Chooser
+from ditdial.runtime.prompts import Prompts
+from ditdial.runtime.sampling_run import SamplingRun
 
-ROUNDING = 2**-7
-"""Relative error of a time that was divided and rounded in bfloat16 (2^-9 each time), with room."""
+PLACES = "_ditdial_places"
+"""Local variable of a pipeline's call that holds the places of its elastic models."""
+
+Context = tuple[str, dict[str, Any]]
+"""Name and facts of a ``cache_context``."""
+
+
+@dataclass(eq=False)
+class Place:
+    """Of an elastic model in one call of a pipeline, or in one thread of bare calls.
+
+    Attributes:
+        context: the ``cache_context`` that the pipeline has opened: its branch.
+        run: that is being made.
+    """
+
+    context: Context | None = None
+    run: SamplingRun | None = None
+
+    def branch(self, caller: Caller) -> str | None:
+        """Name of the branch that a call is for, if the pipeline or its guider tells."""
+        return caller.prediction if self.context is None else self.context[0]
 
 
 @dataclass(eq=False)
 class Position:
-    """Of one elastic model's runs.
+    """Of one elastic model's calls.
 
     Attributes:
-        pipe: a weak reference to the pipeline that the model was made elastic in.
-        context: name and facts of the ``cache_context`` that the pipeline has opened: its branch.
-        seen_timesteps: those of the run that was seen last.
-        exact_levels: the scheduler's timesteps, and their noise levels, by what is told of them.
-        previous: latent, its state and noise level of the call before, where only that tells the
-            branch.
+        chooser: of the model.
+        pipe: a weak reference to the pipeline that the model was made elastic in; it speaks for
+            calls in loops of the user's own.
+        count: of the runs so far.
+        run: the one that the last call belonged to.
+        context: of the present call.
+        bare: place of the calls that no pipeline makes, in each thread.
     """
 
     backbone: Backbone
+    chooser: Chooser
     pipe: Any = None
-    context: tuple[str, dict[str, Any]] | None = None
-    seen_timesteps: Any = None
-    exact_levels: tuple[Any, dict[float, float]] = (None, {})
-    previous: tuple[weakref.ref[Tensor], Any] | None = None
+    count: int = 0
+    run: SamplingRun = field(init=False)
+    context: Context | None = None
+    bare: threading.local = field(default_factory=threading.local)
+
+    def __post_init__(self) -> None:
+        self.run = self.new_run()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "previous": None}
+        return {k: v for k, v in self.__dict__.items() if k != "bare"}
 
-    @property
-    def branch(self) -> str | None:
-        """Name of the branch that the pipeline calls the model for, if it tells."""
-        return None if self.context is None else self.context[0]
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"bare": threading.local()}
 
     def pipe_of(self, model: nn.Module) -> Any:
-        """The pipeline, if it is alive and this very model is in it (a copy's is another one).
-
-        Both of Wan 2.2's transformers are looked at, and a model that `torch.compile` has wrapped.
-        """
+        """The pipeline that the model was made elastic in, if it is alive and has it still."""
         pipe = self.pipe() if self.pipe is not None else None
-        for name in TRANSFORMERS:
-            owned = getattr(pipe, name, None)
-            if owned is model or getattr(owned, "_orig_mod", None) is model:
-                return pipe
-        return None
+        return pipe if pipe is not None and holds(pipe, model) else None
 
-    def _scheduler(self, model: nn.Module) -> tuple[Any, Any]:
-        """The present scheduler of the pipeline and its timesteps; None for a bare model."""
-        scheduler = getattr(self.pipe_of(model), "scheduler", None)
-        return scheduler, getattr(scheduler, "timesteps", None)
+    def caller(self, model: nn.Module) -> Caller:
+        """Who makes the present call."""
+        return caller_of(model) or Caller(self.pipe_of(model))
 
-    def level(self, model: nn.Module, call: Call) -> tuple[float, float]:
-        """Lowest and highest noise level of a call's rows, as exact as the scheduler knows them.
+    def place(self, caller: Caller) -> Place:
+        """Where the calls of a caller stand."""
+        if caller.facts:
+            return caller.facts.setdefault(PLACES, {}).setdefault(self, Place())
+        return self.bare.__dict__.setdefault(PLACES, Place())
 
-        Some pipelines (FLUX) cast the time to the dtype of the latents, and a rounded level may lie
-        on the other side of a segment's edge than the planned one.
-        """
+    def new_run(self) -> SamplingRun:
+        """A run that has not begun."""
+        self.count += 1
+        prompts = Prompts(self.backbone.arguments.condition[0])
+        return SamplingRun(self.count, prompts, self.chooser.begin())
+
+    def levels(self, call: Call, run: SamplingRun | None) -> tuple[float, float]:
+        """Lowest and highest noise level of a call's rows, as exact as its run knows them."""
         low, high = self.backbone.times.levels(call)
-        if low != high:
+        if low != high or run is None:
             return low, high
-        return (self.as_planned(model, high),) * 2
-
-    def calls_by_branch(self, model: nn.Module) -> bool:
-        """Whether the pipeline calls the model once per guidance branch."""
-        by_itself = self.backbone.arguments.conditional_first is None
-        return self.context is not None or (by_itself and self.pipe_of(model) is not None)
-
-    def levels_ahead(self, model: nn.Module) -> tuple[float, ...]:
-        """Noise levels of a run's calls; none where no scheduler tells them."""
-        scheduler, timesteps = self._scheduler(model)
-        if timesteps is None:
-            return ()
-        return called_levels(self.pipe_of(model), model, scheduler)
-
-    def as_planned(self, model: nn.Module, level: float) -> float:
-        """A noise level that the model was told, as the scheduler knows it.
-
-        FLUX's pipeline casts times to the latents' dtype. A level within bfloat16's rounding of a
-        known one is that one; any other is taken as it was told.
-        """
-        scheduler, timesteps = self._scheduler(model)
-        if timesteps is None:
-            return level
-        if timesteps is not self.exact_levels[0]:
-            scale = scheduler.config.num_train_timesteps
-            self.exact_levels = timesteps, {t / 1000: t / scale for t in timesteps.tolist()}
-        levels = self.exact_levels[1]
-        if level in levels:
-            return levels[level]
-        told = min(levels, key=lambda each: abs(each - level))
-        return levels[told] if abs(told - level) <= ROUNDING * level else level
-
-    def starts_run(self, model: nn.Module, level: float, last: float | None) -> bool:
-        """A run starts when the scheduler has new timesteps, or the noise level goes up again.
-
-        Args:
-            last: level of the call before.
-        """
-        _, timesteps = self._scheduler(model)
-        if timesteps is not None and timesteps is not self.seen_timesteps:
-            self.seen_timesteps = timesteps
-            return True
-        return last is not None and level > last
-
-    def is_guidance(self, model: nn.Module, latent: Tensor, level: float) -> bool:
-        """Whether a call is the guidance branch of a pipeline that calls once per branch.
-
-        The pipeline's ``cache_context`` tells. One that opens none gives the same latent again.
-        """
-        if self.context is not None:
-            return self.context[0] in self.backbone.arguments.contexts
-        if self.backbone.arguments.conditional_first is not None or self.pipe_of(model) is None:
-            return False
-        seen = (versions(latent), level)
-        before, self.previous = self.previous, (weakref.ref(latent), seen)
-        if before is None or before[0]() is not latent or before[1] != seen:
-            return False
-        self.previous = None
-        return True
+        return (run.as_planned(high, self.backbone.times.rounding(call)),) * 2

@@ -1,0 +1,165 @@
+"""Who calls a model: the pipeline that is at work around the call, and what it shows of its run.
+
+A model may be in several pipelines, each with a scheduler of its own, and none of them tells it who
+they are. They are found on the stack: latents and prompts do not tell two prompts from equal noise
+from two guidance branches, and image-to-image runs keep the timesteps that they make to themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Iterator, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from torch import Tensor, nn
+
+from ditdial.host.pipelines import holds, levels_of, steps_of
+from ditdial.plan.controller import Passes
+
+GUIDED = ("do_classifier_free_guidance", "do_true_cfg")
+"""What pipelines call the fact that guidance is on."""
+
+GUIDER = "__guidance_identifier__"
+"""Attribute by which the guiders of modular pipelines tell for which prediction a call is made."""
+
+
+@dataclass(frozen=True)
+class Caller:
+    """A pipeline in the middle of its call.
+
+    Args:
+        pipe: None for a bare model.
+        facts: local variables of the pipeline's call; empty where it is not known, as in a loop of
+            the user's own.
+        inner: local variables of the functions in between, the inmost first (modular pipelines).
+    """
+
+    pipe: Any = None
+    facts: MutableMapping[str, Any] = field(default_factory=dict)
+    inner: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's; None for a bare model."""
+        return getattr(self.pipe, "scheduler", None)
+
+    @property
+    def prediction(self) -> str | None:
+        """Which prediction a guider wants of this call; None where no guider is at work."""
+        for facts in self.inner:
+            for value in facts.values():
+                named = getattr(value, "__dict__", {}).get(GUIDER)
+                if named is not None:
+                    return named
+        return None
+
+    @property
+    def guided(self) -> bool | None:
+        """Whether guidance is on in the present call; None where nothing tells.
+
+        Some pipelines have an attribute for it, others a local variable.
+        """
+        guider = self._guider
+        if guider is not None:
+            return guider.num_conditions > 1
+        if not self.facts:
+            return None
+        told = getattr(self.pipe, GUIDED[0], None)
+        if told is None:
+            told = next((self.facts[name] for name in GUIDED if name in self.facts), None)
+        if told is None and "class_labels" in self.facts:  # DiTPipeline
+            return self.facts["guidance_scale"] > 1
+        return told
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether a third group of rows is in the batch, for perturbed-attention guidance."""
+        return bool(self.facts and getattr(self.pipe, "do_perturbed_attention_guidance", False))
+
+    def levels(self, model: nn.Module) -> tuple[float, ...]:
+        """Noise levels of the calls of this run; none where no scheduler tells them."""
+        return levels_of(self.pipe, model, self.scheduler, self._steps())
+
+    def passes(self, model: nn.Module) -> dict[float, Passes]:
+        """Forward passes at the noise levels of this run, where they are not the same in all."""
+        steps = self._steps()
+        guider, found = self._guider, {}
+        if guider is not None:
+            guider = copy.copy(guider)
+        elif self.facts.get("skip_guidance_layers") is None:
+            return {}
+        for index, time in enumerate(steps):
+            each = self._passes_of(guider, index, len(steps), time)
+            found |= dict.fromkeys(levels_of(self.pipe, model, self.scheduler, [time]), each)
+        return found
+
+    def _passes_of(self, guider: Any, index: int, count: int, time: float) -> Passes:
+        if guider is not None:
+            guider.set_state(step=index, num_inference_steps=count, timestep=torch.tensor(time))
+            return Passes.of(guider.num_conditions)
+        # Stable Diffusion 3 repeats the conditional branch without some layers.
+        start, stop = (self.facts[f"skip_layer_guidance_{edge}"] for edge in ("start", "stop"))
+        return Passes(bool(self.guided), int(start * count < index < stop * count))
+
+    def _steps(self) -> list[float]:
+        """Timesteps of this run's steps: image-to-image leaves out the first of its scheduler's."""
+        for facts in (self.facts, *self.inner):
+            block = facts.get("block_state")
+            told = facts.get("timesteps", getattr(block, "timesteps", None))
+            if isinstance(told, Tensor):
+                return told.tolist()
+        return [] if getattr(self.scheduler, "timesteps", None) is None else self._scheduled()
+
+    def _scheduled(self) -> list[float]:
+        return steps_of(self.scheduler).tolist()
+
+    @property
+    def _guider(self) -> Any:
+        """What guides a modular pipeline."""
+        return getattr(self.pipe, "guider", None) if self.inner else None
+
+
+def caller_of(model: nn.Module) -> Caller | None:
+    """The pipeline that is in the middle of its call around this one; None for a bare call.
+
+    A pipeline inside another one's callback is the one that calls.
+    """
+    inner: list[FrameType] = []
+    for frame in _frames(sys._getframe(1)):
+        pipe = _self_of(frame)
+        if isinstance(pipe, ConfigMixin) and holds(pipe, model):
+            break
+        inner.append(frame)
+    else:
+        return None
+    call = frame
+    # Helpers come and go with each step. A pipeline whose call has another name is taken to be in
+    # its outermost function.
+    for outer in _frames(frame):
+        if _self_of(outer) is pipe:
+            call = outer
+            if outer.f_code.co_name == "__call__":
+                break
+    blocks = (each for each in inner if "components" in each.f_code.co_varnames)
+    return Caller(pipe, call.f_locals, tuple(each.f_locals for each in blocks))
+
+
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame and those that called it."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _self_of(frame: FrameType) -> Any:
+    """Whose method a frame is of."""
+    # A look at the names first: to ask for the variables copies all of them.
+    code = frame.f_code
+    if not code.co_argcount or code.co_varnames[0] != "self":
+        return None
+    return frame.f_locals.get("self")
