@@ -83,7 +83,8 @@ class Caller:
 
     def levels(self, model: nn.Module) -> tuple[float, ...]:
         """Noise levels of the calls of this run; none where no scheduler tells them."""
-        return levels_of(self.pipe, model, self.scheduler, self._steps())
+        steps = self._steps()
+        return levels_of(self.pipe, model, self.scheduler, steps) if steps else ()
 
     def passes(self, model: nn.Module) -> dict[float, Passes]:
         """Forward passes at the noise levels of this run, where they are not the same in all."""
