@@ -109,14 +109,17 @@ class Caller:
 
     def _steps(self) -> list[float]:
         """Timesteps of this run's steps: image-to-image leaves out the first of its scheduler's."""
+        if getattr(self.scheduler, "timesteps", None) is None:
+            return []
+        scheduled = self.scheduler.timesteps.tolist()
         for facts in (self.facts, *self.inner):
-            block = facts.get("block_state")
-            told = facts.get("timesteps", getattr(block, "timesteps", None))
-            if isinstance(told, Tensor):
-                return told.tolist()
-        return [] if getattr(self.scheduler, "timesteps", None) is None else self._scheduled()
-
-    def _scheduled(self) -> list[float]:
+            block = facts.get("block_state", facts)
+            told = _named(block, "timesteps")
+            if isinstance(told, Tensor) and told.ndim == 1:
+                own, count = told.tolist(), _named(block, "num_inference_steps")
+                # DiTPipeline has the rows' times under this name.
+                if len(own) >= (count or 1) and _is_stretch(own, scheduled):
+                    return own
         return steps_of(self.scheduler).tolist()
 
     @property
@@ -133,7 +136,9 @@ def caller_of(model: nn.Module) -> Caller | None:
     inner: list[FrameType] = []
     for frame in _frames(sys._getframe(1)):
         pipe = _self_of(frame)
-        if isinstance(pipe, ConfigMixin) and holds(pipe, model):
+        # Models are of this class too, and slow to ask for what they have not.
+        known = isinstance(pipe, ConfigMixin) and not isinstance(pipe, nn.Module)
+        if known and holds(pipe, model):
             break
         inner.append(frame)
     else:
@@ -164,3 +169,14 @@ def _self_of(frame: FrameType) -> Any:
     if not code.co_argcount or code.co_varnames[0] != "self":
         return None
     return frame.f_locals.get("self")
+
+
+def _named(facts: Any, name: str) -> Any:
+    """A local variable, or what a modular pipeline's block holds in its place."""
+    return facts.get(name) if isinstance(facts, Mapping) else getattr(facts, name, None)
+
+
+def _is_stretch(own: list[float], scheduled: list[float]) -> bool:
+    """Whether timesteps are some of a scheduler's, without a gap."""
+    starts = range(len(scheduled) - len(own) + 1)
+    return any(scheduled[start : start + len(own)] == own for start in starts)

@@ -56,6 +56,7 @@ class Position:
         count: of the runs so far.
         run: the one that the last call belonged to.
         context: of the present call.
+        warned: that weak guidance was asked for in vain.
         bare: place of the calls that no pipeline makes, in each thread.
     """
 
@@ -65,6 +66,7 @@ class Position:
     count: int = 0
     run: SamplingRun = field(init=False)
     context: Context | None = None
+    warned: bool = False
     bare: threading.local = field(default_factory=threading.local)
 
     def __post_init__(self) -> None:

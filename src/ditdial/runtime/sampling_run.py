@@ -38,7 +38,6 @@ class SamplingRun:
             tells.
         groups: how the pictures of the present step run.
         remembered: the conditional call of the present step, if its guidance call needs it.
-        warned: that weak guidance was asked for in vain.
         previous: latent, its state and noise level of the call before, where only that tells the
             branch.
     """
@@ -53,7 +52,6 @@ class SamplingRun:
     branch: str | None = None
     groups: list[Group] = field(default_factory=list)
     remembered: Remembered | None = None
-    warned: bool = False
     previous: tuple[weakref.ref[Tensor], Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:

@@ -205,12 +205,12 @@ class Step:
 
     def _warn_of_weak_guidance(self, branches: Branches | None) -> None:
         weak = any(group.segment.weak_guidance for group in self.run.groups)
-        if not weak or branches is not None or self.run.warned:
+        if not weak or branches is not None or self.passes.position.warned:
             return
         # One call per branch: nothing has used the conditional call of the step before.
         if not self._by_branch or self.run.remembered is not None:
             warn("the schedule asks for weak guidance, but this call has no guidance branch")
-            self.run.warned = True
+            self.passes.position.warned = True
 
     def _remember(self, output: Any, branches: Branches | None) -> None:
         """Keep the step's conditional call for its guidance call, and let a controller learn."""
