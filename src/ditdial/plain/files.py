@@ -1,0 +1,135 @@
+"""Files and folders that are whole or as they were before, whatever ends the writing of them.
+
+Everything is first written beside its place, under a hidden name that nobody can guess and that is
+made rather than opened, then flushed to the disk and renamed. A link in the place is replaced; what
+it points to is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write(path: str | Path, content: bytes | str) -> Path:
+    """Write a file whole or not at all; text as UTF-8.
+
+    Returns:
+        The path, with the user's home put in place of ``~``.
+
+    Raises:
+        OSError: as from `writing`.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    with writing(path) as partial:
+        partial.write_bytes(data)
+    return Path(path).expanduser()
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """The name of an empty file that takes the place of ``path`` once its block has ended well.
+
+    Folders above it are made. Anything that is raised within the block leaves a file that is there
+    already as it is, and nothing else behind.
+
+    Raises:
+        OSError: a folder is in the place, or the file cannot be made or written; the error names
+            ``path``.
+    """
+    path = Path(path).expanduser()
+    partial = _beside(path)
+    with _named(path, partial):
+        if path.is_dir() and not path.is_symlink():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        mode = os.fstat(made).st_mode
+        os.close(made)
+        try:
+            yield partial
+            os.chmod(partial, mode)  # safetensors makes private files of its own
+            _flush(partial)
+            os.replace(partial, path)
+            _flush(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing_folder(path: str | Path) -> Iterator[Path]:
+    """The name of an empty folder that takes the place of ``path`` once its block has ended well.
+
+    Folders above it are made. Anything that is raised within the block leaves a folder that is
+    there already as it is, and nothing else behind. A folder that is replaced is removed with all
+    it holds, but for what its links point to.
+
+    Raises:
+        OSError: a file is in the place, or the folder cannot be made or written; the error names
+            ``path``.
+    """
+    path = Path(os.path.abspath(Path(path).expanduser()))  # the place of "." has a name too
+    partial, old = _beside(path), _beside(path)
+    with _named(path, partial):
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.mkdir()
+        try:
+            yield partial
+            for at, _, names in os.walk(partial, topdown=False):
+                for file in (Path(at, name) for name in names):
+                    if file.is_file() and not file.is_symlink():
+                        _flush(file)
+                _flush(Path(at))
+            _exchange(partial, path, old)
+            _flush(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(new: Path, path: Path, old: Path) -> None:
+    """Rename a folder into its place; one that is there goes only once that has worked."""
+    if not path.exists():
+        os.replace(new, path)
+        return
+    os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except BaseException:
+        os.replace(old, path)
+        raise
+    shutil.rmtree(old)
+
+
+def _beside(path: Path) -> Path:
+    # Not made of the file's own name, which may be as long as a name can be.
+    return path.parent / f".partial-{secrets.token_hex(16)}"
+
+
+@contextlib.contextmanager
+def _named(path: Path, partial: Path) -> Iterator[None]:
+    """Errors of the system about the hidden file, or about none, name the file of the user."""
+    try:
+        yield
+    except OSError as error:
+        told = error.filename
+        if error.errno is None or not (told is None or str(told).startswith(str(partial))):
+            raise
+        raise type(error)(error.errno, error.strerror, str(path)) from error
+
+
+def _flush(path: Path) -> None:
+    """Have the system put a file, or the names in a folder, onto the disk."""
+    if os.name == "nt":  # opens no folders, and flushes no file that is only read
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
