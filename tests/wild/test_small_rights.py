@@ -90,11 +90,6 @@ def test_the_gradient_of_a_channel_router_is_that_of_gates_before_the_activation
 # Bases that are not what the recipe trains
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=pytest.fail.Exception,
-    reason="any folder with a config.json is opened as a base that predicts velocities",
-)
 @pytest.mark.parametrize("kind", ["epsilon", "another class"])
 def test_a_base_that_does_not_predict_velocities_is_refused(
     adapter_recipe, make_model, tmp_path, kind
@@ -113,11 +108,6 @@ def test_a_base_that_does_not_predict_velocities_is_refused(
         build_task(load_recipe(adapter_recipe, overrides))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=pytest.fail.Exception,
-    reason="a base of other channels than the data is noticed in the first step alone",
-)
 def test_a_base_of_other_channels_than_the_data_is_refused(adapter_recipe, make_model, tmp_path):
     make_model(in_channels=3, sample_size=16, num_embeds_ada_norm=2).save_pretrained(
         tmp_path / "colour"

@@ -21,6 +21,7 @@ def train(
     ] = None,
 ) -> None:
     """Run a training recipe; under `accelerate launch` on several devices."""
+    from ditdial.cli.arguments import output_folder
     from ditdial.training.config import load_recipe
     from ditdial.training.data import ImageData
     from ditdial.training.loop import check_output
@@ -31,6 +32,7 @@ def train(
     overrides += [f"output={json.dumps(output)}"] if output else []
     overrides += [f"data.path={json.dumps(data)}"] if data else []
     loaded = load_recipe(recipe, overrides)
+    output_folder(Path(loaded.output))
     check_output(loaded, resume=resume)
     export = run(loaded, build_task(loaded), ImageData(loaded.data), resume=resume)
     say(f"exported to {export}")

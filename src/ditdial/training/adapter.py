@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +31,11 @@ from ditdial.plan.schedule import Schedule
 from ditdial.runtime.model_class import engine_of
 from ditdial.runtime.tensors import is_new
 from ditdial.training.config import Recipe, from_table
+from ditdial.training.limits import AtMost, Level, check_numbers
 from ditdial.training.objectives import NoisyBatch, noisy_batch
 from ditdial.training.sparse_stages import SparseSettings, draw_stage, min_snr_weighted
-from ditdial.training.teacher import DTYPES, Teacher, distilled, open_base, teaching
+from ditdial.training.teacher import DTYPES, Teacher, distilled, teaching
+from ditdial.training.trained_base import open_base
 
 TRAINED: dict[str, type[Method]] = {
     method.name: method for method in (FlexiDiT, DDiT, PPFlow, SparseDiT)
@@ -75,15 +77,15 @@ class AdapterSettings(SparseSettings):
     trained: list[int] = field(default_factory=list)
     scales: list[int] = field(default_factory=lambda: [2, 4])
     min_levels: list[float] = field(default_factory=lambda: [0.0, 0.0])
-    rank: int = 32
+    rank: Annotated[int, AtMost(4096)] = 32
     resize: str = "pinv"
     full_share: float = 0.4
     stage_ends: list[float] = field(default_factory=lambda: [0.5])
     stage_modes: list[str] = field(default_factory=lambda: ["patch2"])
     gains: list[float] = field(default_factory=list)
     label_dropout: float = 0.1
-    level_mean: float = 0.0
-    level_std: float = 1.0
+    level_mean: Level = 0.0
+    level_std: Level = 1.0
     distil: float = 0.0
     teacher_dtype: str = "float32"
     weak_fraction: float = 0.48
@@ -115,6 +117,7 @@ class AdapterSettings(SparseSettings):
         known = self.teacher_dtype in DTYPES
         require(known, "adapter.teacher_dtype", self.teacher_dtype, ", ".join(DTYPES))
         require(0 <= self.weak_fraction <= 1, "adapter.weak_fraction", self.weak_fraction, "[0, 1]")
+        check_numbers(self, "adapter")
 
     @property
     def distils(self) -> bool:
@@ -147,7 +150,7 @@ class AdapterTask:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.settings = settings = from_table(AdapterSettings, recipe.settings, "adapter")
-        self.module: Any = open_base(settings.base, recipe.seed, "adapter.base")
+        self.module: Any = open_base(settings.base, recipe, "adapter.base")
         method = settings.build()
         teaches = settings.distil > 0 and not settings.distils
         self.teacher = Teacher.of(self.module, settings.teacher_dtype) if teaches else None
@@ -185,6 +188,11 @@ class AdapterTask:
             return is_new(name)
         return is_new(name) and any(mode.name in name.split(".") for mode, _ in self.modes)
 
+    @property
+    def num_classes(self) -> int:
+        """Labels are below it; the null label is it."""
+        return self.module.config.num_embeds_ada_norm
+
     def to(self, device: torch.device) -> None:
         """Move the teacher, where it is another model."""
         if self.teacher is not None:
@@ -214,8 +222,9 @@ class AdapterTask:
         generator: torch.Generator,
         within: tuple[float, float] = (0.0, 1.0),
     ) -> NoisyBatch:
-        null = self.module.config.num_embeds_ada_norm
-        return noisy_batch(images, labels, generator, self.settings, null_label=null, within=within)
+        return noisy_batch(
+            images, labels, generator, self.settings, null_label=self.num_classes, within=within
+        )
 
     def _teach(self, model: nn.Module, batch: NoisyBatch) -> Tensor:
         """The teacher's prediction: that of full mode, or of the base that was."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from diffusers.models.embeddings import LabelEmbedding
@@ -21,9 +21,15 @@ from torch import Tensor, nn
 from ditdial.backbones.dit import DiTBackbone
 from ditdial.ops.patching import resize_embedding, resize_output, to_grouped
 from ditdial.ops.positions import group_centres, sincos_2d
+from ditdial.plain import json_files
 from ditdial.plain.checks import require
 from ditdial.training.config import Recipe, from_table
+from ditdial.training.limits import AtMost, Level, check_numbers, require_memory
 from ditdial.training.objectives import noisy_batch
+from ditdial.training.trained_base import open_base
+
+BYTES_PER_WEIGHT = 5 * 4
+"""While AdamW trains in float32: weight, gradient, two moments, average."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +41,15 @@ class BaseSettings:
         level_mean, level_std: noise levels are drawn as ``sigmoid(mean + std * normal)``.
     """
 
-    num_layers: int
-    num_attention_heads: int
-    attention_head_dim: int
+    num_layers: Annotated[int, AtMost(1000)]
+    num_attention_heads: Annotated[int, AtMost(1024)]
+    attention_head_dim: Annotated[int, AtMost(1024)]
     patch_size: int
     num_classes: int
     label_dropout: float = 0.1
-    level_mean: float = 0.0
-    level_std: float = 1.0
-    position_scale: int = 1
+    level_mean: Level = 0.0
+    level_std: Level = 1.0
+    position_scale: Annotated[int, AtMost(64)] = 1
     init_from: str = ""
 
     def __post_init__(self) -> None:
@@ -58,6 +64,11 @@ class BaseSettings:
         require(0 <= self.label_dropout < 1, "base.label_dropout", self.label_dropout, "[0, 1)")
         require(self.level_std > 0, "base.level_std", self.level_std, "> 0")
         require(self.position_scale >= 1, "base.position_scale", self.position_scale, ">= 1")
+        check_numbers(self, "base")
+        width = self.num_attention_heads * self.attention_head_dim
+        weights = self.num_layers * width * (18 * width + self.num_classes)
+        what = f"weights of {self.num_layers} layers with their gradients, moments and average"
+        require_memory(weights * BYTES_PER_WEIGHT, "base: width", width, what)
 
 
 class BaseTask:
@@ -83,10 +94,15 @@ class BaseTask:
         )
         zero_modulation(self.module)
         if settings.init_from:
-            grow(self.module, DiTTransformer2DModel.from_pretrained(settings.init_from))
+            grow(self.module, open_base(settings.init_from, recipe, "base.init_from"))
         if settings.position_scale > 1:
             place_at_centres(self.module, settings.position_scale)
         set_train_mode(self.module)
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are below it."""
+        return self.settings.num_classes
 
     def to(self, device: torch.device) -> None:
         """Nothing but the module."""
@@ -114,7 +130,7 @@ class BaseTask:
             "recipe": json.loads(self.recipe.to_json()),
             **facts,
         }
-        (folder / "training.json").write_text(json.dumps(card, indent=2))
+        json_files.write(folder / "training.json", card)
 
 
 def zero_modulation(model: Any) -> None:

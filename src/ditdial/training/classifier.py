@@ -6,15 +6,18 @@ import json
 import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ditdial.evaluation.features import CLASSIFIER_SIDE, SmallClassifier
+from ditdial.plain import json_files
 from ditdial.plain.checks import require
 from ditdial.training.config import DataConfig, Recipe, from_table
-from ditdial.training.data import ImageData
+from ditdial.training.data import ImageData, splits
+from ditdial.training.limits import AtMost, check_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +33,8 @@ class ClassifierSettings:
     """
 
     num_classes: int
-    width: int = 32
-    feature_dim: int = 64
+    width: Annotated[int, AtMost(1024)] = 32
+    feature_dim: Annotated[int, AtMost(2**16)] = 64
     shift: int = 2
     label_smoothing: float = 0.0
 
@@ -40,6 +43,7 @@ class ClassifierSettings:
         require(0 <= self.shift < CLASSIFIER_SIDE, "classifier.shift", self.shift, legal)
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, "classifier.label_smoothing", smoothing, "[0, 1)")
+        check_numbers(self, "classifier")
 
 
 class ClassifierTask:
@@ -52,6 +56,7 @@ class ClassifierTask:
         self.settings = settings = from_table(ClassifierSettings, recipe.settings, "classifier")
         side = recipe.data.image_size
         require(side == CLASSIFIER_SIDE, "data.image_size", side, f"{CLASSIFIER_SIDE}")
+        self.test = held_out(recipe.data)
         torch.manual_seed(recipe.seed)
         self.module = SmallClassifier(
             in_channels=recipe.data.channels,
@@ -59,6 +64,11 @@ class ClassifierTask:
             width=settings.width,
             feature_dim=settings.feature_dim,
         )
+
+    @property
+    def num_classes(self) -> int:
+        """Labels are below it."""
+        return self.settings.num_classes
 
     def to(self, device: torch.device) -> None:
         """Nothing but the module."""
@@ -80,12 +90,10 @@ class ClassifierTask:
         """Save the classifier; its accuracy, if the data has a split ``test``, stands beside it."""
         self.module.eval().save_pretrained(folder)
         facts = {**facts, "recipe": json.loads(self.recipe.to_json())}
-        if _has_split(self.recipe.data, "test"):
-            test = ImageData(replace(self.recipe.data, split="test"))
-            facts |= {"test_accuracy": accuracy(self.module, test), "test_images": len(test)}
-        else:
-            logger.warning("%r has no split 'test': no accuracy recorded", self.recipe.data.path)
-        (folder / "training.json").write_text(json.dumps(facts, indent=2))
+        if self.test is not None:
+            right = accuracy(self.module, self.test)
+            facts |= {"test_accuracy": right, "test_images": len(self.test)}
+        json_files.write(folder / "training.json", facts)
 
 
 def shift_images(images: Tensor, limit: int, generator: torch.Generator, *, fill: float) -> Tensor:
@@ -118,9 +126,9 @@ def accuracy(model: SmallClassifier, data: ImageData, *, batch_size: int = 500) 
     return right / len(data)
 
 
-def _has_split(config: DataConfig, split: str) -> bool:
-    import datasets
-
-    folder = Path(config.path).expanduser()
-    source = str(folder) if folder.is_dir() else config.path
-    return split in datasets.get_dataset_split_names(source)
+def held_out(config: DataConfig) -> ImageData | None:
+    """The split ``test``, read before any training so that it cannot fail behind it."""
+    if "test" in splits(config):
+        return ImageData(replace(config, split="test"))
+    logger.warning("%r has no split 'test': no accuracy will be recorded", config.path)
+    return None

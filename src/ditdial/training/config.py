@@ -12,11 +12,15 @@ import tomllib
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from ditdial.plain.checks import did_you_mean, require
+from ditdial.training.limits import AtMost, check_numbers, check_plain
 
 T = TypeVar("T")
+
+Count = Annotated[int, AtMost(10**12)]
+"""Steps or pictures: a run of so many never ends, and nothing is as large as their number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +39,7 @@ class DataConfig:
     split: str = "train"
     image_column: str = "image"
     label_column: str = "label"
-    image_size: int = 32
+    image_size: Annotated[int, AtMost(4096)] = 32
     channels: int = 3
     mean: float = 0.5
     std: float = 0.5
@@ -43,10 +47,16 @@ class DataConfig:
     horizontal_flip: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("path", "split", "image_column", "label_column"):
+            require(bool(getattr(self, name)), f"data.{name}", "", "a name that is not empty")
         require(self.image_size >= 1, "data.image_size", self.image_size, ">= 1")
         require(self.channels in (1, 3), "data.channels", self.channels, "1 or 3")
         require(self.std > 0, "data.std", self.std, "> 0")
+        # No pixels of eight bits that differ at all have a smaller one.
+        require(1e-4 <= self.std <= 1, "data.std", self.std, "[0.0001, 1]")
+        require(0 <= self.mean <= 1, "data.mean", self.mean, "[0, 1]")
         require(0 <= self.pad_value <= 255, "data.pad_value", self.pad_value, "0..255")
+        check_numbers(self, "data")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +73,7 @@ class OptimConfig:
     lr: float = 1e-4
     weight_decay: float = 0.0
     beta2: float = 0.99
-    warmup_steps: int = 100
+    warmup_steps: Count = 100
     schedule: str = "constant"
     grad_clip: float = 1.0
     ema_decay: float = 0.9999
@@ -82,6 +92,7 @@ class OptimConfig:
         )
         require(self.grad_clip > 0, "optim.grad_clip", self.grad_clip, "> 0")
         require(0 <= self.ema_decay < 1, "optim.ema_decay", self.ema_decay, "[0, 1)")
+        check_numbers(self, "optim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,12 +106,12 @@ class LoopConfig:
         device_data: keep the decoded data set on the training device.
     """
 
-    images: int
-    batch_size: int = 64
+    images: Count
+    batch_size: Annotated[int, AtMost(2**20)] = 64
     mixed_precision: str = "no"
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    log_every: int = 20
+    checkpoint_every: Count = 500
+    keep_checkpoints: Count = 2
+    log_every: Count = 20
     compile: bool = False
     device_data: bool = False
 
@@ -116,6 +127,7 @@ class LoopConfig:
         )
         for name in ("checkpoint_every", "keep_checkpoints", "log_every"):
             require(getattr(self, name) >= 1, f"loop.{name}", getattr(self, name), ">= 1")
+        check_numbers(self, "loop")
 
     @property
     def steps(self) -> int:
@@ -188,13 +200,14 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     if not path.exists():
         raise FileNotFoundError(f"recipe {str(path)!r} does not exist")
     try:
-        raw = tomllib.loads(path.read_text())
-    except tomllib.TOMLDecodeError as error:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # bytes that are no text, and numbers of thousands of digits, too
         raise ValueError(f"recipe {str(path)!r} is not valid TOML: {error}") from error
     except RecursionError as error:
         raise ValueError(f"recipe {str(path)!r} is nested too deeply to be read") from error
     for override in overrides:
         _apply_override(raw, override)
+    check_plain(raw, f"recipe {str(path)!r}")
     task = raw.pop("task", None)
     if not isinstance(task, str):
         raise ValueError(
@@ -209,7 +222,9 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         )
     output, seed = raw.get("output", f"runs/{path.stem}"), raw.get("seed", 0)
     require(isinstance(output, str) and bool(output), "output", output, "a folder's name")
-    require(type(seed) is int and seed >= 0, "seed", seed, "a whole number >= 0")
+    # Seeds of single steps are made of it, and have 64 bits.
+    whole = type(seed) is int and 0 <= seed < 2**32
+    require(whole, "seed", seed, f"a whole number >= 0 and below {2**32}")
     for name in ("data", "optim", "loop", task):
         table = raw.get(name, {})
         require(isinstance(table, dict), name, table, f"a table [{name}]")
@@ -230,7 +245,9 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         raise ValueError(f"override {override!r} is not of the form table.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except RecursionError as error:
+        raise ValueError(f"override of {key!r} is nested too deeply to be read") from error
+    except ValueError:
         value = text
     *tables, name = key.split(".")
     target = raw

@@ -6,17 +6,20 @@ stop and go on anywhere, on any number of processes.
 
 from __future__ import annotations
 
+import contextlib
 import io
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ditdial.training.config import DataConfig
+from ditdial.training.limits import require_memory
 
 
 class ImageData:
@@ -24,21 +27,26 @@ class ImageData:
 
     Raises:
         FileNotFoundError: the folder does not exist.
-        ValueError: missing column, empty split, broken image (with its row), or an image larger
-            than ``image_size``.
+        ValueError: damaged file, missing column, empty split; a row with a broken image, one that
+            lies outside the data's folder, one larger than ``image_size``, or with a label that is
+            no class.
     """
 
     def __init__(self, config: DataConfig, *, limit: int | None = None) -> None:
         self.config = config
-        table = _open(config)
+        with _naming(config):
+            table = _open(config)
         if limit is not None:
             table = table.select(range(min(limit, len(table))))
         side, channels = config.image_size, config.channels
+        size, what = len(table) * side * side * channels, f"{len(table)} pictures"
+        require_memory(size, "data.image_size", side, what)
         pixels = np.full((len(table), side, side, channels), config.pad_value, dtype=np.uint8)
-        for row, item in enumerate(table[config.image_column]):
-            _paste(pixels[row], item, row, config)
+        roots = _roots(config)
+        for row, item in enumerate(_items(table, config)):
+            _paste(pixels[row], item, row, config, roots)
         self.images = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
-        self.labels = torch.tensor(table[config.label_column][:], dtype=torch.int64)
+        self.labels = _labels(table, config)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -47,6 +55,20 @@ class ImageData:
         """Move pixels and labels to a device, in place."""
         self.images, self.labels = self.images.to(device), self.labels.to(device)
         return self
+
+    def check_labels(self, classes: int) -> None:
+        """Refuse labels that a task with so many classes does not have.
+
+        Raises:
+            ValueError: naming the first row and its label.
+        """
+        over = (self.labels >= classes).nonzero()
+        if len(over):
+            row = int(over[0])
+            raise ValueError(
+                f"data set {self.config.path!r}: row {row} has the label {int(self.labels[row])}; "
+                f"legal: 0..{classes - 1}, the classes of the model"
+            )
 
     def batch(
         self, start: int, size: int, seed: int, device: torch.device
@@ -84,48 +106,119 @@ def _stream(
     return torch.cat(parts)
 
 
+def splits(config: DataConfig) -> list[str]:
+    """Names of the splits of a data set.
+
+    Raises:
+        OSError, ValueError: it cannot be read.
+    """
+    with _naming(config):
+        import datasets
+
+        return datasets.get_dataset_split_names(_source(config))
+
+
+@contextlib.contextmanager
+def _naming(config: DataConfig) -> Iterator[None]:
+    """Errors of the libraries that read data, of any class, name the data set."""
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        # What is wrong with a file stands in the first of a chain of errors.
+        reason: BaseException = error
+        while reason.__cause__ is not None:
+            reason = reason.__cause__
+        told = str(error) if reason is error else f"{error} ({reason})"
+        raise ValueError(
+            f"data set {config.path!r}, split {config.split!r}, cannot be read: {told}"
+        ) from error
+
+
+def _source(config: DataConfig) -> str:
+    folder = Path(config.path).expanduser()
+    looks_local = folder.is_absolute() or config.path.startswith((".", "~"))
+    if looks_local and not folder.is_dir():
+        raise FileNotFoundError(f"data.path = {config.path!r} is not a folder")
+    return str(folder) if folder.is_dir() else config.path
+
+
 def _open(config: DataConfig) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise ImportError("reading training data needs: pip install 'ditdial[train]'") from error
-    folder = Path(config.path).expanduser()
-    looks_local = folder.is_absolute() or config.path.startswith((".", "~"))
-    if looks_local and not folder.is_dir():
-        raise FileNotFoundError(f"data.path = {config.path!r} is not a folder")
-    split = datasets.load_dataset(
-        str(folder) if folder.is_dir() else config.path, split=config.split
-    )
+    split = datasets.load_dataset(_source(config), split=config.split)
+    if not isinstance(split, datasets.Dataset):
+        raise ValueError(f"data.split = {config.split!r} is not one split")
     for name in (config.image_column, config.label_column):
         if name not in split.column_names:
-            raise ValueError(
-                f"data set {config.path!r} has no column {name!r}; it has {split.column_names}"
-            )
+            raise ValueError(f"it has no column {name!r}; it has {split.column_names}")
     if len(split) == 0:
-        raise ValueError(f"data set {config.path!r}, split {config.split!r}, is empty")
+        raise ValueError("it is empty")
     # Bytes rather than decoded images, so that a broken one is reported with its row by us, before
     # any work.
     return split.cast_column(config.image_column, datasets.Image(decode=False))
 
 
-def _paste(canvas: np.ndarray, item: dict[str, Any] | None, row: int, config: DataConfig) -> None:
+def _items(table: Any, config: DataConfig) -> Iterator[dict[str, Any] | None]:
+    with _naming(config):
+        yield from table[config.image_column]
+
+
+def _roots(config: DataConfig) -> list[Path]:
+    """Folders that hold the files which rows may name, links resolved; relative ones are in the
+    first."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(config.path).expanduser()
+    held = [folder] if folder.is_dir() else [HF_HUB_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH]
+    return [Path(root).resolve() for root in (*held, datasets.config.EXTRACTED_DATASETS_PATH)]
+
+
+def _paste(
+    canvas: np.ndarray, item: dict[str, Any] | None, row: int, config: DataConfig, roots: list[Path]
+) -> None:
     if item is None or not (item["bytes"] or item["path"]):
         raise ValueError(f"data set {config.path!r}: row {row} has no image")
-    source = io.BytesIO(item["bytes"]) if item["bytes"] else item["path"]
-    name = item["path"] or f"row {row}"
+    name = f"data set {config.path!r}: image {item['path'] or f'row {row}'!r} (row {row})"
+    source = io.BytesIO(item["bytes"]) if item["bytes"] else _inside(item["path"], roots, name)
+    side, mode = config.image_size, "L" if config.channels == 1 else "RGB"
     try:
-        with Image.open(source) as image:
-            pixels = np.asarray(image.convert("L" if config.channels == 1 else "RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:
+        with warnings.catch_warnings(), Image.open(source) as image:
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused below
+            width, height = image.size
+            fits = height <= side and width <= side
+            pixels = np.asarray(image.convert(mode)) if fits else None
+    except Exception as error:  # broken pictures raise errors of some ten classes
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    if pixels is None:
         raise ValueError(
-            f"data set {config.path!r}: image {name!r} (row {row}) cannot be read: {error}"
-        ) from error
-    height, width = pixels.shape[:2]
-    side = config.image_size
-    if height > side or width > side:
-        raise ValueError(
-            f"data set {config.path!r}: image {name!r} (row {row}) is {width}x{height}; "
-            f"legal: at most data.image_size = {side} pixels a side"
+            f"{name} is {width}x{height}; legal: at most data.image_size = {side} pixels a side"
         )
     top, left = (side - height) // 2, (side - width) // 2
     canvas[top : top + height, left : left + width] = pixels.reshape(height, width, config.channels)
+
+
+def _inside(path: str, roots: list[Path], name: str) -> Path:
+    """A file that a row names, if it is one and lies in the data's folder."""
+    file = (roots[0] / path).resolve()
+    if not any(file.is_relative_to(root) for root in roots):
+        raise ValueError(f"{name} lies outside the data; legal: files in {str(roots[0])!r}")
+    if not file.is_file():
+        raise ValueError(f"{name} cannot be read: it is no file")
+    return file
+
+
+def _labels(table: Any, config: DataConfig) -> Tensor:
+    with _naming(config):
+        labels = table[config.label_column][:]
+    for row, label in enumerate(labels):
+        if type(label) is not int or not 0 <= label < 2**31:
+            raise ValueError(
+                f"data set {config.path!r}: row {row} has {label!r} in column "
+                f"{config.label_column!r}; legal: whole numbers >= 0"
+            )
+    return torch.tensor(labels, dtype=torch.int64)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from ditdial.plain import files
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,22 +25,29 @@ class Log:
     path: Path
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a record."""
-        with self.path.open("a") as file:
+        """Add a record.
+
+        Raises:
+            OSError: no space, or a link in the file's place.
+        """
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
+        with open(os.open(self.path, flags, 0o666), "a") as file:
             file.write(json.dumps(record) + "\n")
 
     def truncate(self, step: int) -> None:
-        """Drop the records that come after the checkpoint a run goes on from."""
-        if not self.path.exists():
+        """Drop the records that come after the checkpoint a run goes on from.
+
+        Lines that are no records go too, with a warning: a run that was killed leaves half a line.
+        """
+        if not self.path.is_file():
             return
-        kept = []
-        for line in self.path.read_text().splitlines():
+        kept, damaged = [], 0
+        for line in self.path.read_bytes().splitlines():
             try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                break  # the process was killed while writing this line
-            if record["step"] <= step:
-                kept.append(line)
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        os.replace(partial, self.path)
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + b"\n")
+            except (ValueError, TypeError, LookupError, RecursionError):
+                damaged += 1
+        if damaged:
+            logger.warning("%d lines of %s are damaged and were left out", damaged, self.path)
+        files.write(self.path, b"".join(kept))

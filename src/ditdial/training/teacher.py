@@ -1,4 +1,4 @@
-"""What adapters start from and may be trained towards: the trained base and its predictions."""
+"""What adapters may be trained towards: the predictions of the trained base."""
 
 from __future__ import annotations
 
@@ -6,31 +6,13 @@ import contextlib
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from ditdial.training.objectives import NoisyBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def open_base(folder: str, seed: int, name: str) -> DiTTransformer2DModel:
-    """The trained base, in eval mode; seeds what is drawn for it next.
-
-    Args:
-        name: what the recipe calls ``folder``.
-
-    Raises:
-        FileNotFoundError: no model there.
-    """
-    if not (Path(folder) / "config.json").is_file():
-        raise FileNotFoundError(f"{name} = {folder!r} holds no model")
-    torch.manual_seed(seed)
-    model = DiTTransformer2DModel.from_pretrained(folder)
-    return model.eval()
 
 
 @dataclass(eq=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -29,8 +29,10 @@ from ditdial.runtime.model_class import engine_of
 from ditdial.runtime.tensors import is_new
 from ditdial.runtime.widths import Widths
 from ditdial.training.config import Recipe, from_table
+from ditdial.training.limits import AtMost, Level, check_numbers
 from ditdial.training.objectives import NoisyBatch, noisy_batch
-from ditdial.training.teacher import DTYPES, Teacher, distilled, open_base
+from ditdial.training.teacher import DTYPES, Teacher, distilled
+from ditdial.training.trained_base import open_base
 
 MOMENTUM = 0.98
 """Of the running shares of kept tokens, over steps."""
@@ -63,9 +65,9 @@ class WidthSettings:
     recipe: str = "full"
     scales: list[int] = field(default_factory=list)
     tokens: bool = True
-    groups: int = 0
-    rank: int = 8
-    experts: int = 4
+    groups: Annotated[int, AtMost(4096)] = 0
+    rank: Annotated[int, AtMost(4096)] = 8
+    experts: Annotated[int, AtMost(64)] = 4
     head_bias: float = 15.0
     token_bias: float = 35.0
     budget_weight: float = 2.0
@@ -76,8 +78,8 @@ class WidthSettings:
     teacher_dtype: str = "float32"
     static: bool = False
     label_dropout: float = 0.1
-    level_mean: float = 0.0
-    level_std: float = 1.0
+    level_mean: Level = 0.0
+    level_std: Level = 1.0
 
     def __post_init__(self) -> None:
         for name in ("ramp", "complete", "settle", "distil"):
@@ -89,6 +91,7 @@ class WidthSettings:
         require(known, "width.teacher_dtype", self.teacher_dtype, ", ".join(DTYPES))
         legal = "0 with width.static: a base that nothing is taken from learns nothing from itself"
         require(not (self.static and self.distil), "width.distil", self.distil, legal)
+        check_numbers(self, "width")
 
     def build(self) -> DyDiT:
         """The method with these settings.
@@ -117,7 +120,7 @@ class WidthTask:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.settings = settings = from_table(WidthSettings, recipe.settings, "width")
-        self.module: Any = open_base(settings.base, recipe.seed, "width.base")
+        self.module: Any = open_base(settings.base, recipe, "width.base")
         self.teacher = Teacher.of(self.module, settings.teacher_dtype) if settings.distil else None
         self.method = settings.build()
         self.handle = elastify(self.module, self.method)
@@ -142,6 +145,11 @@ class WidthTask:
         assert engine.surgery.widths is not None
         return engine.surgery.widths
 
+    @property
+    def num_classes(self) -> int:
+        """Labels are below it; the null label is it."""
+        return self.module.config.num_embeds_ada_norm
+
     def to(self, device: torch.device) -> None:
         """Move the teacher, where there is one."""
         if self.teacher is not None:
@@ -156,8 +164,7 @@ class WidthTask:
     ) -> Tensor:
         """The base's objective in one randomly drawn routed mode, and the distance of its work."""
         settings = self.settings
-        null = self.module.config.num_embeds_ada_norm
-        batch = noisy_batch(images, labels, generator, settings, null_label=null)
+        batch = noisy_batch(images, labels, generator, settings, null_label=self.num_classes)
         if settings.static:
             return self._error(model, batch, FULL)
         taught = None if self.teacher is None else self.teacher.predict(batch)
@@ -170,7 +177,8 @@ class WidthTask:
             narrow = self.widths.last
         finally:
             self.routed.gated, self.routed.drawing = False, None
-        self._record(mode, narrow, batch.level)
+        if torch.is_grad_enabled():  # not where finished weights are judged
+            self._record(mode, narrow, batch.level)
         total = total + settings.budget_weight * (self._work(mode, narrow) - self._aim(mode)) ** 2
         if self.share < settings.complete:
             total = total + self._error(model, batch, mode.patch, taught)
