@@ -121,7 +121,6 @@ gone = pytest.mark.xfail(
 )
 
 
-@gone
 @pytest.mark.parametrize("merge", [False, True], ids=["apart", "merged"])
 @pytest.mark.parametrize(
     ("actions", "state"),

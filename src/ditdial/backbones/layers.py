@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from ditdial.host.loras import innermost
+
 
 @dataclass(frozen=True, kw_only=True)
 class Packed:
@@ -45,11 +47,11 @@ def embedders(owner: str) -> tuple[str, str]:
 
 
 def named(model: Any, layers: Layers) -> Iterator[tuple[str, nn.Linear]]:
-    """Those layers with their names in the model."""
+    """Those layers themselves, without the wrappers of LoRAs, with their names in the model."""
     for blocks, names in layers:
         for index, block in enumerate(model.get_submodule(blocks)):
             for name in names:
-                yield f"{blocks}.{index}.{name}", block.get_submodule(name)
+                yield f"{blocks}.{index}.{name}", innermost(block.get_submodule(name))
 
 
 def matching(model: Any, patterns: tuple[str, ...]) -> Iterator[Any]:

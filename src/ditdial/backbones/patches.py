@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditdial.host.loras import innermost
 from ditdial.host.weights import values
 from ditdial.ops.patching import Triple, from_base, to_grouped
 
@@ -63,7 +64,8 @@ class Patches:
     def layers(self, model: Any) -> tuple[Any, Any]:
         """The layers that project patches into the model and out of it."""
         module = model.get_submodule(self.embed)
-        return getattr(module, "proj", module), model.get_submodule(self.output)
+        first, last = getattr(module, "proj", module), model.get_submodule(self.output)
+        return innermost(first), innermost(last)
 
     def kernel(self, model: Any) -> Projection:
         """Weight ``(D, C, pt, ph, pw)`` and bias ``(D,)`` of the base patch embedding.

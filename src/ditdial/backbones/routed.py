@@ -16,6 +16,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from ditdial.cost.linears import Linear, Side
+from ditdial.host.loras import innermost
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class Routed:
     feed_forward: str | None = "ff"
 
     def of(self, model: Any) -> Iterator[RoutedBlock]:
-        """The modules of each block.
+        """The modules of each block, its layers without the wrappers of LoRAs.
 
         Layers that are None in a block, as the text's output layer in a model's last block may be,
         are left out.
@@ -61,7 +62,7 @@ class Routed:
             def layers(names: tuple[str, ...], owner: Any = attention) -> tuple[Any, ...]:
                 # The last block of a model may end its text without an output layer.
                 found = (functools.reduce(getattr, name.split("."), owner) for name in names)
-                return tuple(layer for layer in found if layer is not None)
+                return tuple(innermost(layer) for layer in found if layer is not None)
 
             residual, forward = self.residual, self.feed_forward
             yield RoutedBlock(
@@ -72,8 +73,8 @@ class Routed:
                 text_inputs=layers(self.text_inputs),
                 text_outputs=layers(self.text_outputs),
                 norms=layers(self.norms),
-                widen=block.get_submodule(self.widen),
-                narrow=block.get_submodule(self.narrow),
+                widen=innermost(block.get_submodule(self.widen)),
+                narrow=innermost(block.get_submodule(self.narrow)),
                 shared=self.shared,
                 residual=None if residual is None else block.get_submodule(residual),
                 feed_forward=None if forward is None else block.get_submodule(forward),

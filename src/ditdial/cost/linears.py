@@ -40,10 +40,11 @@ class Linear:
 
 
 def linears(module: Any) -> Iterator[tuple[str, Any]]:
-    """The linear layers inside a module, with their names, but the low-rank ones of a LoRA."""
+    """The linear layers inside a module, under their stock names, without those of a LoRA."""
     for name, layer in module.named_modules():
-        if hasattr(layer, "out_features") and "lora_" not in name:
-            yield name, layer
+        wraps = hasattr(layer, "base_layer")  # as PEFT does; the layer itself comes next
+        if hasattr(layer, "out_features") and not wraps and "lora_" not in name:
+            yield name.replace(".base_layer", ""), layer
 
 
 def linear_macs(module: Any, pattern: str = "") -> int:

@@ -22,15 +22,15 @@ the module: torch's compiler reuses the graph of one block for others without a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ditdial.backbones.routed import has_fused
 from ditdial.backbones.streamed import Streamed
+from ditdial.layers.new_modules import Hook
 from ditdial.layers.token_grids import Phases, TokenGrids
 from ditdial.layers.wiring import wiring_of
 from ditdial.ops.pooling import pool_phases, rotate_pairs
@@ -47,51 +47,38 @@ MERGE = "_ditdial_merge"
 TWO_GRIDS = ("generate", "gather", "recover")
 
 
-def attach(
+def grid_hooks(
     model: nn.Module,
     streamed: Streamed,
     roles: Sequence[str],
     merges: Iterable[nn.Module],
-) -> list[tuple[nn.Module, RemovableHandle]]:
-    """Put the hooks on; they do nothing while the pass has one grid.
+) -> Iterator[Hook]:
+    """The hooks; they do nothing while the pass has one grid.
 
     Args:
         roles: of the blocks.
         merges: of the sparse-dense modules; each has ``pooled`` and ``merged``.
     """
-    put: list[tuple[nn.Module, RemovableHandle]] = []
     ways = iter(merges)
     merge: nn.Module | None = None
-
-    def before(module: nn.Module, role: str, hook: Callable[..., Any]) -> None:
-        module.__dict__[ROLE] = role
-        put.append((module, module.register_forward_pre_hook(hook, with_kwargs=True)))
-
-    def behind(module: nn.Module | None, role: str, hook: Callable[..., Any]) -> None:
-        if module is not None:
-            module.__dict__[ROLE] = role
-            put.append((module, module.register_forward_hook(hook)))
-
     for block, role in zip(streamed.of(model), roles, strict=True):
-        before(block, role, _at_block)
+        own = {ROLE: role}
         if role == "generate":
             merge = next(ways)  # the same for all blocks of a sparse-dense module
-        if role in ("generate", "recover"):
-            block.__dict__[MERGE] = merge
-        before(streamed.norm_of(block), role, _at_norm)
+        merging = {MERGE: merge} if role in ("generate", "recover") else {}
+        yield Hook(block, _at_block, attributes=own | merging)
+        yield Hook(streamed.norm_of(block), _at_norm, attributes=own)
         if streamed.parallel in block._modules:
-            before(block.get_submodule(streamed.parallel), role, _beside_attention)
+            layer = block.get_submodule(streamed.parallel)
+            yield Hook(layer, _beside_attention, attributes=own, follows=True)
         for attention, _ in streamed.attention_of(block):
-            before(attention, role, _at_attention)
-            if streamed.joint:
-                before(attention.to_k, role, _at_keys)
-                before(attention.to_v, role, _at_keys)
-            if streamed.phases:
-                behind(attention.norm_q, role, _behind_queries)
-                behind(attention.norm_k, role, _behind_keys)
-                behind(getattr(attention, "norm_added_q", None), role, _behind_text)
-                behind(getattr(attention, "norm_added_k", None), role, _behind_text)
-    return put
+            yield Hook(attention, _at_attention, attributes=own)
+            for layer in (attention.to_k, attention.to_v) if streamed.joint else ():
+                yield Hook(layer, _at_keys, attributes=own, follows=True)
+            for name, run in _BEHIND.items() if streamed.phases else ():
+                norm = getattr(attention, name, None)
+                if norm is not None:
+                    yield Hook(norm, run, behind=True, attributes=own)
 
 
 def own_tokens(norm: nn.Module, both: Tensor) -> Tensor:
@@ -202,6 +189,15 @@ def _behind_text(norm: nn.Module, args: tuple, x: Tensor) -> Tensor | None:
     return rotate_pairs(x, *(table[:, None] for table in grids.tables[0]))
 
 
+_BEHIND = {
+    "norm_q": _behind_queries,
+    "norm_k": _behind_keys,
+    "norm_added_q": _behind_text,
+    "norm_added_k": _behind_text,
+}
+"""Hooks behind the norms of attention whose queries and keys are turned."""
+
+
 def _turned(norm: nn.Module, x: Tensor, which: int) -> Tensor | None:
     """Queries or keys ``(B, n, heads, X)`` or ``(B, n, heads * X)`` at their own positions."""
     grids, role = _present(norm)
@@ -251,7 +247,7 @@ def _check_separate(attention: Any, streamed: Streamed) -> None:
         )
     if streamed.joint and not all(ROLE in x.__dict__ for x in (attention.to_k, attention.to_v)):
         raise RuntimeError(
-            "layers of keys and values were put in others (as a LoRA does), which would be given "
-            "the wrong tokens; legal in sparse modes of joint attention: a fused LoRA, or one that "
-            "is put on before elastify"
+            "layers of keys and values were put in others (as a LoRA does) since the model was "
+            "last called by itself, and would be given the wrong tokens; legal in sparse modes of "
+            "joint attention inside a larger graph: call the model once by itself before"
         )

@@ -60,7 +60,8 @@ class LowRankSeam(nn.Module):
 
     def coarse_merged(self, mode: Mode) -> tuple[object, Tensor] | None:
         """The weight with a mode's updates added in, where that is in use, behind its version."""
-        if not wiring_of(self).state.merging:
+        # A weight that a LoRA changes for the time of the pass is not the one in the merged weight.
+        if not wiring_of(self).state.merging or "weight" not in self._parameters:
             return None
         return self.__dict__.get(MERGED, {}).get(mode.name)
 

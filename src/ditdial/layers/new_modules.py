@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ditdial.backbones.base import Backbone
 from ditdial.layers.state import State
@@ -13,6 +14,23 @@ from ditdial.layers.token_grids import TokenGrids
 from ditdial.layers.width_pass import Routing
 from ditdial.ops.patching import Triple
 from ditdial.plan.mode import Mode
+
+
+class Hook(NamedTuple):
+    """A hook for a module of the base.
+
+    Attributes:
+        run: as `torch.nn.Module.register_forward_pre_hook` takes it, with named arguments; as
+            ``register_forward_hook`` does, if it is to run ``behind`` the module's ``forward``.
+        attributes: that the module needs for it.
+        follows: it belongs to the place, whichever module is there.
+    """
+
+    module: nn.Module
+    run: Callable[..., Any]
+    behind: bool = False
+    attributes: Mapping[str, Any] = {}
+    follows: bool = False
 
 
 class NewModules(nn.Module, ABC):
@@ -59,13 +77,9 @@ class NewModules(nn.Module, ABC):
             grid: base grid of one row of ``hidden``; what was filled up at its borders is cut off.
         """
 
-    def attach(self, model: nn.Module) -> list[tuple[nn.Module, RemovableHandle]]:
-        """Put hooks on modules of the model, which find the pass by `ditdial.layers.wiring`.
-
-        Returns:
-            The modules, and what takes their hooks off again.
-        """
-        return []
+    def hooks(self, model: nn.Module) -> Iterable[Hook]:
+        """Hooks for modules of the model, which find the pass by `ditdial.layers.wiring`."""
+        return ()
 
     def grids(
         self, model: nn.Module, backbone: Backbone, state: State, mode: Mode

@@ -56,6 +56,11 @@ def restore_class(module: nn.Module) -> None:
     rebind_hooks(module, was)
 
 
+def is_swapped(module: nn.Module) -> bool:
+    """Whether a module is of a class that `swap_class` has made."""
+    return hasattr(type(module), MADE_OF)
+
+
 def forget(module: nn.Module) -> None:
     """Take off all that was put on a module beside its class; safe to repeat."""
     for key in [key for key in module.__dict__ if key.startswith(OURS)]:

@@ -14,11 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ditdial.backbones.base import Backbone
 from ditdial.cost.shape import TransformerShape, Updates
-from ditdial.layers.new_modules import NewModules
+from ditdial.layers.new_modules import Hook, NewModules
 from ditdial.layers.state import State
 from ditdial.layers.token_grids import TokenGrids
 from ditdial.layers.width_pass import Routing
@@ -194,8 +193,8 @@ class CombinedModules(NewModules):
     def condition(self, vector: Tensor, mode: Mode) -> Tensor:
         return vector if self.patching is None else self._patches.condition(vector, mode.patch)
 
-    def attach(self, model: nn.Module) -> list[tuple[nn.Module, RemovableHandle]]:
-        return [put for name in self.names for put in self._part(name).attach(model)]
+    def hooks(self, model: nn.Module) -> list[Hook]:
+        return [hook for name in self.names for hook in self._part(name).hooks(model)]
 
     def grids(
         self, model: nn.Module, backbone: Backbone, state: State, mode: Mode

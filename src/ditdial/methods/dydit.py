@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ditdial.backbones.base import Backbone
 from ditdial.backbones.routed import RoutedBlock
 from ditdial.cost.shape import TransformerShape
+from ditdial.host.loras import stock_name
 from ditdial.host.weights import compute_dtype
 from ditdial.layers.new_modules import NewModules
 from ditdial.layers.width_pass import Narrow, Open
@@ -210,7 +211,7 @@ class RoutedModules(MarkedProjections):
             like: dict[str, Any] = {"device": layer.weight.device, "dtype": compute_dtype(layer)}
             A = torch.randn(method.rank, layer.in_features).to(**like) / layer.in_features**0.5
             B = torch.zeros(method.experts, layer.out_features, method.rank).to(**like)
-            key = _key(names[layer])
+            key = _key(stock_name(names[layer]))
             self.A[key], self.B[key] = nn.Parameter(A), nn.Parameter(B)
         device = blocks[0].narrow.weight.device
         self.mixer = nn.Linear(time_width, method.experts, device=device)

@@ -123,8 +123,8 @@ def slots_of(backbone: Backbone, blocks: list[RoutedBlock], groups: int) -> tupl
                 raise ValueError(
                     f"a layer of {block.name} is a {type(layer).__name__} with weights of type "
                     f"{type(getattr(layer, 'weight', None)).__name__}, from which no rows can be "
-                    "taken; legal: plain linear layers (fuse a LoRA and unload it; for quantised "
-                    "weights a method that changes patches, flexidit or ddit)"
+                    "taken; legal: plain linear layers (for quantised weights a method that "
+                    "changes patches, flexidit or ddit)"
                 )
     return blocks[0].heads, groups
 

@@ -16,20 +16,20 @@ Shape legend: B batch, N dense tokens, M sparse tokens, D width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from ditdial.backbones.base import Backbone
 from ditdial.backbones.streamed import Streamed
 from ditdial.cost.blocks import Term
 from ditdial.cost.shape import TransformerShape
 from ditdial.host.weights import NewLinear
-from ditdial.layers.grid_hooks import attach
-from ditdial.layers.new_modules import NewModules
+from ditdial.layers.grid_hooks import grid_hooks
+from ditdial.layers.new_modules import Hook, NewModules
 from ditdial.layers.state import State
 from ditdial.layers.token_grids import TokenGrids
 from ditdial.methods.base import Method
@@ -260,8 +260,8 @@ class SparseModules(NewModules):
     def project(self, hidden: Tensor, mode: Mode, grid: Triple) -> Tensor:
         raise AssertionError("the base's output layer is used in sparse modes")
 
-    def attach(self, model: nn.Module) -> list[tuple[nn.Module, RemovableHandle]]:
-        return attach(model, self.streamed, self.method.roles, self.merges)
+    def hooks(self, model: nn.Module) -> Iterator[Hook]:
+        return grid_hooks(model, self.streamed, self.method.roles, self.merges)
 
     def grids(
         self, model: nn.Module, backbone: Backbone, state: State, mode: Mode

@@ -14,6 +14,7 @@ from torch import nn
 
 from ditdial.backbones.arguments import Call
 from ditdial.host import step_caches
+from ditdial.host.loras import unfuse_disabled
 from ditdial.host.weights import onloaded
 from ditdial.layers.state import TextKey
 from ditdial.layers.width_pass import Narrow
@@ -93,7 +94,12 @@ class ForwardPass:
         self.check_cache_dit(model, mode, branch)
 
     def _check_coarse(self, model: nn.Module, call: Call, mode: Mode) -> None:
-        backbone = self.surgery.wiring.backbone
+        backbone, misfit = self.surgery.wiring.backbone, self.surgery.misfit
+        if misfit is not None and self.surgery.wiring.new.makes_tokens(mode):
+            raise RuntimeError(
+                f"{misfit}; legal in mode {mode.name!r}: the layer as it was "
+                "(pipe.unload_lora_weights(reset_to_overwritten_params=True)), or full mode"
+            )
         if not mode.has_base_patch or mode.is_sparse:
             backbone.check_grid(self.surgery.wiring.state.grid, mode)
             backbone.check_call(call, mode)
@@ -117,6 +123,8 @@ class ForwardPass:
         """Make what a mode keeps between calls, outside any compiled region."""
         wiring, state = self.surgery.wiring, self.surgery.wiring.state
         if state.merging and not mode.is_full:
+            if self.surgery.merged.run != state.run:
+                unfuse_disabled(model)
             self.surgery.merged.ready(mode, state)
         if wiring.new.makes_tokens(mode):
             wiring.new.ready(mode)

@@ -10,21 +10,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 from ditdial.adapter import Adapter
 from ditdial.backbones import Backbone
-from ditdial.backbones.forward import WIRING
 from ditdial.backbones.layers import matching, named
+from ditdial.cost.linears import matrix_sizes
+from ditdial.host.loras import innermost
 from ditdial.host.weights import check_in_place, is_offloaded, is_silent
 from ditdial.layers.low_rank import PARTS, FusedSeam, LowRankSeam
 from ditdial.layers.merged_weights import MergedWeights
+from ditdial.layers.new_modules import Hook
 from ditdial.layers.packed import AttentionSeam, ModulationSeam
+from ditdial.layers.places import Places, Swap
 from ditdial.layers.state import State
-from ditdial.layers.swap import forget, restore_class, swap_class
+from ditdial.layers.swap import is_swapped
 from ditdial.layers.text import TextSeam
 from ditdial.layers.tokens import ConditioningSeam, EmbedSeam, OutputSeam, RotarySeam
 from ditdial.layers.width import PLACE
@@ -38,14 +39,6 @@ FUSED = {"to_qkv": ("to_q", "to_k", "to_v"), "to_kv": ("to_k", "to_v")}
 """Projections of diffusers' attention that stand for several, and which."""
 
 
-class Swap(NamedTuple):
-    """A submodule, what is mixed in front of its class, and attributes that it needs there."""
-
-    module: nn.Module
-    mixin: type
-    attributes: tuple[tuple[str, Any], ...] = ()
-
-
 @dataclass(eq=False)
 class Surgery:
     """On one model.
@@ -55,7 +48,9 @@ class Surgery:
         adapted: the modules that hold adapted layers.
         merged: copies of adapted layers' weights with their updates added in.
         widths: what routed modes leave in at each noise level.
-        swapped: modules of another class now, in the order of their swaps.
+        places: what is on the model's modules, and where.
+        sizes: of the products in the layers that project patches, as the method found them.
+        misfit: why the method's modes cannot make tokens at present; None if they can.
         silent: holders of new tensors that no hook brings back when they are offloaded.
         away: whether the model's weights may be elsewhere between calls.
         lists: the model's lists of blocks.
@@ -67,8 +62,9 @@ class Surgery:
     adapted: list[nn.Module]
     merged: MergedWeights
     widths: Widths | None
-    swapped: list[nn.Module] = field(default_factory=list)
-    hooks: list[tuple[nn.Module, RemovableHandle]] = field(default_factory=list)
+    sizes: list[tuple[int, int]]
+    places: Places = field(default_factory=Places)
+    misfit: str | None = None
     silent: list[nn.Module] = field(default_factory=list)
     away: bool = False
     lists: dict[str, nn.Module] = field(default_factory=dict)
@@ -101,6 +97,7 @@ class Surgery:
             adapted=[model.get_submodule(name) for name in sorted(parents)],
             merged=MergedWeights([layer for layer, _, _ in tensors.pairs.values()]),
             widths=None if routing is None else _widths(model, backbone, method, routing),
+            sizes=_sizes(model, backbone),
         )
 
     def install(self, model: nn.Module) -> None:
@@ -111,32 +108,32 @@ class Surgery:
         refused in `build`, when nothing had been changed.
         """
         # Retrained base weights go in first and come out last: all else is put on their network.
-        self.tensors.exchange()
+        self.tensors.exchange(model)
         model.add_module(NEW, self.tensors.new)
-        self.keep_seams(model)
         for layer, A, B in self.tensors.pairs.values():
             layer.coarse_A, layer.coarse_B = A, B
-        for module, mixin, attributes in self._swaps(model):
-            module.__dict__.update(attributes)
-            self._swap(module, mixin)
-        for module, hook in self.wiring.backbone.block_hooks(model):
-            self.hooks.append((module, module.register_forward_pre_hook(hook, with_kwargs=True)))
-        self.hooks += self.tensors.new.attach(model)
-        # A hook finds its pass on its module, not in a closure, so that a copied model has its own.
-        for module, _ in self.hooks:
-            module.__dict__[WIRING] = self.wiring
+        for each in (*self._swaps(model), *self._hooks(model)):
+            self.places.put(each, self.wiring)
+        self.places.mark(model)
+        self.misfit = self._misfit(model)
         self.lists = {k: m for k, m in model.named_children() if isinstance(m, nn.ModuleList)}
         self.silent = [module for module in self.tensors.holders() if is_silent(module)]
 
     def _swaps(self, model: nn.Module) -> Iterator[Swap]:
-        """Every swap that is made once, in order: a later one stands in front of an earlier one."""
+        """Every swap, in order: a later one stands in front of an earlier one."""
         backbone, packed = self.wiring.backbone, self.wiring.backbone.packed
+        # What makes and ends tokens does so for a LoRA too, which may come and go.
+        patches = backbone.patches
+        yield Swap(model.get_submodule(patches.embed), EmbedSeam, follows=True)
+        yield Swap(model.get_submodule(patches.output), OutputSeam, follows=True)
+        if backbone.rotary is not None:
+            yield Swap(model.get_submodule(backbone.rotary), RotarySeam, follows=True)
         # Packed batches: the strips of a picture share its modulation; attention goes part by part.
         if packed is not None:
             for module in matching(model, packed.attention):
                 yield Swap(module, AttentionSeam)
             for module in matching(model, packed.modulation):
-                yield Swap(module, ModulationSeam)
+                yield Swap(module, ModulationSeam, follows=True)
         # What depends on the prompt alone is kept for a run.
         for _, layer in named(model, backbone.prompt_only):
             yield Swap(layer, TextSeam)
@@ -148,45 +145,42 @@ class Surgery:
         for layer, _, _ in self.tensors.pairs.values():
             yield Swap(layer, LowRankSeam)
         for module, mixin, place in self.widths.seams(model) if self.widths else ():
-            yield Swap(module, mixin, ((PLACE, place),))
+            yield Swap(module, mixin, {PLACE: place})
+
+    def _hooks(self, model: nn.Module) -> Iterator[Hook]:
+        for block, hook in self.wiring.backbone.block_hooks(model):
+            yield Hook(block, hook)
+        yield from self.tensors.new.hooks(model)
 
     def look_over(self, model: nn.Module) -> None:
         """Find out, and mend, what somebody may have done to the model since the last look."""
-        self.keep_seams(model)
+        if self.places.follow(self.wiring):
+            self.misfit = self._misfit(model)
         self.keep_fused_seams()
         # Whoever offloads a model puts hooks on all of it, or a map on it: a short look is enough.
         self.away = hasattr(model, "hf_device_map") or is_offloaded(self.tensors.new.modules())
 
-    def keep_seams(self, model: nn.Module) -> None:
-        """Swap the modules that make and end tokens, wherever they are now.
-
-        Somebody may have put another module in their place: PEFT wraps a layer when a LoRA for it
-        is loaded, and puts the layer back when the LoRA goes.
-        """
+    def _misfit(self, model: nn.Module) -> str | None:
+        """What is wrong with the layers that project patches, since the method's go by them."""
         backbone = self.wiring.backbone
-        patches = backbone.patches
-        seams: dict[str, type] = {patches.embed: EmbedSeam, patches.output: OutputSeam}
-        if backbone.rotary is not None:
-            seams[backbone.rotary] = RotarySeam
-        for name, mixin in seams.items():
-            module = model.get_submodule(name)
-            if WIRING not in module.__dict__:
-                self._swap(module, mixin)
+        names = backbone.patches.embed, backbone.patches.output
+        for name, size, known in zip(names, _sizes(model, backbone), self.sizes, strict=True):
+            if size != known:
+                return (
+                    f"{name} has {size[0]} inputs and {size[1]} outputs by now (a Control LoRA "
+                    f"changes them), and had {known[0]} and {known[1]} when the model was made "
+                    "elastic"
+                )
+        return None
 
     def keep_fused_seams(self) -> None:
         """Swap projections that ``fuse_qkv_projections`` has made of adapted layers."""
         for module in self.adapted:
             for name in FUSED.keys() & module._modules.keys():
                 fused, parts = module._modules[name], FUSED[name]
-                if fused is not None and WIRING not in fused.__dict__:
-                    layers = [module.get_submodule(part) for part in parts]
-                    # A user's LoRA wraps its layer.
-                    fused.__dict__[PARTS] = [getattr(x, "base_layer", x) for x in layers]
-                    self._swap(fused, FusedSeam)
-
-    def _swap(self, module: nn.Module, mixin: type) -> None:
-        swap_class(module, mixin, self.wiring)
-        self.swapped.append(module)
+                if fused is not None and not is_swapped(fused):
+                    layers = [innermost(module.get_submodule(part)) for part in parts]
+                    self.places.put(Swap(fused, FusedSeam, {PARTS: layers}), self.wiring)
 
     def uninstall(self, model: nn.Module) -> None:
         """Undo `install` exactly.
@@ -195,25 +189,22 @@ class Surgery:
             RuntimeError: the adapter's own version of base weights is offloaded.
         """
         self.tensors.check_exchange(model)  # all that may be refused, before anything is undone
-        # Swaps that stand in front of others go first: each takes off the outermost class.
-        for module in reversed(self.swapped):
-            restore_class(module)
-        self.swapped.clear()
+        self.places.clear()
         self.merged.forget()
-        for module, handle in self.hooks:
-            handle.remove()
-            forget(module)  # it may have several hooks, or have been swapped too
-        self.hooks.clear()
         for layer, _, _ in self.tensors.pairs.values():
             del layer.coarse_A, layer.coarse_B
         del model._modules[NEW]
-        self.tensors.exchange()
+        self.tensors.exchange(model)
 
     def with_own_blocks(self, model: nn.Module) -> nn.Module:
         """A view of the model to count in: cache-dit puts other blocks there while a call runs."""
         view = copy.copy(model)
         view.__dict__["_modules"] = {**model._modules, **self.lists}
         return view
+
+
+def _sizes(model: nn.Module, backbone: Backbone) -> list[tuple[int, int]]:
+    return [matrix_sizes(layer) for layer in backbone.patches.layers(model)]
 
 
 def _widths(model: nn.Module, backbone: Backbone, method: Method, routing: Routing) -> Widths:

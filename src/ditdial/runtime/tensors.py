@@ -7,6 +7,7 @@ exchanged back when it is restored; the stock tensors stay the same objects.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ditdial.adapter import Adapter, check_tensors
 from ditdial.backbones import Backbone
+from ditdial.host.loras import Fused, fuse_as, fused, stock_keys, unfused
 from ditdial.host.weights import (
     NewParameters,
     compute_dtype,
@@ -40,18 +42,22 @@ class Tensors:
     Attributes:
         new: the modules that the method has added.
         pairs: adapted linear layers with their low-rank factors by mode, under the stock names.
+        identity: the facts of the base that the tensors fit; a Control LoRA may change them.
         base: the base's own tensors under the stock names, if the method trains them.
         owners: of those tensors: module and attribute.
         others: while installed the base's own weights, else the adapter's; see `exchange`.
+        fused: the LoRAs that are fused into ``others``.
         quantised: what somebody has put in the place of tensors of ``base`` meanwhile.
     """
 
     method: Method
     new: NewModules
     pairs: dict[str, LowRankPair]
+    identity: dict[str, Any]
     base: dict[str, Tensor]
     owners: dict[str, tuple[nn.Module, str]]
     others: dict[str, Tensor] = field(default_factory=dict)
+    fused: Fused = field(default_factory=dict)
     quantised: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -66,7 +72,9 @@ class Tensors:
             ValueError: an adapter's tensors do not fit, or weights are held in a way that new
                 tensors cannot be made from.
         """
-        base = model.state_dict(keep_vars=True) if method.trains_base else {}
+        keys = stock_keys(model) if method.trains_base else {}
+        state = model.state_dict(keep_vars=True) if keys else {}
+        base = {name: state[key] for name, key in keys.items()}
         kinds = {type(x).__name__ for x in base.values() if not is_ordinary(x) and not x.is_meta}
         if kinds:
             raise ValueError(
@@ -77,8 +85,9 @@ class Tensors:
             method=method,
             new=method.build(model, backbone),
             pairs=_low_rank_pairs(model, backbone, method),
-            base=dict(base),
-            owners={name: _owner(model, name) for name in base},
+            identity=backbone.identity(model),
+            base=base,
+            owners={name: _owner(model, key) for name, key in keys.items()},
         )
         for adapter in adapters:
             tensors._load(adapter)
@@ -121,13 +130,14 @@ class Tensors:
         layers = [layer for layer, _, _ in self.pairs.values()]
         holders = model.modules() if self.base else [*self.holders(), *layers]
         holders = [module for module in holders if is_offloaded([module])]
-        with onloaded(holders):
+        weights = unfused(model) if self.base else nullcontext(False)
+        with onloaded(holders), weights as changed:
             tensors = self.of(self.method) | {f"base.{k}": v for k, v in self.base.items()}
-            if holders:  # these leave again
+            if holders or changed:  # these leave again
                 tensors = {k: v.detach().clone() for k, v in tensors.items()}
         return Adapter(
             method=self.method,
-            base=backbone.identity(model),
+            base=self.identity,
             tensors=tensors,
             schedule=schedule,
             notes=notes,
@@ -146,8 +156,13 @@ class Tensors:
                 "accelerate.hooks.remove_hook_from_submodules(model))"
             )
 
-    def exchange(self) -> None:
-        """Put the other version of the base's weights in place; its own inverse."""
+    def exchange(self, model: nn.Module) -> None:
+        """Put the other version of the base's weights in place; its own inverse.
+
+        What LoRAs have fused into the one is fused into the other too.
+        """
+        if not self.others:
+            return
         for name, other in self.others.items():
             owner, leaf = self.owners[name]
             held: Any = owner._parameters if leaf in owner._parameters else owner._buffers
@@ -160,6 +175,9 @@ class Tensors:
                 held[leaf], self.quantised[name] = tensor, now
             elif name in self.quantised:
                 held[leaf] = self.quantised.pop(name)
+        loras = fused(model)
+        fuse_as(loras, self.fused)
+        self.fused = loras
 
 
 def is_new(key: str) -> bool:

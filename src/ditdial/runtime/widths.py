@@ -17,11 +17,12 @@ from torch import Tensor, nn
 
 from ditdial.backbones import Backbone
 from ditdial.backbones.arguments import Call
-from ditdial.backbones.forward import WIRING
 from ditdial.backbones.routed import has_fused
 from ditdial.cost.blocks import Kept, Tokens
 from ditdial.cost.shape import TransformerShape
+from ditdial.host.loras import is_wrapper, stock_name
 from ditdial.host.weights import is_ordinary
+from ditdial.layers.swap import is_swapped
 from ditdial.layers.width import (
     ColumnsSeam,
     HeadsNormSeam,
@@ -66,7 +67,7 @@ class Widths:
         blocks = list(backbone.routed_blocks(model))
         self.narrowing = [block.narrowing() for block in shape.blocks]
         names = {module: name for name, module in model.named_modules()}
-        self.layers = [names[layer] for block in blocks for layer in block.layers]
+        self.layers = [stock_name(names[layer]) for block in blocks for layer in block.layers]
         self.attention = [names[block.attention] for block in blocks]
         self.begin(())
 
@@ -78,7 +79,7 @@ class Widths:
             channels = Place(index, "channels", block.channels)
 
             def at(place: Place, layer: nn.Module) -> Place:
-                return replace(place, name=names[layer])
+                return replace(place, name=stock_name(names[layer]))
 
             yield block.attention, HeadsSeam, heads
             for layer in (*block.inputs, *block.text_inputs):
@@ -135,12 +136,15 @@ class Widths:
                 )
         for name in self.layers:
             layer: Any = model.get_submodule(name)
-            if WIRING in layer.__dict__ and is_ordinary(layer.weight):
+            if is_swapped(layer) and is_ordinary(layer.weight):
                 continue
+            why, way = f"weights of type {type(layer.weight).__name__}", "a plain linear layer"
+            if is_wrapper(layer):
+                why, way = "a LoRA", "fuse the LoRA and unload it (pipe.fuse_lora(), "
+                way += "pipe.unload_lora_weights())"
             raise RuntimeError(
-                f"{name} is a {type(layer).__name__} by now (a LoRA, quantisation), from which no "
-                "rows can be taken; legal in routed modes: fuse the LoRA and unload it "
-                "(pipe.fuse_lora(), pipe.unload_lora_weights()), or full mode"
+                f"{name} is a {type(layer).__name__} by now ({why}), from which no rows can be "
+                f"taken; legal in routed modes: {way}, or full mode"
             )
 
     def __getstate__(self) -> dict[str, Any]:
