@@ -129,11 +129,6 @@ def test_a_base_of_other_channels_than_the_data_is_refused(adapter_recipe, make_
 # Grids that end at the data
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the last step of the reference's scheduler lies at the data already",
-)
 @pytest.mark.parametrize("steps", [5, 12])
 def test_the_steps_of_the_reference_end_at_the_data_and_none_is_spent_on_nothing(steps):
     """Levels 1, (N - 1) / N, ..., 1 / N: each step moves as far as the others."""
@@ -150,11 +145,6 @@ def measured():
     return found
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the weight (1 - u) / u^3 of a step grows without bound towards the data",
-)
 def test_a_step_that_moves_next_to_nothing_does_next_to_no_damage():
     calibration = measured()
     damage = calibration.damage([1.0, 0.5, 0.2, 0.001])
