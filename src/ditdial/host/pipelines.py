@@ -17,6 +17,9 @@ TRANSFORMERS = ("transformer", "transformer_2")
 GUIDED = ("do_classifier_free_guidance", "do_true_cfg")
 """What pipelines call the fact that guidance is on."""
 
+SCALES = ("true_cfg_scale", "guidance_scale")
+"""What they call its scale."""
+
 
 def is_guided(pipe: Any) -> bool | None:
     """Whether guidance is on in the present call of a pipeline; None where nothing tells.
@@ -35,6 +38,24 @@ def is_guided(pipe: Any) -> bool | None:
         if told is not None:
             break
     return told
+
+
+def guidance_scale(pipe: Any, model: nn.Module) -> float | None:
+    """The s of ``g + s (c - g)`` in the present call of a pipeline; None where nothing tells.
+
+    Read where `is_guided` looks. Of two transformers, each has its own. Where there is true
+    guidance beside a scale that is embedded in the prediction, it is that of true guidance.
+    """
+    second = transformers(pipe).get("transformer_2") is model
+    names = ("guidance_scale_2",) * second + SCALES
+    found = [
+        frame.f_locals[x]
+        for frame in _calls_of(pipe, sys._getframe())
+        for x in names
+        if isinstance(frame.f_locals.get(x), int | float)
+    ]
+    counts_from_0 = type(pipe).__name__.startswith("ZImage")  # c + s (c - g)
+    return float(found[0]) + counts_from_0 if found else None
 
 
 def _calls_of(pipe: Any, frame: FrameType | None) -> Iterator[FrameType]:

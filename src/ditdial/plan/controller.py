@@ -29,11 +29,13 @@ class Facts:
         macs: multiply-adds of one forward pass of one picture in a mode at a noise level (None: in
             the mean).
         guided: whether there is a guidance branch; None where that is not known yet.
+        guidance_scale: of the run that is being made; None where nothing tells.
     """
 
     levels: tuple[float, ...]
     macs: Callable[[Mode, float | None], float]
     guided: bool | None = None
+    guidance_scale: float | None = None
 
     def cost(self, choice: Choice, level: float | None = None) -> float:
         """Multiply-adds of one picture in one call at a noise level, both branches."""

@@ -8,16 +8,16 @@ Girsanov's theorem the divergence of the distributions of their paths grows, as 
     dKL = (1 - u) / u^3 D du = 1/2 D dSNR,    SNR = (1 - u)^2 / u^2,
 
 which weighs the squared error as the continuous-time loss of variational diffusion models does
-(Kingma et al. 2107.00630). It adds up over the steps.
-
-A step from u to u - w moves the latent by w v, with the velocity v = (z - x0) / u, and so the
-error of it by w^2 D / u^2. The divergence is that, over the noise which hides it: of the order u w
-/ (1 - u), which vanishes at the data. Without a bound, a last step from 0.001 to 0 that moves a
-pixel by a thousandth would count as much as one from 0.1. So no less noise than `GRAIN` is taken to
-hide it, and below it the rate is ``(1 - u) / (u GRAIN^2)``. So the damage of a plan is a sum, a frontier
+(Kingma et al. 2107.00630). It adds up over the steps. So the damage of a plan is a sum, a frontier
 over plans is exact (`ditdial.plan.frontier`), and neither the number of steps nor the scheduler of
 the measurement matters: only the error at each level does. Damage is told per number of the latent
 (errors are means), so it does not grow with the picture.
+
+A step from u to u - w moves the latent by w v with the velocity v = (z - x0) / u, and the error of
+that is w^2 D / u^2. The divergence is this error over the noise that hides it, u w / (1 - u), which
+vanishes at the data: a last step from 0.001 that moves a pixel by a thousandth would count as much
+as one from 0.1. So noise is taken to hide no less than `GRAIN` does, and below that level the rate
+is ``(1 - u) / (u GRAIN^2)``.
 
 Shape legend: S steps, P measured points, K choices.
 """

@@ -51,11 +51,13 @@ class Costs:
     Attributes:
         calls: those of the present run.
         kept: what routed modes left in, when each of them last ran.
+        cached: whether a step cache was on in the last forward pass.
     """
 
     surgery: Surgery
     calls: list[CallRecord] = field(default_factory=list)
     kept: dict[Mode, tuple[Kept, ...]] = field(default_factory=dict)
+    cached: bool = False
     shapes: dict[tuple[tuple[Any, ...], bool], TransformerShape] = field(default_factory=dict)
 
     def shape_of(
@@ -113,5 +115,6 @@ class Costs:
                 pictures=facts.pictures,
                 why=facts.why,
                 guided=facts.guided,
+                cached=self.cached,
             )
         )

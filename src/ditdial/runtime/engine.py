@@ -22,7 +22,7 @@ from ditdial.cost.shape import TransformerShape
 from ditdial.host import step_caches
 from ditdial.host.device import Stopwatch
 from ditdial.host.parametrization import parametrization
-from ditdial.host.pipelines import is_guided
+from ditdial.host.pipelines import guidance_scale, is_guided
 from ditdial.layers.checkpointing import remembered_in_checkpoints
 from ditdial.layers.wiring import Wiring
 from ditdial.methods import Method
@@ -294,7 +294,8 @@ class Engine:
             if self.position.calls_by_branch(model):
                 guided = is_guided(self.position.pipe_of(model))
             levels = self.position.levels_ahead(model)
-            return Facts(levels=levels, macs=shape.macs, guided=guided)
+            scale = guidance_scale(self.position.pipe_of(model), model)
+            return Facts(levels=levels, macs=shape.macs, guided=guided, guidance_scale=scale)
 
         latent = self.wiring.backbone.arguments.latent(call)
         # Asked for only by a controller that looks at latents: schedules pay nothing for it.
