@@ -22,6 +22,7 @@ from ditdial.methods import Combined, Method, method_from_config
 from ditdial.plain import json_files
 from ditdial.plan.calibration import FILE as CALIBRATION
 from ditdial.plan.calibration import Calibration
+from ditdial.plan.kept_seconds import added
 from ditdial.plan.schedule import Schedule
 
 FORMAT = 1
@@ -198,7 +199,7 @@ def _read(folder: Path) -> Adapter:
         tensors=tensors,
         schedule=Schedule.from_dict(schedule) if schedule else None,
         notes=config["notes"],
-        calibration=Calibration.load(measured) if measured.is_file() else None,
+        calibration=added(Calibration.load(measured)) if measured.is_file() else None,
     )
 
 

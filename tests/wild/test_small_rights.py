@@ -119,11 +119,6 @@ def test_a_base_of_other_channels_than_the_data_is_refused(adapter_recipe, make_
 # Grids that end at the data
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the last step of the reference's scheduler lies at the data already",
-)
 @pytest.mark.parametrize("steps", [5, 12])
 def test_the_steps_of_the_reference_end_at_the_data_and_none_is_spent_on_nothing(steps):
     """Levels 1, (N - 1) / N, ..., 1 / N: each step moves as far as the others."""
@@ -140,11 +135,6 @@ def measured():
     return found
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the weight (1 - u) / u^3 of a step grows without bound towards the data",
-)
 def test_a_step_that_moves_next_to_nothing_does_next_to_no_damage():
     calibration = measured()
     damage = calibration.damage([1.0, 0.5, 0.2, 0.001])
@@ -155,11 +145,6 @@ def test_a_step_that_moves_next_to_nothing_does_next_to_no_damage():
 # What a run tells
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the report counts what was asked for, whatever a step cache left out",
-)
 def test_a_report_counts_what_a_step_cache_left_out_or_says_that_it_does_not():
     case = PIPES["flux"]
     pipe = case.pipe()
@@ -176,11 +161,6 @@ def test_a_report_counts_what_a_step_cache_left_out_or_says_that_it_does_not():
     assert told or report.ratio < 0.4
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=pytest.fail.Exception,
-    reason="a calibration is used at whatever guidance scale",
-)
 def test_a_run_at_another_guidance_scale_than_the_calibrated_one_warns():
     pipe = load_reference()
     pipe.set_progress_bar_config(disable=True)
@@ -200,11 +180,6 @@ def test_a_run_at_the_calibrated_guidance_scale_does_not_warn():
         pipe([1], num_inference_steps=2, guidance_scale=measured().guidance_scale, seeds=[0])
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the legal range of a budget in seconds is told as one from 1.0 to 1",
-)
 def test_a_budget_in_seconds_that_no_mode_can_keep_is_refused_without_an_empty_range():
     pipe = load_reference()
     handle = elastify(pipe, reference_adapter())
@@ -234,11 +209,6 @@ def test_a_plan_states_the_grid_the_tokens_the_steps_and_the_guidance_that_it_as
 # Seconds of this device
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="seconds of the user's device are written into the installed package",
-)
 def test_seconds_of_a_reference_adapter_are_kept_outside_the_package(monkeypatch, tmp_path):
     import ditdial.reference
 

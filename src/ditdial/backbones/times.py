@@ -106,6 +106,9 @@ class Times:
             grid: a scheduler with dynamic shifting wants to know the number of base tokens.
             pipe: the pipeline, for what else it tells its scheduler; None for a bare model.
         """
+        own = getattr(pipe, "set_timesteps", None)  # no pipeline of diffusers has one
+        if own is not None:
+            return own(scheduler, steps)
         facts, given = scheduler.config, {}
         if facts.get("use_dynamic_shifting", False):
             given["mu"] = self.shift(facts, math.prod(grid), steps)

@@ -142,10 +142,20 @@ def adapter_folder(model: str, adapter: str) -> Path:
         adapter: ``lora``, ``shared`` or a method's name of a reference model, else a folder; with a
             slash it is always a folder (``./lora``).
     """
-    from ditdial.reference import reference_adapter, reference_names
+    from ditdial.reference import reference_adapter
 
-    named = model in reference_names() and "/" not in adapter
-    return reference_adapter(adapter, model) if named else Path(adapter)
+    return reference_adapter(adapter, model) if is_shipped(model, adapter) else Path(adapter)
+
+
+def is_shipped(model: str, adapter: str) -> bool:
+    """Whether an adapter is one of the package's own; its folder is nobody's to write into.
+
+    Args:
+        model, adapter: as in `adapter_folder`.
+    """
+    from ditdial.reference import reference_names
+
+    return model in reference_names() and "/" not in adapter
 
 
 def output_file(path: Path) -> Path:

@@ -14,6 +14,7 @@ from ditdial.cli.arguments import (
     Steps,
     adapter_folder,
     elastic,
+    is_shipped,
     output_file,
     parse_reference,
 )
@@ -32,7 +33,8 @@ BATCH = 32
 
 def calibrate(
     output: Annotated[
-        Path | None, typer.Option(help="File to write; in the adapter's folder by default.")
+        Path | None,
+        typer.Option(help="File to write. In the adapter's folder by default, if that is yours."),
     ] = None,
     adapter: AdapterName = "lora",
     guidance_scale: Annotated[float, typer.Option(help="1 turns guidance off.")] = 2.0,
@@ -53,12 +55,25 @@ def calibrate(
     force: Annotated[bool, typer.Option("--force", help="Replace a calibration.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure what each mode loses at each noise level and takes on this device."""
+    """Measure what each mode loses at each noise level and takes on this device.
+
+    Adapters that ship with the package are not changed: a calibration of one needs --output, and
+    seconds of one are kept in your cache folder.
+    """
     from ditdial.plan.calibration import FILE, Calibration
+    from ditdial.plan.kept_seconds import keep
 
     require(images >= 1, "images", images, ">= 1")
     require(steps >= 1, "steps", steps, ">= 1")
-    path = output_file(output or adapter_folder(model, adapter) / FILE)
+    path = output or adapter_folder(model, adapter) / FILE
+    shipped = output is None and is_shipped(model, adapter)
+    if shipped and not only_seconds:
+        raise ValueError(
+            f"output = None; legal for adapter {adapter!r}, which ships with the package: a file "
+            "to write (Calibration.load reads it, for handle.calibration)"
+        )
+    if not shipped:
+        output_file(path)
     if path.exists() and not (force or only_seconds):
         raise FileExistsError(f"{str(path)!r} exists; --force replaces it")
     pipe, handle = elastic(model, adapter)
@@ -74,8 +89,7 @@ def calibrate(
         handle.calibration = Calibration.load(path)
     sample = _sampler(pipe, images, guidance_scale=guidance_scale, steps=steps)
     measured = handle.calibrate(sample, only_seconds=only_seconds, **settings)
-    measured.save(path)
-    _show(measured, path, as_json=as_json)
+    _show(measured, keep(measured) if shipped else measured.save(path), as_json=as_json)
 
 
 def _sampler(

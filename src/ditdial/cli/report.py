@@ -10,6 +10,7 @@ import typer
 from ditdial.cli.results import print_results
 from ditdial.cli.tables import AsJson, Column, print_json, print_table, say
 from ditdial.plain import figures, json_files
+from ditdial.plan.report import CACHES
 
 CALLS = (
     Column("index", "call"),
@@ -65,3 +66,5 @@ def _show_run(data: dict[str, Any]) -> None:
             f"\nper run: {figures.share(data['ratio'])} of the full cost{of},\n"
             f"{figures.macs(data.get('macs'))}, {figures.seconds(data.get('seconds'))} in the model"
         )
+    if data.get("step_cache"):
+        say(CACHES)

@@ -20,6 +20,8 @@ from ditdial.cli.arguments import (
 from ditdial.cli.tables import say
 from ditdial.plain import figures
 
+USUAL_SCALE = 2.0
+
 if TYPE_CHECKING:
     from ditdial.handle import Handle
     from ditdial.plan.schedule import Schedule
@@ -35,7 +37,10 @@ def sample(
         float | None, typer.Option(help="DDiT's threshold; --budget is then its cap.")
     ] = None,
     schedule: ScheduleFile = None,
-    guidance_scale: Annotated[float, typer.Option(help="1 turns guidance off.")] = 2.0,
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(help="1 turns guidance off. That of the budget's calibration, else 2."),
+    ] = None,
     steps: Steps = 25,
     model: ModelName = "mnist",
 ) -> None:
@@ -52,7 +57,8 @@ def sample(
     pipe, handle = elastic(model, adapter)
     _choose(handle, given, tau, budget)
     seeds = list(range(seed, seed + len(classes)))
-    drawn = draw(pipe, classes, seeds, guidance_scale=guidance_scale, steps=steps)
+    scale = _usual_scale(handle) if guidance_scale is None else guidance_scale
+    drawn = draw(pipe, classes, seeds, guidance_scale=scale, steps=steps)
     output.mkdir(parents=True, exist_ok=True)
     for image, label, number in zip(drawn.images, classes, seeds, strict=True):
         pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
@@ -61,6 +67,14 @@ def sample(
     (output / "report.json").write_text(report.to_json())
     save_png(output / "decisions.png", decisions(report))
     say(f"{len(classes)} pictures at {figures.share(report.ratio)} of the full cost: {output}")
+
+
+def _usual_scale(handle: Handle) -> float:
+    """The scale that a budget below 1 was planned for; without one, the pipeline's own."""
+    from ditdial.plan.solved import SolvedBudget
+
+    planned = isinstance(handle.controller, SolvedBudget) and handle.budget != 1
+    return handle.calibration.guidance_scale if planned and handle.calibration else USUAL_SCALE
 
 
 def _choose(handle: Handle, schedule: Schedule | None, tau: float | None, budget: float) -> None:

@@ -18,11 +18,14 @@ import torch
 from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 
-from ditdial.host.pipelines import holds, levels_of, steps_of
+from ditdial.host.pipelines import holds, levels_of, steps_of, transformers
 from ditdial.plan.controller import Passes
 
 GUIDED = ("do_classifier_free_guidance", "do_true_cfg")
 """What pipelines call the fact that guidance is on."""
+
+SCALES = ("true_cfg_scale", "guidance_scale")
+"""What pipelines call the scale of guidance."""
 
 GUIDER = "__guidance_identifier__"
 """Attribute by which the guiders of modular pipelines tell for which prediction a call is made."""
@@ -75,6 +78,20 @@ class Caller:
         if told is None and "class_labels" in self.facts:  # DiTPipeline
             return self.facts["guidance_scale"] > 1
         return told
+
+    def guidance_scale(self, model: nn.Module) -> float | None:
+        """The s of ``g + s (c - g)`` in the present call; None where nothing tells.
+
+        Of two transformers, each has its own. Where there is true guidance beside a scale that is
+        embedded in the prediction, it is that of true guidance.
+        """
+        if self._guider is not None:
+            return getattr(self._guider, "guidance_scale", None)
+        second = transformers(self.pipe).get("transformer_2") is model
+        names = ("guidance_scale_2",) * second + SCALES
+        found = [self.facts[x] for x in names if isinstance(self.facts.get(x), int | float)]
+        counts_from_0 = type(self.pipe).__name__.startswith("ZImage")  # c + s (c - g)
+        return float(found[0]) + counts_from_0 if found else None
 
     @property
     def perturbs(self) -> bool:

@@ -197,7 +197,8 @@ class Calibration:
         one_of("criterion", criterion, CRITERIA)
         u = self.u(levels)
         if criterion == "path":
-            return path_damage(u, self.errors(levels, guided=guided))
+            lowest = self.u([self.points[-1].level])[0]
+            return path_damage(u, self.errors(levels, guided=guided), lowest)
         if not self.bands or (not guided and self.guidance_scale != 1):
             raise ValueError(
                 "criterion = 'picture', which this calibration has not measured"

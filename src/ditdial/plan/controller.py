@@ -54,11 +54,13 @@ class Facts:
             the mean).
         guided: whether there is a guidance branch; None where that is not known yet.
         passes: at the noise levels whose steps are others than ``guided`` says.
+        guidance_scale: of the run that is being made; None where nothing tells.
     """
 
     levels: tuple[float, ...]
     macs: Callable[[Mode, float | None], float]
     guided: bool | None = None
+    guidance_scale: float | None = None
     passes: Mapping[float, Passes] = field(default_factory=dict)
 
     def at(self, level: float | None) -> Passes:

@@ -9,6 +9,7 @@ from typing import Any
 from ditdial.plain import figures, json_files
 from ditdial.plain.tables import Table
 from ditdial.plan.mode import FULL, Mode
+from ditdial.plan.report import CACHES
 from ditdial.plan.schedule import Schedule, Segment
 
 
@@ -49,6 +50,8 @@ class Plan:
         guidance: whether the run is taken to have a guidance branch; None where that is not told.
         grid: base tokens ``(frames, height, width)`` that the costs are of.
         text_tokens: text tokens of one prompt that the costs are of.
+        step_cache: whether a step cache is on the model; what it will skip is not known, and
+            counted as if it ran.
     """
 
     steps: tuple[PlanStep, ...]
@@ -58,6 +61,7 @@ class Plan:
     guidance: bool | None = None
     grid: tuple[int, int, int] | None = None
     text_tokens: int | None = None
+    step_cache: bool = False
 
     @classmethod
     def bind(
@@ -73,6 +77,7 @@ class Plan:
         budget: float | None = None,
         grid: tuple[int, int, int] | None = None,
         text_tokens: int | None = None,
+        step_cache: bool = False,
     ) -> Plan:
         """Bind a schedule to the noise levels of a run's model calls.
 
@@ -84,6 +89,7 @@ class Plan:
             together: whether branches of the same mode share one call.
             budget: the share of the full cost that the run is allowed.
             grid, text_tokens: that ``macs`` are of, for the record.
+            step_cache: whether one is on, for the record.
 
         Raises:
             ValueError: no timesteps.
@@ -112,6 +118,7 @@ class Plan:
             guidance=guidance,
             grid=grid,
             text_tokens=text_tokens,
+            step_cache=step_cache,
         )
 
     @property
@@ -141,6 +148,7 @@ class Plan:
             "guidance": self.guidance,
             "grid": None if self.grid is None else list(self.grid),
             "text_tokens": self.text_tokens,
+            "step_cache": self.step_cache,
         }
         schedule = self.schedule.to_dict()
         return {**totals, "budget": self.budget, **assumed, "steps": steps, "schedule": schedule}
@@ -169,7 +177,7 @@ class Plan:
             f"{figures.share(self.ratio)} of the full cost{asked}, {figures.macs(self.macs)} for "
             "one picture"
         )
-        below = (total, self._assumed())
+        below = (total, self._assumed(), *(CACHES,) * self.step_cache)
         headings = ("step", "level", "mode", "guide", "MACs", "of full")
         return Table(headings=headings, rows=rows, below=below, least=(4, 6, 8, 8, 12, 8))
 

@@ -9,6 +9,9 @@ from ditdial.plain import figures, json_files
 from ditdial.plain.tables import Table
 from ditdial.plan.mode import Mode
 
+CACHES = "step caches are not counted: blocks that one skips cost here as if they ran"
+"""What plans and reports say of their costs where a step cache is on."""
+
 
 class Timed(Protocol):
     """What took time: a `ditdial.host.device.Stopwatch`, which is read only when asked."""
@@ -33,6 +36,7 @@ class CallRecord:
         why: what led to each of their modes, if a controller chose them.
         watch: knows the seconds of the call.
         guided: the rows hold both branches.
+        cached: a step cache was on; blocks that it skipped are counted as if they had run.
     """
 
     level: float | None
@@ -46,6 +50,7 @@ class CallRecord:
     pictures: tuple[int, ...] | None = None
     why: tuple[dict[str, Any] | None, ...] = ()
     guided: bool = False
+    cached: bool = False
 
     @property
     def passes(self) -> int:
@@ -102,6 +107,11 @@ class Report:
         return self.macs / full if full else 1.0
 
     @property
+    def cached(self) -> bool:
+        """Whether a step cache was on in any of the calls, of which costs know nothing."""
+        return any(call.cached for call in self.calls)
+
+    @property
     def seconds(self) -> float:
         """Seconds inside the model."""
         return sum(call.watch.seconds for call in self.calls)
@@ -151,7 +161,7 @@ class Report:
             for index, call in enumerate(self.calls)
         ]
         totals = {"macs": self.macs, "ratio": self.ratio, "seconds": self.seconds}
-        return {**totals, "budget": self.budget, "calls": rows}
+        return {**totals, "budget": self.budget, "step_cache": self.cached, "calls": rows}
 
     def to_json(self) -> str:
         """`to_dict` as JSON."""
@@ -175,6 +185,7 @@ class Report:
         asked = "" if self.budget is None else f" (of {figures.share(self.budget)} allowed)"
         whole = f"{figures.macs(self.macs)}, {figures.seconds(self.seconds)} in the model"
         sums = (f"{figures.share(self.ratio)} of the full cost{asked}", f"per run: {whole}")
+        sums += (CACHES,) * self.cached
         headings = ("call", "level", "mode", "guide", "batch rows", "per call", "time")
         return Table(headings=headings, rows=rows, below=sums)
 

@@ -1,11 +1,16 @@
 """The dial: a budget and a calibration, solved for the noise levels of each run before it starts.
 
+A plan is the best one at the guidance scale that errors were measured at, so that is the scale to
+run it at; a run at another one warns. Of the reference model's plan for 30 % of the cost, measured
+at a scale of 1.45, the loss in Frechet distance is 0.10 there and 0.41 at 1.3.
+
 The plan is found again for every run, so it costs the same share of 10 steps as of 100 and under
 another scheduler, and it is the best plan for just these steps.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -14,12 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditdial.plain import figures
+from ditdial.plain.checks import warn
 from ditdial.plain.tables import Table
 from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.choice import Choice
 from ditdial.plan.controller import BudgetController, Facts
-from ditdial.plan.frontier import Frontier
+from ditdial.plan.frontier import CHEAPEST, ROUNDING, Frontier, legal_shares
 from ditdial.plan.mode import Mode
 from ditdial.plan.schedule import Schedule
 from ditdial.plan.seconds import Seconds
@@ -96,20 +102,35 @@ class SolvedBudget(BudgetController):
 
         Raises:
             ValueError: a budget below the cheapest plan.
+
+        Warns:
+            UserWarning: the run has another guidance scale than the calibration.
         """
         if self.budget.share == 1:
             return Schedule.throughout(self.calibration.choices[0])
+        self._check_scale(facts)
         steps = _Steps(self, facts)
+        steps.check(self.budget)
         frontier = steps.frontier(self.budget.share)
         return steps.schedule(frontier.choices(frontier.best(self.budget.share)))
 
     def least(self, facts: Facts) -> float:
         """Of the cheapest plan."""
-        return float(_Steps(self, facts).frontier().costs[0])
+        return _Steps(self, facts).least
 
     def within(self, share: float) -> SolvedBudget:
         """The same with another budget."""
         return replace(self, budget=replace(self.budget, share=share))
+
+    def _check_scale(self, facts: Facts) -> None:
+        """Warn of a run whose guidance scale is not the one that errors were measured at."""
+        measured, asked = self.calibration.guidance_scale, facts.guidance_scale
+        if facts.guided and asked is not None and not math.isclose(asked, measured, rel_tol=1e-6):
+            warn(
+                f"this run has a guidance scale of {asked:g}, and its budget is spent by errors "
+                f"that were measured at {measured:g}; run at that scale "
+                "(handle.calibration.guidance_scale), or calibrate at the other one"
+            )
 
     def offers(self, facts: Facts, count: int = 50) -> Offers:
         """The best plans for a run at evenly spaced budgets, cheapest first.
@@ -167,6 +188,23 @@ class _Steps:
 
     def frontier(self, limit: float = np.inf) -> Frontier:
         return Frontier.of(self.ordered, self.costs, limit=limit)
+
+    @property
+    def least(self) -> float:
+        """Share of the full cost of the cheapest plan."""
+        return float(self.costs.min(axis=1).sum())
+
+    def check(self, budget: Budget) -> None:
+        """Refuse a budget that no plan can keep, in the words of its currency.
+
+        Raises:
+            ValueError: naming what can be kept.
+        """
+        least = self.least
+        if least > budget.share + ROUNDING:
+            of = " of the seconds" if budget.currency == "seconds" else ""
+            legal = legal_shares(least, CHEAPEST)
+            raise ValueError(f"budget = {budget.share}{of}; legal: {legal}")
 
     def damage_of(self, plan: NDArray[np.intp]) -> float:
         return float(np.take_along_axis(self.damage, plan[:, None], axis=1).sum())

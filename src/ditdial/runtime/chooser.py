@@ -189,7 +189,7 @@ class Choosing:
         last = Passes.of(sum(call.passes for call in calls if call.level == calls[-1].level))
         rest = facts.levels[done:]
         passes = {each: facts.passes.get(each, last) for each in rest}
-        self.facts = facts = replace(facts, levels=rest, passes=passes)
+        self.facts = facts = replace(facts, levels=rest, passes=passes, guidance_scale=None)
         spent, full = (
             sum(getattr(call, name) / call.count for call in calls)
             for name in ("macs", "full_macs")

@@ -50,10 +50,12 @@ class Costs:
 
     Attributes:
         kept: what routed modes left in, when each of them last ran.
+        cached: whether a step cache was on in the last forward pass.
     """
 
     surgery: Surgery
     kept: dict[Mode, tuple[Kept, ...]] = field(default_factory=dict)
+    cached: bool = False
     shapes: dict[tuple[tuple[Any, ...], bool], TransformerShape] = field(default_factory=dict)
 
     def shape_of(
@@ -110,4 +112,5 @@ class Costs:
             pictures=facts.pictures,
             why=facts.why,
             guided=facts.guided,
+            cached=self.cached,
         )

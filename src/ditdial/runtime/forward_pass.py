@@ -72,6 +72,7 @@ class ForwardPass:
                 call = wiring.backbone.prepare(call, state, mode)
             narrow, text = self._narrow(model, call, mode), self._prompt(call)
             grids = new.grids(model, wiring.backbone, state, mode)
+            self.costs.cached = step_caches.has_step_cache(model)
             begun = state.begin(narrow=narrow, grids=grids, text=text)
             with begun, self._cache_state(model, mode, branch):
                 output = self.compiled.run(model, call)

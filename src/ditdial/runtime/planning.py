@@ -11,6 +11,7 @@ from torch import nn
 
 from ditdial.host.device import device_name
 from ditdial.host.pipelines import levels_of, steps_of
+from ditdial.host.step_caches import has_step_cache
 from ditdial.ops.patching import Triple
 from ditdial.plan.budget import Budget
 from ditdial.plan.controller import Controller, Facts
@@ -84,6 +85,7 @@ class Planning:
             budget=engine.chooser.share,
             grid=grid or usual_grid,
             text_tokens=text,
+            step_cache=has_step_cache(self.model),
         )
 
     def offers(

@@ -185,8 +185,13 @@ class Step:
         if self._by_branch:
             # A pipeline that has no word for guidance does without.
             guided = bool(self.caller.guided) if self.caller.facts else None
-        passes = self.caller.passes(self.model)
-        return Facts(levels=self.run.levels, macs=self.shape.macs, guided=guided, passes=passes)
+        return Facts(
+            levels=self.run.levels,
+            macs=self.shape.macs,
+            guided=guided,
+            passes=self.caller.passes(self.model),
+            guidance_scale=self.caller.guidance_scale(self.model),
+        )
 
     def _check_perturbed(self, groups: list[Group]) -> None:
         """Refuse what takes apart a batch with rows for perturbed-attention guidance.

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from ditdial.host.parametrization import Parametrization, is_flow_scheduler
 from ditdial.ops.flow import path_norm, velocity
+
+BELOW = 1e-4
+"""Share by which levels lie lower than even ones: far more than float32 rounds, nothing to see."""
 
 
 class PixelDiTPipeline(DiffusionPipeline):
@@ -75,9 +79,33 @@ class PixelDiTPipeline(DiffusionPipeline):
         if do_classifier_free_guidance:
             null = self.transformer.config.num_embeds_ada_norm
             labels = torch.cat([labels, torch.full_like(labels, null)])
-        self.scheduler.set_timesteps(num_inference_steps, device=x.device)
+        self.set_timesteps(self.scheduler, num_inference_steps, x.device)
         images = self._pictures(self._solve(x, labels, guidance_scale, generator), output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def set_timesteps(self, scheduler: Any, steps: int, device: Any = None) -> None:
+        """Give a scheduler the timesteps of a run; plans ask a copy of it the same.
+
+        The noise levels of a flow scheduler are 1, (N - 1)/N, ..., 1/N. Its own would be N even
+        ones from 1 to 0.001, the last of which lies at the data already: N - 1 of ours draw the
+        pictures of N of those. All but the first lie a hair (`BELOW`) lower, so that a step which
+        begins where a stretch of a schedule ends is the first of the next one, however numbers are
+        rounded: the noisiest half of 12 steps is 6. A scheduler that takes no levels (Heun's), or
+        has flow levels that stop short of the data anyway, keeps its own.
+
+        Args:
+            scheduler: is changed.
+            steps: N.
+            device: of the timesteps.
+        """
+        levels = np.linspace(1.0, 1 / steps, steps)
+        levels[1:] *= 1 - BELOW
+        given: dict[str, Any] = {}
+        if is_flow_scheduler(scheduler) and not scheduler.config.get("use_flow_sigmas", False):
+            given = _accepted(scheduler.set_timesteps, sigmas=levels)
+        if not given:
+            given = {"num_inference_steps": steps}
+        scheduler.set_timesteps(**given, device=device)
 
     def _noise(self, count: int, generator: Any) -> Tensor:
         """Where sampling starts, ``(count, C, H, W)``, in float32.
