@@ -66,9 +66,9 @@ def test_the_idea_is_five_files_away():
 @pytest.mark.parametrize(
     ("file", "old", "new", "told"),
     [
-        ("runtime/engine.py", "def _decide(", "def _choose(", "has no Engine._decide"),
+        ("runtime/step.py", "def _choose(", "def _pick(", "has no Step._choose"),
         ("runtime/engine.py", "engine.run", "engine.run", None),
-        ("runtime/engine.py", "self.chooser.decide(", "self.chooser.pick(", "does not lead to"),
+        ("runtime/step.py", "self.run.choosing.decide(", "self.run.choosing.pick(", "does not lead to"),
         ("runtime/compiled.py", "forward(**call)", "stock(**call)", "does not lead to"),
     ],
 )

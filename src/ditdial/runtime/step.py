@@ -59,6 +59,7 @@ class Step:
 
     @property
     def _forward(self) -> Callable[..., Any]:
+        """Runs the stock forward on some rows, in a mode."""
         return functools.partial(self.passes.run, self.model)
 
     @property
@@ -103,6 +104,7 @@ class Step:
         )
 
     def _record(self, facts: CallFacts, watch: Stopwatch) -> None:
+        """Keep what ran among the calls of the run."""
         self.run.calls.append(self.costs.record(facts, watch))
 
     def _guidance(self) -> Any:
