@@ -5,8 +5,6 @@ Everything about a file is checked before a model is touched.
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ditdial.host import tensor_files
 from ditdial.methods import Combined, Method, method_from_config
-from ditdial.plain import json_files
+from ditdial.plain import files, json_files
+from ditdial.plain.checks import require
 from ditdial.plan.calibration import FILE as CALIBRATION
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.kept_seconds import added
@@ -82,7 +80,7 @@ class Adapter:
         return _read(_find(source, revision=revision, token=token, subfolder=subfolder))
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> Path:
-        """Write the folder in one rename; an old adapter there goes only once the new is whole.
+        """Write the folder; the files of an old adapter there go only once the new ones are whole.
 
         A calibration goes with the adapter it was measured of; other files in the folder stay.
 
@@ -91,24 +89,24 @@ class Adapter:
 
         Raises:
             FileExistsError: the folder exists and holds something that is no adapter.
+            ValueError: weights that could not be loaded again, such as NaN, or a dtype of whole
+                numbers or of fewer than 16 bits.
         """
         folder = Path(folder).expanduser()
+        legal = "None, or one of 16 bits or more, as torch.float16"
+        wide = dtype in tensor_files.FLOATS and dtype.itemsize >= 2
+        require(dtype is None or wide, "dtype", dtype, legal)
         if folder.exists() and not (folder.is_dir() and _is_ours(folder)):
             raise FileExistsError(
                 f"{str(folder)!r} exists and holds no adapter; choose another folder"
             )
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
-            partial = Path(scratch) / "new"
-            partial.mkdir()
-            self._write(partial, dtype)
-            if folder.exists():
-                for file in folder.iterdir():
-                    if file.name not in (CONFIG, WEIGHTS, CALIBRATION):  # a card, say
-                        copy = shutil.copytree if file.is_dir() else shutil.copy2
-                        copy(file, partial / file.name)
-                os.replace(folder, Path(scratch) / "old")
-            os.replace(partial, folder)
+        tensors = {
+            name: value.detach().to("cpu", _stored(value.dtype, dtype)).contiguous()
+            for name, value in self.tensors.items()
+        }
+        tensor_files.check_numbers("the adapter", tensors)
+        with files.filling(folder, (CONFIG, WEIGHTS, CALIBRATION)) as partial:
+            self._write(partial, tensors)
         return folder
 
     def push_to_hub(
@@ -144,13 +142,8 @@ class Adapter:
             )
         return commit.commit_url
 
-    def _write(self, folder: Path, dtype: torch.dtype | None) -> None:
-        tensors = {
-            name: value.detach().to("cpu", dtype or value.dtype).contiguous()
-            for name, value in self.tensors.items()
-        }
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-        os.chmod(folder / WEIGHTS, 0o644)  # safetensors makes files private, an adapter is not
+    def _write(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        tensor_files.save(folder / WEIGHTS, tensors, {"format": "pt"})
         config = {
             "format": FORMAT,
             "method": self.method.name,
@@ -162,6 +155,11 @@ class Adapter:
         json_files.write(folder / CONFIG, config)
         if self.calibration is not None:
             self.calibration.save(folder / CALIBRATION)
+
+
+def _stored(own: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
+    """The dtype in which a tensor is stored; whole numbers, which are positions, stay such."""
+    return asked if asked is not None and own.is_floating_point else own
 
 
 def identity(method: Method) -> dict[str, Any]:
@@ -180,18 +178,8 @@ def _read(folder: Path) -> Adapter:
                 "(pickle can run code)"
             )
         raise FileNotFoundError(f"{str(folder)!r} has no {WEIGHTS}")
-    try:
-        tensors = load_file(weights)
-    except (SafetensorError, ValueError, OSError) as error:
-        raise ValueError(
-            f"{str(weights)!r} is truncated or no safetensors file: {error}"
-        ) from error
-    for name, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"{str(weights)!r}: tensor {name!r} holds NaN or infinite values; "
-                "legal: finite numbers"
-            )
+    tensors, _ = tensor_files.load(weights)
+    tensor_files.check_numbers(repr(str(weights)), tensors)
     schedule, measured = config.get("schedule"), folder / CALIBRATION
     return Adapter(
         method=method_from_config(config["method"], config["settings"]),
@@ -219,7 +207,7 @@ def check_base(adapter: Adapter, identity: dict[str, Any]) -> None:
 
 
 def check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
-    """Refuse tensors that are missing, unknown or of another shape.
+    """Refuse tensors that are missing, unknown, or of another shape or kind of numbers.
 
     Raises:
         ValueError: naming the first few of each.
@@ -231,9 +219,19 @@ def check_tensors(expected: dict[str, Tensor], tensors: dict[str, Tensor]) -> No
         for name, value in expected.items()
         if name in tensors and tensors[name].shape != value.shape
     ]
+    kinds = [
+        f"{name} {tensors[name].dtype} instead of {value.dtype}"
+        for name, value in expected.items()
+        if name in tensors and value.is_floating_point() and not tensors[name].is_floating_point()
+    ]
     problems = [
         f"{kind}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}"
-        for kind, names in (("missing", missing), ("unknown", unknown), ("wrong shape", wrong))
+        for kind, names in (
+            ("missing", missing),
+            ("unknown", unknown),
+            ("wrong shape", wrong),
+            ("wrong dtype", kinds),
+        )
         if names
     ]
     if problems:
@@ -284,14 +282,15 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{str(folder)!r} has no {CONFIG}; it is no adapter folder")
-    config = json_files.loads(path.read_text(encoding="utf-8"), repr(str(path)), lambda data: data)
+    name = repr(str(path))
+    config = json_files.loads(files.read(path, "config"), name, lambda data: data)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else config
-        raise ValueError(f"{str(path)!r}: format = {found!r}; legal: {FORMAT}")
-    for name, kind in (("method", str), ("settings", dict), ("base", dict), ("notes", dict)):
-        if not isinstance(config.get(name), kind):
+        raise ValueError(f"{name}: format = {found!r}; legal: {FORMAT}")
+    for key, kind in (("method", str), ("settings", dict), ("base", dict), ("notes", dict)):
+        if not isinstance(config.get(key), kind):
             raise ValueError(
-                f"{str(path)!r}: {name} = {config.get(name)!r}; legal: a JSON "
+                f"{name}: {key} = {config.get(key)!r}; legal: a JSON "
                 f"{'text' if kind is str else 'object'}"
             )
     return config

@@ -15,7 +15,7 @@ from ditdial.evaluation.picture import Row, comparison
 from ditdial.evaluation.runner import as_row
 from ditdial.evaluation.sheet import save_png
 from ditdial.measure.provenance import write_results
-from ditdial.plain import figures
+from ditdial.plain import figures, files
 from ditdial.plain.checks import require
 from ditdial.plan.execution import Execution
 from ditdial.plan.schedule import Schedule
@@ -60,7 +60,6 @@ def run_demo(
     """
     require(images >= 20 * sets, "images", images, f">= {20 * sets} (20 for each of {sets} sets)")
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
     settings = reference_settings()
     steps, rows = settings["steps"], demo_rows(settings)
     pipe = load_reference()
@@ -75,7 +74,7 @@ def run_demo(
         for row, line in zip(rows.values(), table, strict=True)
     ]
     save_png(output / "samples.png", comparison(shown))
-    (output / "table.md").write_text(markdown(table))
+    files.write(output / "table.md", markdown(table))
     results = {"images": images, "steps": steps, "sets": sets, "rows": table}
     write_results(output / "results.json", results)
     return results

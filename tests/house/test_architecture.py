@@ -68,7 +68,12 @@ def test_the_idea_is_five_files_away():
     [
         ("runtime/step.py", "def _choose(", "def _pick(", "has no Step._choose"),
         ("runtime/engine.py", "engine.run", "engine.run", None),
-        ("runtime/step.py", "self.run.choosing.decide(", "self.run.choosing.pick(", "does not lead to"),
+        (
+            "runtime/step.py",
+            "self.run.choosing.decide(",
+            "self.run.choosing.pick(",
+            "does not lead to",
+        ),
         ("runtime/compiled.py", "forward(**call)", "stock(**call)", "does not lead to"),
     ],
 )

@@ -23,6 +23,7 @@ from ditdial.cli.report import report
 from ditdial.cli.sample import sample
 from ditdial.cli.train import train
 from ditdial.measure.memory import keep_freed_memory
+from ditdial.plain.checks import on_one_line
 
 USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 """What bad input, a full or read-only disk, a missing extra or a diverged training raise."""
@@ -70,8 +71,8 @@ def configure_logging() -> None:
 
 def error_text(error: BaseException) -> str:
     """An error as one line: the system's errors without their numbers, with the file they name."""
-    if not isinstance(error, OSError):
-        return str(error)
-    if error.strerror and error.filename is not None:
-        return f"{error.strerror}: {str(error.filename)!r}"
-    return " ".join((error.strerror or str(error)).split())
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        named = "" if error.filename is None else f": {str(error.filename)!r}"
+        text = f"{error.strerror}{named}"
+    return on_one_line(text)

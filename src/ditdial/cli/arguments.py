@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,13 +19,20 @@ if TYPE_CHECKING:
     from ditdial.sampling.pixel_pipeline import PixelDiTPipeline
 
 AdapterName = Annotated[
-    str, typer.Option(help="lora, shared, ddit, ppflow, dydit, sparsedit, a folder.")
+    str, typer.Option(help="lora, shared, ddit, ppflow, dydit, sparsedit, a folder, a hub id.")
+]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of an adapter of the hub.")
 ]
 ModelName = Annotated[str, typer.Option(help="Reference model or pipeline folder.")]
 ScheduleFile = Annotated[
     Path | None, typer.Option(help="A schedule as JSON, in place of the dial.")
 ]
 Steps = Annotated[int, typer.Option(help="Sampling steps.")]
+
+LABELS = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?")
+MOST_LABELS = 100_000
+"""Pictures that one command makes; all of them are in memory at its end."""
 
 
 def parse_labels(text: str, name: str = "labels") -> list[int]:
@@ -34,14 +42,16 @@ def parse_labels(text: str, name: str = "labels") -> list[int]:
         name: of the option, for errors.
 
     Raises:
-        ValueError: not numbers and ranges.
+        ValueError: not numbers and ranges, or more than `MOST_LABELS` of them.
     """
     labels: list[int] = []
     for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
-            raise ValueError(f"{name} = {text!r}; legal: numbers and ranges, as in 0,3,5-7")
-        labels += range(int(first), int(last or first) + 1)
+        found = LABELS.fullmatch(part.strip())
+        first, last = map(int, (found[1], found[2] or found[1])) if found else (0, MOST_LABELS)
+        if len(labels) + last - first >= MOST_LABELS:
+            legal = f"numbers and ranges, as in 0,3,5-7, at most {MOST_LABELS}"
+            raise ValueError(f"{name} = {text!r}; legal: {legal}")
+        labels += range(first, last + 1)
     return labels
 
 
@@ -82,11 +92,7 @@ def read_schedule(path: Path | None) -> Schedule | None:
     """
     from ditdial.plan.schedule import Schedule
 
-    if path is None:
-        return None
-    if not path.exists():
-        raise FileNotFoundError(f"schedule {str(path)!r} does not exist")
-    return Schedule.from_json(path.read_text())
+    return None if path is None else Schedule.load(path)
 
 
 def pipeline(model: str) -> PixelDiTPipeline:
@@ -96,32 +102,52 @@ def pipeline(model: str) -> PixelDiTPipeline:
         model: a reference model, or a folder of a pipeline.
 
     Raises:
-        ValueError: neither of the two.
-        OSError: a folder that holds no pipeline.
+        ValueError: neither of the two, or a folder of something else.
+        OSError: a folder that lacks a file.
     """
     from diffusers.utils.logging import disable_progress_bar
 
-    from ditdial.reference import load_reference, reference_names
+    from ditdial.host.configs import check_folder
+    from ditdial.reference import load_reference
     from ditdial.sampling.pixel_pipeline import PixelDiTPipeline
 
     disable_progress_bar()  # of the two parts of the pipeline, which are read in no time
-    names = reference_names()
-    if model in names:
+    if _is_reference(model):
         return load_reference(model)
-    if Path(model).is_dir():
-        return PixelDiTPipeline.from_pretrained(model)
-    raise ValueError(
-        f"model = {model!r}; legal: a reference model ({', '.join(names)}) or a pipeline folder"
-        f"{did_you_mean(model, names)}"
-    )
+    check_folder(Path(model))
+    try:
+        return PixelDiTPipeline.from_pretrained(model, use_safetensors=True)
+    except OSError:
+        raise
+    except Exception as error:  # diffusers checks little of what it reads, and raises anything
+        raise ValueError(f"model = {model!r} cannot be loaded as a pipeline: {error!r}") from error
 
 
-def elastic(model: str, adapter: str) -> tuple[PixelDiTPipeline, Handle]:
+def _is_reference(model: str) -> bool:
+    """Whether a model is one of the package's own; else it is a folder.
+
+    Raises:
+        ValueError: neither of the two.
+    """
+    from ditdial.reference import reference_names
+
+    names = reference_names()
+    if model not in names and not Path(model).is_dir():
+        raise ValueError(
+            f"model = {model!r}; legal: a reference model ({', '.join(names)}) or a pipeline folder"
+            f"{did_you_mean(model, names)}"
+        )
+    return model in names
+
+
+def elastic(
+    model: str, adapter: str, revision: str | None = None
+) -> tuple[PixelDiTPipeline, Handle]:
     """The pipeline of a command, made elastic.
 
     Args:
         model: as in `pipeline`.
-        adapter: of a reference model, or a folder.
+        adapter, revision: as in `adapter_source`.
 
     Raises:
         ValueError: as in `pipeline`, or an adapter that does not fit.
@@ -130,32 +156,50 @@ def elastic(model: str, adapter: str) -> tuple[PixelDiTPipeline, Handle]:
     from ditdial.elastify import elastify
     from ditdial.plan.execution import Execution
 
-    pipe = pipeline(model)
-    return pipe, elastify(pipe, adapter_folder(model, adapter), execution=Execution(merge=True))
+    source = adapter_source(model, adapter, revision)
+    pipe, execution = pipeline(model), Execution(merge=True)
+    return pipe, elastify(pipe, source, execution=execution, revision=revision)
 
 
-def adapter_folder(model: str, adapter: str) -> Path:
-    """Where an adapter is: its name is of a reference model's, unless it has a slash.
+def adapter_source(model: str, adapter: str, revision: str | None = None) -> Path | str:
+    """The folder of an adapter, or its hub id.
 
     Args:
         model: as in `pipeline`.
-        adapter: ``lora``, ``shared`` or a method's name of a reference model, else a folder; with a
-            slash it is always a folder (``./lora``).
+        adapter: ``lora``, ``shared`` or a method's name of a reference model; else a folder
+            (``./lora`` is always one); else a hub id.
+        revision: of the hub id.
+
+    Raises:
+        ValueError: none of the three, a revision of a folder, or no such model.
     """
     from ditdial.reference import reference_adapter
 
-    return reference_adapter(adapter, model) if is_shipped(model, adapter) else Path(adapter)
+    shipped = is_shipped(model, adapter)
+    here = shipped or Path(adapter).expanduser().is_dir()
+    if here and revision is not None:
+        raise ValueError(
+            f"revision = {revision!r} of adapter {adapter!r}, which is a folder here; legal: of an "
+            "adapter of the hub"
+        )
+    if not here and "/" in adapter:
+        return adapter
+    if not here and not _is_reference(model):
+        raise FileNotFoundError(
+            f"adapter {adapter!r} is neither a folder nor a hub id (owner/name)"
+        )
+    return Path(adapter).expanduser() if here and not shipped else reference_adapter(adapter, model)
 
 
 def is_shipped(model: str, adapter: str) -> bool:
     """Whether an adapter is one of the package's own; its folder is nobody's to write into.
 
     Args:
-        model, adapter: as in `adapter_folder`.
+        model, adapter: as in `adapter_source`.
     """
-    from ditdial.reference import reference_names
+    from ditdial.reference import reference_adapters
 
-    return model in reference_names() and "/" not in adapter
+    return _is_reference(model) and adapter in reference_adapters(model)
 
 
 def output_file(path: Path) -> Path:
@@ -179,8 +223,8 @@ def output_folder(path: Path) -> Path:
     existing: Any = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise _refusal(NotADirectoryError, errno.ENOTDIR, existing)
-    if not os.access(existing, os.W_OK):
-        raise _refusal(PermissionError, errno.EACCES, existing)
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise _refusal(PermissionError, errno.EACCES, path)
     return path
 
 

@@ -11,15 +11,16 @@ import typer
 from ditdial.cli.arguments import (
     AdapterName,
     ModelName,
+    Revision,
     Steps,
-    adapter_folder,
+    adapter_source,
     elastic,
     is_shipped,
     output_file,
     parse_reference,
 )
 from ditdial.cli.tables import AsJson, Column, print_json, print_table, say
-from ditdial.plain.checks import require
+from ditdial.plain.checks import whole
 
 if TYPE_CHECKING:
     from ditdial.plan.calibration import Calibration
@@ -34,9 +35,10 @@ BATCH = 32
 def calibrate(
     output: Annotated[
         Path | None,
-        typer.Option(help="File to write. In the adapter's folder by default, if that is yours."),
+        typer.Option(help="File to write; in the adapter's folder by default, if that is yours."),
     ] = None,
     adapter: AdapterName = "lora",
+    revision: Revision = None,
     guidance_scale: Annotated[float, typer.Option(help="1 turns guidance off.")] = 2.0,
     steps: Steps = 25,
     images: Annotated[int, typer.Option(help="Pictures in all.")] = 32,
@@ -60,13 +62,18 @@ def calibrate(
     Adapters that ship with the package are not changed: a calibration of one needs --output, and
     seconds of one are kept in your cache folder.
     """
+    from ditdial.evaluation.contenders import MOST_PICTURES
     from ditdial.plan.calibration import FILE, Calibration
     from ditdial.plan.kept_seconds import keep
+    from ditdial.plan.plan import MOST_STEPS
 
-    require(images >= 1, "images", images, ">= 1")
-    require(steps >= 1, "steps", steps, ">= 1")
-    path = output or adapter_folder(model, adapter) / FILE
-    shipped = output is None and is_shipped(model, adapter)
+    whole("images", images, 1, MOST_PICTURES)
+    whole("steps", steps, 1, MOST_STEPS)
+    whole("bands", bands, 0, steps)
+    source = adapter_source(model, adapter, revision)
+    if output is None and isinstance(source, str):
+        raise ValueError(f"output = None for adapter {source!r} of the hub; legal: a file to write")
+    path, shipped = output or Path(source) / FILE, output is None and is_shipped(model, adapter)
     if shipped and not only_seconds:
         raise ValueError(
             f"output = None; legal for adapter {adapter!r}, which ships with the package: a file "
@@ -76,7 +83,7 @@ def calibrate(
         output_file(path)
     if path.exists() and not (force or only_seconds):
         raise FileExistsError(f"{str(path)!r} exists; --force replaces it")
-    pipe, handle = elastic(model, adapter)
+    pipe, handle = elastic(model, adapter, revision)
     aim = parse_reference(reference, handle.modes[1])
     settings: dict[str, Any] = {}
     if not only_seconds:
@@ -85,7 +92,7 @@ def calibrate(
         settings |= {"batches": -(-images // BATCH), "data": facts}
     elif aim is not None:
         raise ValueError(f"reference = {reference!r} with --only-seconds, which keeps the errors")
-    else:
+    elif path.exists() or isinstance(source, Path) or handle.calibration is None:
         handle.calibration = Calibration.load(path)
     sample = _sampler(pipe, images, guidance_scale=guidance_scale, steps=steps)
     measured = handle.calibrate(sample, only_seconds=only_seconds, **settings)

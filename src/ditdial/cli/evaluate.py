@@ -9,6 +9,7 @@ import typer
 
 from ditdial.cli.arguments import (
     AdapterName,
+    Revision,
     ScheduleFile,
     Steps,
     elastic,
@@ -22,6 +23,7 @@ from ditdial.cli.tables import AsJson, print_json, say
 def evaluate(
     output: Annotated[Path, typer.Option(help="JSON file to write.")] = Path("out/eval.json"),
     adapter: AdapterName = "lora",
+    revision: Revision = None,
     weak_fraction: Annotated[float, typer.Option(help="Share of noise levels run weak.")] = 0.48,
     guidance: Annotated[str, typer.Option(help="cfg or weak.")] = "cfg",
     schedule: ScheduleFile = None,
@@ -40,7 +42,7 @@ def evaluate(
 
     chosen = read_schedule(schedule) or Schedule.weak_first(weak_fraction, guidance=guidance)
     output_file(output)
-    pipe, handle = elastic(model, adapter)
+    pipe, handle = elastic(model, adapter, revision)
     handle.schedule = chosen  # refused here, before any work, if the adapter lacks a mode
     judge = reference_judge(model)
     numbers = {"steps": steps, "images": images, "sets": sets}

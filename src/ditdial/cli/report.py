@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ditdial.cli.results import print_results
-from ditdial.cli.tables import AsJson, Column, print_json, print_table, say
+from ditdial.cli.results import KNOWN, print_results
+from ditdial.cli.tables import AsJson, Column, check_figures, print_json, print_table, say
 from ditdial.plain import figures, json_files
 from ditdial.plan.report import CACHES
 
@@ -20,6 +20,13 @@ CALLS = (
     Column("guide", "guidance\nbranch", name=True),
     Column("rows", "rows"),
     Column("macs", "of all rows", figures.macs),
+    Column("seconds", "time", figures.seconds),
+)
+
+TOTALS = (
+    Column("ratio", "of the full cost", figures.share),
+    Column("budget", "of it allowed", figures.share),
+    Column("macs", "MACs", figures.macs),
     Column("seconds", "time", figures.seconds),
 )
 
@@ -51,6 +58,8 @@ def _checked(data: Any) -> dict[str, Any]:
         isinstance(line, dict) and needed <= set(line) for line in lines
     ):
         raise ValueError("this is no report; legal: 'calls' of a run, or 'rows' of results")
+    check_figures(lines, CALLS if calls else KNOWN)
+    check_figures([data] if calls else [], TOTALS)
     return data
 
 
@@ -59,7 +68,7 @@ def _show_run(data: dict[str, Any]) -> None:
     say("per call of the model:\n")
     empty = [c.key for c in CALLS if all(call.get(c.key) is None for call in calls)]
     print_table(calls, [column for column in CALLS if column.key not in empty])
-    if "ratio" in data:
+    if data.get("ratio") is not None:
         asked = data.get("budget")
         of = "" if asked is None else f" (of {figures.share(asked)} allowed)"
         say(

@@ -10,6 +10,7 @@ import typer
 from ditdial.cli.arguments import (
     AdapterName,
     ModelName,
+    Revision,
     ScheduleFile,
     Steps,
     elastic,
@@ -18,7 +19,7 @@ from ditdial.cli.arguments import (
     read_schedule,
 )
 from ditdial.cli.tables import say
-from ditdial.plain import figures
+from ditdial.plain import figures, files
 
 USUAL_SCALE = 2.0
 
@@ -32,6 +33,7 @@ def sample(
     labels: Annotated[str, typer.Option(help="Classes, as in 0,1,2 or 0-9.")] = "0-9",
     seed: Annotated[int, typer.Option(help="Seed of the first picture; the others count up.")] = 0,
     adapter: AdapterName = "lora",
+    revision: Revision = None,
     budget: Annotated[float, typer.Option(help="Share of the full cost, in (0, 1].")] = 1.0,
     tau: Annotated[
         float | None, typer.Option(help="DDiT's threshold; --budget is then its cap.")
@@ -54,17 +56,16 @@ def sample(
     if given is not None and tau is not None:
         raise ValueError("--schedule and --tau are both given; legal: one of them")
     output_folder(output)
-    pipe, handle = elastic(model, adapter)
+    pipe, handle = elastic(model, adapter, revision)
     _choose(handle, given, tau, budget)
     seeds = list(range(seed, seed + len(classes)))
     scale = _usual_scale(handle) if guidance_scale is None else guidance_scale
     drawn = draw(pipe, classes, seeds, guidance_scale=scale, steps=steps)
-    output.mkdir(parents=True, exist_ok=True)
     for image, label, number in zip(drawn.images, classes, seeds, strict=True):
         pixels = (image * 255).round().byte().permute(1, 2, 0).numpy()
         save_png(output / f"class{label}-seed{number}.png", pixels)
     report = handle.report()
-    (output / "report.json").write_text(report.to_json())
+    files.write(output / "report.json", report.to_json() + "\n")
     save_png(output / "decisions.png", decisions(report))
     say(f"{len(classes)} pictures at {figures.share(report.ratio)} of the full cost: {output}")
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ditdial.plain import figures
+from ditdial.plain.checks import on_one_line
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, with raw numbers.")]
 
@@ -62,7 +63,30 @@ class Column:
         if value is None:
             return figures.UNKNOWN
         text = self.write(value)
-        return f"{text} ± {self.write(noise)}" if self.noise and noise is not None else text
+        text = f"{text} ± {self.write(noise)}" if self.noise and noise is not None else text
+        return on_one_line(text)
+
+
+def check_figures(rows: Sequence[Row], columns: Sequence[Column]) -> None:
+    """Refuse rows with something else than numbers where columns write figures.
+
+    Raises:
+        ValueError: naming the entry.
+    """
+    keys = [c.key for c in columns if c.write is not plain or c.noise]
+    keys += [f"{column.key}_noise" for column in columns if column.noise]
+    for index, row in enumerate(rows):
+        for key in keys:
+            value = row.get(key)
+            if value is not None and not _is_float(value):
+                raise ValueError(f"row {index}: {key} = {value!r}; legal: a number")
+
+
+def _is_float(value: object) -> bool:
+    """Whether a value is a number that a float can hold, in the units that are shown too."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return isinstance(value, float) or abs(value) < 1e290
 
 
 def print_json(data: object) -> None:
@@ -80,7 +104,7 @@ def print_table(rows: Sequence[Row], columns: Sequence[Column]) -> None:
     console = Console()
     shown = list(columns)
     while len(shown) > 1:
-        count = len(shown)
+        count = min(len(shown), console.width)  # a column takes a character or more
         while count > 2 and not _fits(console, _table(rows, shown[:count])):
             count -= 1
         console.print(_table(rows, shown[:count]))

@@ -12,10 +12,14 @@ import torch
 from torch import Tensor
 
 from ditdial.handle import Handle
+from ditdial.plain.checks import whole
 from ditdial.plan.plan import Plan
 from ditdial.plan.schedule import Schedule
 from ditdial.sampling.batches import cyclic_labels, sample
 from ditdial.sampling.pixel_pipeline import PixelDiTPipeline
+
+MOST_PICTURES = 1_000_000
+"""Of one run; all of them are in memory at its end."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,12 @@ class Pictures:
 
     @classmethod
     def counted(cls, pipe: PixelDiTPipeline, count: int, first_seed: int) -> Pictures:
-        """Seeds that count up, and the pipeline's classes in turn."""
+        """Seeds that count up, and the pipeline's classes in turn.
+
+        Raises:
+            ValueError: no pictures, or more than `MOST_PICTURES`.
+        """
+        whole("images", count, 1, MOST_PICTURES)
         classes = pipe.transformer.config.num_embeds_ada_norm
         return cls(cyclic_labels(count, classes), list(range(first_seed, first_seed + count)))
 

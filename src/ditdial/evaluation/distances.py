@@ -8,17 +8,15 @@ a reference set need not be shipped.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ditdial.host import tensor_files
 from ditdial.plain.checks import require
 
 
@@ -149,18 +147,12 @@ class FeatureStatistics:
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, complete or not at all."""
-        path = Path(path)
         tensors = {
             "mean": self.mean.contiguous(),
             "covariance": self.covariance.contiguous(),
             "count": torch.tensor(self.count),
         }
-        partial = path.with_name(f".{path.name}.partial")
-        try:
-            save_file(tensors, partial, metadata={"features": self.features})
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        tensor_files.save(path, tensors, {"features": self.features})
 
     @classmethod
     def load(cls, path: str | Path) -> FeatureStatistics:
@@ -170,12 +162,9 @@ class FeatureStatistics:
             FileNotFoundError: no such file.
             ValueError: a safetensors file of something else.
         """
-        with safe_open(path, framework="pt") as file:
-            names = sorted(file.keys())
-            legal = "['count', 'covariance', 'mean']"
-            require(str(names) == legal, f"tensors in {str(path)!r}", names, legal)
-            tensors = {name: file.get_tensor(name) for name in names}
-            metadata = file.metadata() or {}
+        tensors, metadata = tensor_files.load(path)
+        names, legal = sorted(tensors), "['count', 'covariance', 'mean']"
+        require(str(names) == legal, f"tensors in {str(path)!r}", names, legal)
         return cls(
             mean=tensors["mean"],
             covariance=tensors["covariance"],

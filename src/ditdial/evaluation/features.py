@@ -7,7 +7,6 @@ the evaluation, features are float32 ``(B, num_features)``.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
+from ditdial.host.configs import read_config
 from ditdial.plain.checks import require
 
 REFERENCE = Path(__file__).parents[1] / "reference" / "mnist" / "classifier"
@@ -120,7 +120,7 @@ class ClassifierFeatures(nn.Module):
         if not config.is_file():
             raise FileNotFoundError(f"{str(folder)!r} holds no classifier: config.json is missing")
         # diffusers tries any folder: another model fails with a TypeError, or warns only.
-        stored = json.loads(config.read_text()).get("_class_name")
+        stored = read_config(config).get("_class_name")
         require(
             stored == "SmallClassifier", f"model class in {config}", stored, "'SmallClassifier'"
         )

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ditdial.evaluation.contenders import Contender, Pictures, draw_in_turn
+from ditdial.evaluation.contenders import MOST_PICTURES, Contender, Pictures, draw_in_turn
 from ditdial.evaluation.runner import Judge, as_row
 from ditdial.handle import Handle
+from ditdial.plain.checks import whole
 from ditdial.plan.schedule import Schedule
 from ditdial.sampling.pixel_pipeline import PixelDiTPipeline
 
@@ -35,7 +36,12 @@ def measure(
     Returns:
         Facts, ``ratio`` (FLOPs over full), ``seconds``, ``time_ratio``, and each metric with its
         noise.
+
+    Raises:
+        ValueError: fewer than two pictures for each set, or other numbers out of range.
     """
+    whole("images", images, 2, MOST_PICTURES)
+    whole("sets", sets, 1, images // 2)
     own, full = Contender(schedule, scale), Contender(Schedule.constant(), scale)
     contenders = [own, full] if compare else [own]
     pictures = Pictures.counted(pipe, images, first_seed)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ditdial.plain import files
+
 
 def plot_pareto(
     series: dict[str, Sequence[dict[str, Any]]], path: str | Path, *, metric: str = "frechet"
@@ -14,7 +16,8 @@ def plot_pareto(
 
     Raises:
         ImportError: matplotlib is missing.
-        ValueError: no rows.
+        OSError: the file cannot be written.
+        ValueError: no rows, or a file of a kind that matplotlib does not write.
     """
     try:
         import matplotlib
@@ -48,5 +51,7 @@ def plot_pareto(
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"{metric} (lower is better)" if metric != "accuracy" else metric)
     panels[0].legend(fontsize=8)
-    figure.savefig(path, dpi=130)
+    kind = Path(path).suffix[1:] or "png"
+    with files.writing(path) as partial:
+        figure.savefig(partial, dpi=130, format=kind)
     plt.close(figure)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ditdial.evaluation.distances import (
@@ -22,6 +21,7 @@ from ditdial.evaluation.distances import (
 )
 from ditdial.evaluation.features import ClassifierFeatures, SmallClassifier, load_features
 from ditdial.evaluation.pairwise import psnr, ssim
+from ditdial.host import tensor_files
 from ditdial.plain.checks import require
 
 
@@ -76,7 +76,7 @@ class Judge:
     @classmethod
     def load(cls, features: str, path: str | Path) -> Judge:
         """A judge with the reference set that `save_reference_set` wrote."""
-        tensors = load_file(Path(path))
+        tensors, _ = tensor_files.load(path)
         statistics = FeatureStatistics(
             mean=tensors["mean"], covariance=tensors["covariance"], count=int(tensors["count"])
         )
@@ -136,15 +136,13 @@ def save_reference_set(
     feats = torch.cat([network(part) for part in images.split(250)])
     statistics = FeatureStatistics.of(feats)
     chosen = torch.randperm(len(feats), generator=torch.Generator().manual_seed(0))[:sample]
-    save_file(
-        {
-            "mean": statistics.mean,
-            "covariance": statistics.covariance.contiguous(),
-            "count": torch.tensor(statistics.count),
-            "sample": feats[chosen].half().contiguous(),
-        },
-        Path(path),
-    )
+    tensors = {
+        "mean": statistics.mean,
+        "covariance": statistics.covariance.contiguous(),
+        "count": torch.tensor(statistics.count),
+        "sample": feats[chosen].half().contiguous(),
+    }
+    tensor_files.save(path, tensors)
 
 
 def as_row(figures: dict[str, Figure], **facts: Any) -> dict[str, Any]:

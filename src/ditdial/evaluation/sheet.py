@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from ditdial.evaluation.features import check_images
+from ditdial.plain import files
 from ditdial.plain.checks import require
 
 GAP = 2
@@ -48,21 +48,16 @@ def save_png(path: str | Path, array: np.ndarray) -> None:
     """Write a PNG, complete or not at all.
 
     Args:
-        path: file in a folder that exists.
+        path: of the file; folders above it are made.
         array: uint8 ``(H, W, C)`` with 1 or 3 channels.
 
     Raises:
+        OSError: the file cannot be written.
         ValueError: another shape or dtype.
     """
     legal = "uint8 (H, W, 1) or (H, W, 3)"
     shaped = array.ndim == 3 and array.shape[2] in (1, 3) and array.size > 0
     require(shaped and array.dtype == np.uint8, "array", f"{array.dtype} {array.shape}", legal)
-    path = Path(path)
     buffer = io.BytesIO()
     Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array).save(buffer, format="PNG")
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(buffer.getvalue())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    files.write(path, buffer.getvalue())

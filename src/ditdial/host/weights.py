@@ -58,6 +58,38 @@ def compute_dtype(layer: Any) -> torch.dtype:
     return weight.dtype
 
 
+def outline(module: nn.Module) -> Any:
+    """A model of the same modules and attributes, whose weights have shapes but take no memory.
+
+    It is for looking at what would be made of the model, not for running it.
+    """
+    made: dict[int, Tensor] = {}  # a weight that two modules share is one here, too
+
+    def shape_of(tensor: Tensor | None) -> Tensor | None:
+        if tensor is None:
+            return None
+        if id(tensor) not in made:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+            kept = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if kept else empty
+        return made[id(tensor)]
+
+    def look_at(module: nn.Module) -> nn.Module:
+        view = object.__new__(type(module))
+        view.__dict__ = {
+            **module.__dict__,
+            "_parameters": {name: shape_of(x) for name, x in module._parameters.items()},
+            "_buffers": {name: shape_of(x) for name, x in module._buffers.items()},
+            "_modules": {
+                name: None if child is None else look_at(child)
+                for name, child in module._modules.items()
+            },
+        }
+        return view
+
+    return look_at(module)
+
+
 def check_in_place(model: nn.Module) -> None:
     """Refuse a model whose weights are kept elsewhere: nobody would move new tensors with them.
 

@@ -121,6 +121,8 @@ def calibrate(
             onlooker.waiting.clear()
             sample(batch)
             _check_runs(onlooker)
+            legal = f"at most one per step ({len(errors.sums)})"
+            require(measuring.bands <= len(errors.sums), "bands", measuring.bands, legal)
             finals += final
     points = errors.points()
     assert clock.seconds is not None
@@ -138,8 +140,6 @@ def calibrate(
     )
     if not measuring.bands:
         return calibration
-    legal = f"at most one per step ({len(points)})"
-    require(measuring.bands <= len(points), "bands", measuring.bands, legal)
     bands = _measure_bands(engine, pipe, sample, calibration, finals, measuring.bands)
     return replace(calibration, bands=bands)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
 import shlex
 import subprocess
@@ -16,6 +14,7 @@ import diffusers
 import torch
 
 from ditdial.host.device import device_name
+from ditdial.plain import json_files
 
 
 def provenance(command: str | None = None) -> dict[str, Any]:
@@ -34,11 +33,7 @@ def provenance(command: str | None = None) -> dict[str, Any]:
 
 def write_results(path: str | Path, results: dict[str, Any], command: str | None = None) -> None:
     """Write one JSON of results with its provenance, complete or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps({"provenance": provenance(command), **results}, indent=2) + "\n")
-    os.replace(partial, path)
+    json_files.write(path, {"provenance": provenance(command), **results})
 
 
 def _told(argument: str) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import operator
 import sys
 import warnings
 from collections.abc import Iterable
+from typing import SupportsIndex
 
 INSIDE = ("ditdial", "torch.")
 """Modules that a warning is never about."""
@@ -33,6 +35,25 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals["__name__"].startswith(INSIDE):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, stacklevel=level)
+
+
+def whole(name: str, value: object, least: int, most: int) -> None:
+    """Refuse what is no whole number of a range, of Python or of another library.
+
+    Raises:
+        ValueError: naming the value and the range.
+    """
+    fits = isinstance(value, SupportsIndex) and not isinstance(value, bool)
+    if not fits or not least <= operator.index(value) <= most:
+        raise ValueError(f"{name} = {value!r}; legal: >= {least}, at most {most}")
+
+
+def on_one_line(text: str) -> str:
+    """A text as one line of a terminal: lines are joined, other controls are spelled out."""
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in " ".join(text.split())
+    )
 
 
 def one_of(name: str, value: object, legal: Iterable[str]) -> None:

@@ -2,7 +2,8 @@
 
 Everything is first written beside its place, under a hidden name that nobody can guess and that is
 made rather than opened, then flushed to the disk and renamed. A link in the place is replaced; what
-it points to is left alone.
+it points to is left alone. Reading has a limit, so that a wrong name (a device, somebody's data
+set) does not fill the memory.
 """
 
 from __future__ import annotations
@@ -12,8 +13,35 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+
+LARGEST = 2**24
+"""Bytes of a file of text: recipes, schedules, calibrations and reports have a few thousand."""
+
+
+def read(path: str | Path, what: str) -> str:
+    """The text of a file, which is UTF-8.
+
+    Args:
+        what: the file holds, for errors.
+
+    Raises:
+        FileNotFoundError: no such file.
+        OSError: a file that cannot be read, or a name that no file can have.
+        ValueError: no text, or more than `LARGEST` bytes of it; the message names the file.
+    """
+    path = Path(path).expanduser()
+    try:
+        with open(path, "rb") as file:
+            content = file.read(LARGEST + 1)
+        if len(content) > LARGEST:
+            raise ValueError(f"{what} of more than {LARGEST} bytes")
+        return content.decode()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(f"{what} {str(path)!r} does not exist") from error
+    except ValueError as error:  # bytes that are not UTF-8, or a zero in a name, are one too
+        raise ValueError(f"{str(path)!r}: {error}") from error
 
 
 def write(path: str | Path, content: bytes | str) -> Path:
@@ -62,6 +90,40 @@ def writing(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
+def filling(folder: str | Path, names: Collection[str]) -> Iterator[Path]:
+    """The name of an empty folder whose files go into ``folder`` once its block has ended well.
+
+    Those of a folder that is there already are replaced, all together, and what else it holds
+    stays. One that is not there is made, by one rename.
+
+    Args:
+        names: that the files may have; a file of these names that is not written again goes.
+
+    Raises:
+        OSError: as from `writing_folder`.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        with writing_folder(folder) as partial:
+            yield partial
+        return
+    partial = _beside(folder / "file")
+    with _named(folder, partial):
+        partial.mkdir()
+        try:
+            yield partial
+            _flush_all(partial)
+            for name in names:
+                if not (partial / name).exists():
+                    (folder / name).unlink(missing_ok=True)
+            for file in partial.iterdir():
+                os.replace(file, folder / file.name)
+            _flush(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def writing_folder(path: str | Path) -> Iterator[Path]:
     """The name of an empty folder that takes the place of ``path`` once its block has ended well.
 
@@ -82,11 +144,7 @@ def writing_folder(path: str | Path) -> Iterator[Path]:
         partial.mkdir()
         try:
             yield partial
-            for at, _, names in os.walk(partial, topdown=False):
-                for file in (Path(at, name) for name in names):
-                    if file.is_file() and not file.is_symlink():
-                        _flush(file)
-                _flush(Path(at))
+            _flush_all(partial)
             _exchange(partial, path, old)
             _flush(path.parent)
         finally:
@@ -122,6 +180,14 @@ def _named(path: Path, partial: Path) -> Iterator[None]:
         if error.errno is None or not (told is None or str(told).startswith(str(partial))):
             raise
         raise type(error)(error.errno, error.strerror, str(path)) from error
+
+
+def _flush_all(folder: Path) -> None:
+    for at, _, names in os.walk(folder, topdown=False):
+        for file in (Path(at, name) for name in names):
+            if file.is_file() and not file.is_symlink():
+                _flush(file)
+        _flush(Path(at))
 
 
 def _flush(path: Path) -> None:

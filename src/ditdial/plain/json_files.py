@@ -6,12 +6,17 @@ All files of the package are UTF-8, indented by two, and end with a line break.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ditdial.plain import files
+
 Made = TypeVar("Made")
+
+DEEPEST = 100
+"""Levels of lists and objects. What is deeper could be parsed, but not shown, copied or compared:
+Python's own limit is 1000 calls within each other."""
 
 
 def dumps(data: object) -> str:
@@ -35,15 +40,36 @@ def loads(text: str, what: str, make: Callable[[Any], Made]) -> Made:
         raise ValueError(f"{what} is not valid JSON: {error}") from error
     except RecursionError as error:
         raise _too_deep(what) from error
-    try:
-        return make(data)
-    except RecursionError as error:  # what can be parsed can be too deep to be shown in an error
-        raise _too_deep(what) from error
+    check_depth(data, what)
+    return make(data)
+
+
+def check_depth(data: object, what: str) -> None:
+    """Refuse plain data of more than `DEEPEST` levels.
+
+    Args:
+        what: holds the data, for errors.
+
+    Raises:
+        ValueError: it is nested more deeply.
+    """
+    level = [data]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, list | tuple | dict)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+        if not level:
+            return
+    raise _too_deep(what)
 
 
 def _too_deep(what: str) -> ValueError:
     return ValueError(
-        f"{what} is nested too deeply to be read; legal: a few levels of lists and objects"
+        f"{what} is nested too deeply to be read; legal: at most {DEEPEST} levels of lists and "
+        "objects"
     )
 
 
@@ -58,12 +84,7 @@ def write(path: str | Path, data: object) -> Path:
     Returns:
         The path, with the user's home put in place of ``~``.
     """
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(dumps(data) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-    return path
+    return files.write(path, dumps(data) + "\n")
 
 
 def read(path: str | Path, what: str, make: Callable[[Any], Made]) -> Made:
@@ -75,12 +96,11 @@ def read(path: str | Path, what: str, make: Callable[[Any], Made]) -> Made:
 
     Raises:
         FileNotFoundError: no such file.
+        OSError: a file that cannot be read, or a name that no file can have.
         ValueError: the file is no text, no JSON, or not understood; the message names it.
     """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(f"{what} {str(path)!r} does not exist")
+    text = files.read(path, what)
     try:
-        return loads(path.read_text(encoding="utf-8"), what, make)
-    except ValueError as error:  # bytes that are not UTF-8 are one too
-        raise ValueError(f"{str(path)!r}: {error}") from error
+        return loads(text, what, make)
+    except ValueError as error:
+        raise ValueError(f"{str(Path(path).expanduser())!r}: {error}") from error

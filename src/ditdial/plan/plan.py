@@ -23,6 +23,10 @@ def _prompts(segment: Segment, *, guided: bool, together: bool) -> list[tuple[st
     return [(own,), (own if segment.weak_guidance else null,)]
 
 
+MOST_STEPS = 10_000
+"""Of one run; the schedulers of diffusers know a thousand timesteps."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlanStep:
     """One model call of a run, before it is made.

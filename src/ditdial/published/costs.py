@@ -11,8 +11,9 @@ from ditdial.cost.blocks import Block, Kept, Term
 from ditdial.cost.shape import TransformerShape
 from ditdial.methods.base import Method
 from ditdial.methods.sparsedit import QUARTERS, STAGES_256, STAGES_512, SparseDiT
+from ditdial.plain.checks import whole
 from ditdial.plan.mode import FULL, Mode
-from ditdial.plan.plan import Plan
+from ditdial.plan.plan import MOST_STEPS, Plan
 from ditdial.plan.schedule import Schedule
 from ditdial.published.models import MODELS, Published, published_model
 
@@ -46,8 +47,7 @@ def run_cost(
     Raises:
         ValueError: unknown model, a method that does not fit it, or no steps.
     """
-    if steps < 1:
-        raise ValueError(f"steps = {steps}; legal: >= 1")
+    whole("steps", steps, 1, MOST_STEPS)
     known = published_model(model) if isinstance(model, str) else model
     schedule = schedule or method.default_schedule
     bare = known.shape(method, merged=merged)

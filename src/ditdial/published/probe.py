@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from ditdial.backbones import BACKBONES, Backbone, nearest
+from ditdial.host.configs import read_config
 from ditdial.ops.patching import Triple
 from ditdial.plain.checks import did_you_mean
 from ditdial.plan.mode import FULL, Mode
@@ -34,14 +34,23 @@ def probe(target: str) -> dict[str, Any]:
         is missing.
 
     Raises:
-        ValueError: neither of the three, or a class that is no diffusers model.
+        ValueError: neither of the three, a class that is no diffusers model, or a config that no
+            model can be built of.
         FileNotFoundError: a folder without a model's config.
     """
     name, config, grid, text = _resolve(target)
-    if name in BACKBONES:
-        model = _on_meta(name, config)
-        return {"class": name, "supported": True, **_facts(BACKBONES[name](), model, grid, text)}
+    try:
+        return _looked_at(name, config, grid, text)
+    except Exception as error:  # diffusers checks little of what it is given, and raises anything
+        raise ValueError(f"no {name} can be built of the config of {target!r}: {error}") from error
+
+
+def _looked_at(
+    name: str, config: dict[str, Any] | None, grid: Triple | None, text: int | None
+) -> dict[str, Any]:
     model = _on_meta(name, config)
+    if name in BACKBONES:
+        return {"class": name, "supported": True, **_facts(BACKBONES[name](), model, grid, text)}
     found, missing = _seams(model) if model is not None else ({}, list(SEAMS))
     return {
         "class": name,
@@ -98,17 +107,27 @@ def _resolve(target: str) -> tuple[str, dict[str, Any] | None, Triple | None, in
             folder = folder / "transformer"
         if not (folder / "config.json").is_file():
             raise FileNotFoundError(f"{str(folder)!r} has no config.json of a model")
-        config = json.loads((folder / "config.json").read_text())
-        name = str(config.get("_class_name"))
-        return name, {k: v for k, v in config.items() if not k.startswith("_")}, None, None
-    cls = getattr(diffusers, target, None)
-    if not (inspect.isclass(cls) and issubclass(cls, nn.Module)):
+        config = read_config(folder / "config.json")
+        name = config.get("_class_name")
+        if not _is_model(name):
+            near = did_you_mean(name, BACKBONES)
+            raise ValueError(
+                f"{str(folder / 'config.json')!r}: _class_name = {name!r}; legal: a diffusers "
+                f"model class{near}"
+            )
+        return str(name), {k: v for k, v in config.items() if not k.startswith("_")}, None, None
+    if not _is_model(target):
         raise ValueError(
             f"{target!r} is no diffusers model class, folder or published model; "
             f"legal classes: {', '.join(BACKBONES)}; legal models: {', '.join(MODELS)}"
             f"{did_you_mean(target, [*BACKBONES, *MODELS])}"
         )
     return target, None, None, None
+
+
+def _is_model(name: object) -> bool:
+    cls = getattr(diffusers, name, None) if isinstance(name, str) else None
+    return inspect.isclass(cls) and issubclass(cls, nn.Module)
 
 
 def _on_meta(name: str, config: dict[str, Any] | None) -> Any:

@@ -5,13 +5,13 @@ Each has a folder with a card (``README.md``) that states data, commands, commit
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ditdial.evaluation.runner import Judge
+from ditdial.plain import json_files
 from ditdial.plain.checks import did_you_mean
 from ditdial.sampling.pixel_pipeline import PixelDiTPipeline
 
@@ -42,6 +42,18 @@ def load_reference(name: str = "mnist") -> PixelDiTPipeline:
     return PixelDiTPipeline.from_pretrained(folder, dtype=torch.float32)
 
 
+def reference_adapters(name: str = "mnist") -> dict[str, Path]:
+    """Folders of the adapters of a reference model, by the name that `reference_adapter` takes.
+
+    Raises:
+        ValueError: no such model; those at hand are named.
+    """
+    return {
+        path.parent.name.removeprefix("flexidit-"): path.parent
+        for path in reference_folder(name).glob("*/adapter.safetensors")
+    }
+
+
 def reference_adapter(recipe: str = "lora", name: str = "mnist") -> Path:
     """Folder of an adapter of a reference model.
 
@@ -51,10 +63,7 @@ def reference_adapter(recipe: str = "lora", name: str = "mnist") -> Path:
     Raises:
         ValueError: no such adapter; those at hand are named.
     """
-    folders = {
-        path.parent.name.removeprefix("flexidit-"): path.parent
-        for path in reference_folder(name).glob("*/adapter.safetensors")
-    }
+    folders = reference_adapters(name)
     if recipe not in folders:
         raise ValueError(
             f"adapter {recipe!r} of reference model {name!r}; legal: {', '.join(sorted(folders))}"
@@ -71,4 +80,4 @@ def reference_judge(name: str = "mnist") -> Judge:
 
 def reference_settings(name: str = "mnist") -> dict[str, Any]:
     """Tuned guidance scales and the schedules of the demo."""
-    return json.loads((reference_folder(name) / "settings.json").read_text())
+    return json_files.read(reference_folder(name) / "settings.json", "settings", dict)

@@ -13,9 +13,10 @@ from ditdial.host.device import device_name
 from ditdial.host.pipelines import levels_of, steps_of
 from ditdial.host.step_caches import has_step_cache
 from ditdial.ops.patching import Triple
+from ditdial.plain.checks import whole
 from ditdial.plan.budget import Budget
 from ditdial.plan.controller import Controller, Facts
-from ditdial.plan.plan import Plan
+from ditdial.plan.plan import MOST_STEPS, Plan
 from ditdial.plan.solved import Offers, SolvedBudget
 from ditdial.plan.weak_first import WeakFirstBudget
 from ditdial.runtime.engine import Engine
@@ -45,8 +46,7 @@ class Planning:
         scheduler = scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
         if scheduler is None:
             raise ValueError("scheduler = None; a bare model has none of its own, so pass one")
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps = {num_inference_steps}; legal: >= 1")
+        whole("num_inference_steps", num_inference_steps, 1, MOST_STEPS)
         scheduler = copy.deepcopy(scheduler)
         grid = grid or self.engine.shape(self.model).grid
         backbone.times.set_timesteps(scheduler, num_inference_steps, grid, pipe)

@@ -23,6 +23,7 @@ from ditdial.host.weights import (
     is_offloaded,
     is_ordinary,
     onloaded,
+    outline,
 )
 from ditdial.layers.new_modules import NewModules
 from ditdial.methods import Method
@@ -72,6 +73,19 @@ class Tensors:
             ValueError: an adapter's tensors do not fit, or weights are held in a way that new
                 tensors cannot be made from.
         """
+        if adapters:  # before memory is taken for what a config asks for
+            with torch.device("meta"):
+                expected = cls._started(outline(model), backbone, method)
+            for adapter in adapters:
+                check_tensors(expected.stored(adapter.method), adapter.tensors)
+        tensors = cls._started(model, backbone, method)
+        for adapter in adapters:
+            tensors._load(adapter)
+        return tensors
+
+    @classmethod
+    def _started(cls, model: nn.Module, backbone: Backbone, method: Method) -> Tensors:
+        """New parameters for a stock model, as its method starts them."""
         keys = stock_keys(model) if method.trains_base else {}
         state = model.state_dict(keep_vars=True) if keys else {}
         base = {name: state[key] for name, key in keys.items()}
@@ -81,7 +95,7 @@ class Tensors:
                 f"this method trains the base's own weights, some of which are {sorted(kinds)}; "
                 "legal: elastify first and quantise then"
             )
-        tensors = cls(
+        return cls(
             method=method,
             new=method.build(model, backbone),
             pairs=_low_rank_pairs(model, backbone, method),
@@ -89,17 +103,12 @@ class Tensors:
             base=base,
             owners={name: _owner(model, key) for name, key in keys.items()},
         )
-        for adapter in adapters:
-            tensors._load(adapter)
-        return tensors
 
     def _load(self, adapter: Adapter) -> None:
-        """Take the weights of an adapter of the method, or of a part of it."""
-        expected = self.of(adapter.method)
+        """Take the weights of an adapter of the method, or of a part of it; they fit."""
         base = self.base if adapter.method.trains_base else {}
-        check_tensors(expected | {f"base.{k}": v for k, v in base.items()}, adapter.tensors)
         with torch.no_grad():
-            for name, value in expected.items():
+            for name, value in self.of(adapter.method).items():
                 value.copy_(adapter.tensors[name])
         self.others |= {  # copies: a loaded tensor may be a view of its file
             k: torch.empty_like(v).copy_(adapter.tensors[f"base.{k}"]) for k, v in base.items()
@@ -118,6 +127,11 @@ class Tensors:
                     tensors[f"{name}.coarse_B.{mode}"] = B[mode]
         return tensors
 
+    def stored(self, method: Method) -> dict[str, Tensor]:
+        """All tensors that an adapter of the method, or of a part of it, holds."""
+        base = self.base if method.trains_base else {}
+        return self.of(method) | {f"base.{name}": value for name, value in base.items()}
+
     def holders(self) -> list[nn.Module]:
         """The modules that hold new tensors."""
         factors = [x for _, A, B in self.pairs.values() for x in (A, B)]
@@ -132,7 +146,7 @@ class Tensors:
         holders = [module for module in holders if is_offloaded([module])]
         weights = unfused(model) if self.base else nullcontext(False)
         with onloaded(holders), weights as changed:
-            tensors = self.of(self.method) | {f"base.{k}": v for k, v in self.base.items()}
+            tensors = self.stored(self.method)
             if holders or changed:  # these leave again
                 tensors = {k: v.detach().clone() for k, v in tensors.items()}
         return Adapter(

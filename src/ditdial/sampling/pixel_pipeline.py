@@ -14,6 +14,8 @@ from torch import Tensor
 
 from ditdial.host.parametrization import Parametrization, is_flow_scheduler
 from ditdial.ops.flow import path_norm, velocity
+from ditdial.plain.checks import whole
+from ditdial.plan.plan import MOST_STEPS
 
 BELOW = 1e-4
 """Share by which levels lie lower than even ones: far more than float32 rounds, nothing to see."""
@@ -189,12 +191,14 @@ class PixelDiTPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels = {labels.tolist()}; legal: 0..{classes - 1}")
         if not 0 <= scale < float("inf"):
             raise ValueError(f"guidance_scale = {scale}; legal: a number >= 0")
-        if steps < 1:
-            raise ValueError(f"num_inference_steps = {steps}; legal: >= 1")
+        whole("num_inference_steps", steps, 1, MOST_STEPS)
         if seeds is not None and len(seeds) != len(labels):
             raise ValueError(
                 f"{len(seeds)} seeds for {len(labels)} labels; legal: one seed per label"
             )
+        for seed in () if seeds is None else seeds:
+            if not -(2**63) <= int(seed) < 2**64:  # what torch takes
+                raise ValueError(f"seed = {seed}; legal: -2**63..2**64 - 1")
         if seeds is not None and generator is not None:
             raise ValueError("seeds and generator are both given; legal: one of them")
         if output_type not in ("pil", "np", "pt"):
