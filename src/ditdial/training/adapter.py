@@ -42,6 +42,9 @@ TRAINED: dict[str, type[Method]] = {
 }
 """Methods that this task trains; DyDiT has a task of its own, and a combination has none."""
 
+STAGED = ("ppflow", "sparsedit")
+"""Methods whose modes belong to stages of the noise level; the others have sizes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterSettings(SparseSettings):
@@ -98,7 +101,7 @@ class AdapterSettings(SparseSettings):
         object.__setattr__(self, "recipe", self.recipe or recipes[0])
         require(self.recipe in recipes, "adapter.recipe", self.recipe, ", ".join(recipes))
         levels = self.min_levels
-        legal = f"{len(self.scales)} numbers in [0, 1), one per scale"
+        legal = f"{len(self.scales)} numbers in [0, 1), one per scale of adapter.scales"
         fits = len(levels) == len(self.scales) and all(0 <= x < 1 for x in levels)
         require(fits, "adapter.min_levels", levels, legal)
         require(0 <= self.full_share < 1, "adapter.full_share", self.full_share, "[0, 1)")
@@ -130,6 +133,13 @@ class AdapterSettings(SparseSettings):
         Raises:
             ValueError: a value out of the method's range.
         """
+        try:
+            return self._method()
+        except ValueError as error:
+            fields = "stage_ends and stage_modes" if self.method in STAGED else "scales and rank"
+            raise ValueError(f"{error} (adapter: {fields})") from error
+
+    def _method(self) -> Method:
         scales = tuple(self.scales)
         if self.method == "sparsedit":
             return self.sparsedit(self.stage_ends, self.stage_modes, self.recipe, self.rank)
@@ -299,7 +309,7 @@ class AdapterTask:
             shared = self._shared_patches()
             shared.write_base(self.module, self.handle.backbone)
             shared.live = False
-        if self.settings.method not in ("ppflow", "sparsedit"):
+        if self.settings.method not in STAGED:
             self.handle.schedule = Schedule.weak_first(
                 self.settings.weak_fraction, self.settings.scales[0]
             )

@@ -66,6 +66,8 @@ class BaseSettings:
         require(self.position_scale >= 1, "base.position_scale", self.position_scale, ">= 1")
         check_numbers(self, "base")
         width = self.num_attention_heads * self.attention_head_dim
+        legal = f"with {self.num_attention_heads} heads a width, their product, that 4 divides"
+        require(width % 4 == 0, "base.attention_head_dim", self.attention_head_dim, legal)
         weights = self.num_layers * width * (18 * width + self.num_classes)
         what = f"weights of {self.num_layers} layers with their gradients, moments and average"
         require_memory(weights * BYTES_PER_WEIGHT, "base: width", width, what)

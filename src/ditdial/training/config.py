@@ -217,8 +217,8 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     unknown = sorted(set(raw) - known)
     if unknown:
         raise ValueError(
-            f"recipe {str(path)!r} has unknown entries {unknown}; legal: {sorted(known)}"
-            f"{did_you_mean(unknown[0], known)}"
+            f"recipe {str(path)!r} has unknown entries {unknown}; legal: {sorted(known)} "
+            f"with task = {task!r}{did_you_mean(unknown[0], known)}"
         )
     output, seed = raw.get("output", f"runs/{path.stem}"), raw.get("seed", 0)
     require(isinstance(output, str) and bool(output), "output", output, "a folder's name")

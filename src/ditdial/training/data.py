@@ -152,9 +152,10 @@ def _open(config: DataConfig) -> Any:
     split = datasets.load_dataset(_source(config), split=config.split)
     if not isinstance(split, datasets.Dataset):
         raise ValueError(f"data.split = {config.split!r} is not one split")
-    for name in (config.image_column, config.label_column):
-        if name not in split.column_names:
-            raise ValueError(f"it has no column {name!r}; it has {split.column_names}")
+    for field in ("image_column", "label_column"):
+        if (name := getattr(config, field)) not in split.column_names:
+            columns = f"it has {split.column_names}, and data.{field} names one of them"
+            raise ValueError(f"it has no column {name!r}; {columns}")
     if len(split) == 0:
         raise ValueError("it is empty")
     # Bytes rather than decoded images, so that a broken one is reported with its row by us, before
