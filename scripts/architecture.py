@@ -83,8 +83,8 @@ IDEA = (
     Step(2, "runtime/model_class.py", "make_elastic", "elastify", "make_elastic"),
     Step(2, "runtime/model_class.py", "install", "make_elastic", "install"),
     Step(3, "runtime/surgery.py", "Surgery.install", "install", "surgery.install"),
-    Step(3, "runtime/surgery.py", "Surgery.keep_seams", "Surgery.install", "self.keep_seams"),
-    Step(4, "layers/tokens.py", "EmbedSeam.forward", "Surgery.keep_seams", "EmbedSeam"),
+    Step(3, "runtime/surgery.py", "Surgery._swaps", "Surgery.install", "self._swaps"),
+    Step(4, "layers/tokens.py", "EmbedSeam.forward", "Surgery._swaps", "EmbedSeam"),
     Step(5, "methods/projections.py", "OwnProjections.embed", "EmbedSeam.forward", "new.embed"),
 )
 """From the one verb to the place where a coarse patch is embedded."""
