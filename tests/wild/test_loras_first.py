@@ -8,12 +8,14 @@ import warnings
 import diffusers
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from tests.backbones.pipes import PIPES, transformer
+from tests.elastic_models import call_of, run
 from tests.wild.pictures import noise, picture, quiet
 
 from ditdial import FULL, Mode, Schedule, elastify
+from ditdial.layers.low_rank import MERGED
 from ditdial.plan.execution import Execution
 from ditdial.runtime.tensors import is_new
 
@@ -114,13 +116,6 @@ def test_the_states_to_compare_with_are_all_different():
                 assert difference > 0.05, (index, first, second)
 
 
-gone = pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="the layers that a LoRA wrapped lose their low-rank updates with it",
-)
-
-
 @pytest.mark.parametrize("merge", [False, True], ids=["apart", "merged"])
 @pytest.mark.parametrize(
     ("actions", "state"),
@@ -197,11 +192,6 @@ def control_pipeline():
     return quiet(diffusers.FluxControlPipeline(**kept))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=RuntimeError,
-    reason="a coarse mode multiplies the wider latent with its own narrower embedding",
-)
 def test_a_control_lora_after_elastify_is_refused_by_name_in_coarse_modes():
     pipe = control_pipeline()
     handle = elastify(pipe, adapter())
@@ -224,14 +214,63 @@ def test_a_control_lora_after_elastify_leaves_full_mode_as_it_is():
     assert torch.equal(controlled(pipe), controlled(stock))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="whatever keeps layers from being merged, the warning speaks of quantisation",
-)
-def test_a_warning_that_layers_are_not_merged_names_the_lora_that_is_the_cause():
+def test_a_control_lora_that_goes_leaves_coarse_modes_as_they_were():
+    pipe = control_pipeline()
+    handle = elastify(pipe, adapter())
+    assert len(handle.adapter().tensors) == SIZES
+    pipe.load_lora_weights(control(), adapter_name="control")
+    assert handle.adapter().base == adapter().base  # which the tensors fit, whatever is loaded
+    handle.schedule = Schedule.constant(WEAK)
+    with pytest.raises(
+        RuntimeError, match=r"x_embedder has 32 inputs.*reset_to_overwritten_params"
+    ):
+        controlled(pipe)
+    pipe.unload_lora_weights(reset_to_overwritten_params=True)
+    alone = diffusers.FluxPipeline(**pipe.components)
+    found = FLUX.draw(quiet(alone), guided=False)
+    assert (found - expected("nothing")[0]).abs().max() < 1e-4
+    handle.remove()
+    right = control_pipeline()
+    right.load_lora_weights(control(), adapter_name="control")
+    right.unload_lora_weights(reset_to_overwritten_params=True)
+    state, right_state = pipe.transformer.state_dict(), right.transformer.state_dict()
+    assert state.keys() == right_state.keys()
+    assert all(torch.equal(value, right_state[key]) for key, value in state.items())
+
+
+def test_an_adapter_of_a_base_without_a_control_lora_is_refused_on_one_that_has_it():
+    pipe = control_pipeline()
+    pipe.load_lora_weights(control(), adapter_name="control")
+    with pytest.raises(ValueError, match="in_channels"):
+        elastify(pipe, adapter())
+
+
+def test_layers_with_a_lora_are_merged_like_others():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        drawn(*after("load, elastify", merge=True))
-    told = [str(each.message) for each in caught if "merge" in str(each.message)]
-    assert all("LoRA" in message and "quantised" not in message for message in told), told
+        pipe, handle = after("load, elastify", merge=True)
+        drawn(pipe, handle)
+    assert not [str(each.message) for each in caught if "merge" in str(each.message)]
+    layer = handle.model.transformer_blocks[0].attn.to_q.base_layer
+    assert [*layer.__dict__[MERGED]] == [WEAK.name]
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["apart", "merged"])
+def test_a_lora_on_a_parameter_acts_in_coarse_modes(merge):
+    def predicted(merge, *, loaded):
+        torch.manual_seed(4)
+        model = transformer("flux")
+        if loaded:
+            target = {"target_modules": [], "target_parameters": ["attn.to_q.weight"]}
+            inject_adapter_in_model(LoraConfig(r=2, init_lora_weights=False, **target), model)
+        handle = elastify(model, adapter(), execution=Execution(merge=merge))
+        return run(handle, call_of("flux"), WEAK)
+
+    found, right = predicted(merge, loaded=True), predicted(False, loaded=True)
+    torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-4)
+    assert (right - predicted(False, loaded=False)).abs().max() > 0.05
+
+
+def test_what_a_run_costs_does_not_count_a_lora_or_its_layer_twice():
+    _, with_loras = after("load, load other, elastify")
+    assert with_loras.shape == elastify(FLUX.pipe(), adapter()).shape
