@@ -41,12 +41,15 @@ class Place:
         role: whether heads or channels are its features, or both, one after the other.
         features: how many.
         name: of a linear layer, in the model.
+        early: channels are gated before their activation, which is zero at zero; else behind the
+            product of two halves, where both ways have the same gradient.
     """
 
     block: int
     role: str = "heads"
     features: int = 0
     name: str = ""
+    early: bool = False
 
 
 def _narrow(module: nn.Module) -> Narrow | None:
@@ -57,7 +60,7 @@ def _open(module: nn.Module) -> tuple[Narrow, Open] | None:
     narrow = _narrow(module)
     if narrow is None:
         return None
-    place: Place = module.__dict__[PLACE]
+    place = _place(module)
     return narrow, narrow.opens[place.role][place.block]
 
 
@@ -70,10 +73,11 @@ class RowsSeam(nn.Module):
         if found is None:
             return super().forward(x)  # pyrefly: ignore[missing-attribute]
         narrow, part = found
+        if part.gates is not None:
+            y = super().forward(x) + _update(self, narrow, x)  # pyrefly: ignore[missing-attribute]
+            return _gated(y, part.gates) if _place(self).early else y
         if narrow.mix is None and part.features is None:
             return super().forward(x)  # pyrefly: ignore[missing-attribute]
-        if part.gates is not None:
-            return super().forward(x) + _update(self, narrow, x)  # pyrefly: ignore[missing-attribute]
         return _through_slices(self, x, narrow, part, dim=0)
 
 
@@ -87,13 +91,38 @@ class ColumnsSeam(nn.Module):
             return super().forward(x)  # pyrefly: ignore[missing-attribute]
         narrow, part = found
         if part.gates is not None:
-            gates = per_row(part.gates, x.shape[0]).to(x.dtype)
-            x = x * gates.view(len(gates), *[1] * (x.ndim - 2), -1)
+            gates = _late_gates(_place(self), narrow, part.gates)
+            x = x if gates is None else _gated(x, gates)
             y = super().forward(x)  # pyrefly: ignore[missing-attribute]
             return y if narrow.mix is None else y + _update(self, narrow, x)
         if narrow.mix is None and part.features is None:
             return super().forward(x)  # pyrefly: ignore[missing-attribute]
         return _through_slices(self, x, narrow, part, dim=1)
+
+
+def _place(module: nn.Module) -> Place:
+    return module.__dict__[PLACE]
+
+
+def _gated(x: Tensor, gates: Tensor) -> Tensor:
+    """Features ``(B, ..., F)`` times the gates of each picture."""
+    gates = per_row(gates, x.shape[0]).to(x.dtype)
+    return x * gates.view(len(gates), *[1] * (x.ndim - 2), -1)
+
+
+def _late_gates(place: Place, narrow: Narrow, gates: Tensor) -> Tensor | None:
+    """Those that have not been applied before a layer's columns are multiplied; None for none.
+
+    The straight-through gradient of a gate is that of the place where it multiplies. DyDiT gates
+    what enters the activation (2410.03456, section 3.2), so what leaves it is gated no more.
+    """
+    if not place.early:
+        return gates
+    if place.role == "channels":
+        return None
+    heads = narrow.opens["heads"][place.block].gates
+    assert heads is not None
+    return F.pad(heads, (0, place.features), value=1.0)
 
 
 def _through_slices(module: Any, x: Tensor, narrow: Narrow, part: Open, *, dim: int) -> Tensor:

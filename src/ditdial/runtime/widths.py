@@ -76,7 +76,8 @@ class Widths:
         names = {module: name for name, module in model.named_modules()}
         for index, block in enumerate(self.backbone.routed_blocks(model)):
             heads = Place(index, "heads", block.width)
-            channels = Place(index, "channels", block.channels)
+            halves = block.widen.out_features > block.channels  # the second one gates the first
+            channels = Place(index, "channels", block.channels, early=not halves)
 
             def at(place: Place, layer: nn.Module) -> Place:
                 return replace(place, name=stock_name(names[layer]))
