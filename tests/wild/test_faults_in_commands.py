@@ -55,7 +55,7 @@ def test_an_error_about_a_name_that_looks_like_markup_is_printed(name):
         (("report", "x" * 300), "xxx"),
         (("sample", "out", "--schedule", "x" * 300), "xxx"),
         (("sample", "taken/out", *QUICK), "taken"),
-        (("train", "r.toml", "--output", "taken/run"), "taken/run"),
+        (("train", "r.toml", "--output", "taken/run"), "taken"),
         (("eval", "--output", "folder", "--images", "20", "--steps", "1", "--sets", "2"), "folder"),
     ],
     ids=["long name", "long schedule", "sample below a file", "train below a file", "a folder"],
