@@ -33,7 +33,7 @@ from tests.elastic_models import run_as
 from ditdial import FULL, Mode, Schedule, elastify
 from ditdial.backbones import backbone_for
 from ditdial.measure.bench import beside, in_fresh_processes
-from ditdial.measure.memory import keep_freed_memory
+from ditdial.measure.memory import flush_denormals, keep_freed_memory
 from ditdial.measure.provenance import write_results
 from ditdial.plan.execution import Execution
 from ditdial.reference import load_reference, reference_adapter
@@ -106,6 +106,7 @@ def bench(
     batch: int, steps: int, rounds: int, device: str, *, compiled: bool, keep_pages: bool
 ) -> list[dict[str, Any]]:
     """Time ratios of all runs in this process."""
+    flush_denormals()  # as the command line does
     if keep_pages and not keep_freed_memory():
         raise SystemExit("--keep-pages; legal: with glibc, whose malloc can be told so")
     stock, pipe = load_reference().to(device), load_reference().to(device)

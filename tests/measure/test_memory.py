@@ -51,3 +51,24 @@ def test_settings_of_the_environment_have_precedence():
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(memory.platform, "libc_ver", lambda: ("", ""))
     assert not memory.keep_freed_memory()
+
+
+TINY = """
+import sys, torch
+from ditdial.measure.memory import flush_denormals
+
+told = flush_denormals() if sys.argv[1] == "flush" else False
+tiny = torch.full((2**20,), 1e-30) * 1e-9  # enough numbers for all threads
+print(told, int(tiny.count_nonzero()))
+"""
+x86 = pytest.mark.skipif(
+    platform.machine() not in ("x86_64", "AMD64"), reason="asks a processor of the x86 family"
+)
+
+
+@x86
+@pytest.mark.parametrize(("how", "expected"), [("flush", "True 0"), ("keep", f"False {2**20}")])
+def test_numbers_below_the_smallest_normal_one_are_0(how, expected):
+    command = [sys.executable, "-c", TINY, how]
+    found = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == expected

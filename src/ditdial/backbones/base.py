@@ -74,6 +74,7 @@ class Backbone(ABC):
         adapts: which of them a method adapts: a regular expression that their names match.
         conditioning: modules whose output is the conditioning vector ``(B, D)``, which drives
             modulation.
+        sinusoids: modules that embed one and the same time, block after block.
         prompt_only: layers that see nothing but the prompt, by block list.
         reads_blocks: the stock forward looks into its blocks or counts them, beside calling them.
         block_lists: which tokens go through the layers of its blocks; those that are routed or
@@ -97,6 +98,7 @@ class Backbone(ABC):
     low_rank: Layers = ()
     adapts: str = ""
     conditioning: tuple[str, ...] = ()
+    sinusoids: tuple[str, ...] = ()
     prompt_only: Layers = ()
     reads_blocks: bool = False
     block_lists: tuple[BlockList, ...]

@@ -61,6 +61,7 @@ class DiTBackbone(PatchEmbedBackbone):
         attention=("transformer_blocks.*.attn1",),
     )
     conditioning = ("transformer_blocks.*.norm1.emb",)
+    sinusoids = ("transformer_blocks.*.norm1.emb.time_proj",)
     routed = (Routed(blocks="transformer_blocks", attention="attn1", residual="norm3"),)
     # Each block has an embedder of its own; the first one's speaks for all.
 

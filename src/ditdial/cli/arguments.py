@@ -108,9 +108,11 @@ def pipeline(model: str) -> PixelDiTPipeline:
     from diffusers.utils.logging import disable_progress_bar
 
     from ditdial.host.configs import check_folder
+    from ditdial.measure.memory import flush_denormals
     from ditdial.reference import load_reference
     from ditdial.sampling.pixel_pipeline import PixelDiTPipeline
 
+    flush_denormals()  # before anything is computed
     disable_progress_bar()  # of the two parts of the pipeline, which are read in no time
     if _is_reference(model):
         return load_reference(model)

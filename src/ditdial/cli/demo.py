@@ -19,7 +19,9 @@ def demo(
 ) -> None:
     """Sample the reference model at four costs and write picture, table and JSON."""
     from ditdial.demo import run_demo
+    from ditdial.measure.memory import flush_denormals
 
+    flush_denormals()  # before anything is computed
     rows = run_demo(output_folder(output), images=images)["rows"]
     if as_json:
         print_json(rows)

@@ -27,6 +27,9 @@ GUIDED = ("do_classifier_free_guidance", "do_true_cfg")
 SCALES = ("true_cfg_scale", "guidance_scale")
 """What pipelines call the scale of guidance."""
 
+NO_CALLERS = ("torch.", "ditdial.runtime.", "accelerate.")
+"""Modules that lie between a pipeline and its model's stock forward."""
+
 GUIDER = "__guidance_identifier__"
 """Attribute by which the guiders of modular pipelines tell for which prediction a call is made."""
 
@@ -182,8 +185,8 @@ def _frames(frame: FrameType | None) -> Iterator[FrameType]:
 def _self_of(frame: FrameType) -> Any:
     """Whose method a frame is of."""
     # A look at the names first: to ask for the variables copies all of them.
-    code = frame.f_code
-    if not code.co_argcount or code.co_varnames[0] != "self":
+    code, owner = frame.f_code, frame.f_globals.get("__name__", "")
+    if not code.co_argcount or code.co_varnames[0] != "self" or owner.startswith(NO_CALLERS):
         return None
     return frame.f_locals.get("self")
 

@@ -131,7 +131,9 @@ def check_latent(latent: Tensor, new: nn.Module, mode: Mode) -> None:
 
 def is_offloaded(modules: Iterable[nn.Module]) -> bool:
     """Whether hooks keep weights of these modules elsewhere between calls."""
-    return any(True for module in modules for _ in _offloading(module))
+    marks = {"_hf_hook", "_diffusers_hook"}  # every call asks, and most modules have none
+    marked = (module for module in modules if marks & module.__dict__.keys())
+    return any(True for module in marked for _ in _offloading(module))
 
 
 @contextlib.contextmanager

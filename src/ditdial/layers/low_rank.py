@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,8 +44,11 @@ class LowRankSeam(nn.Module):
         state = wiring_of(self).state
         mode = state.mode
         if state.layout is not None:
-            run = functools.partial(LowRankSeam.forward, self)
-            return torch.cat(state.each(run, x.split(state.layout.strips)))
+            pieces = x.split(state.layout.strips)
+            weights = self._only_weights(x, state.modes)
+            if weights:
+                return self._side_by_side(pieces, weights)
+            return torch.cat(state.each(functools.partial(LowRankSeam.forward, self), pieces))
         stock = super().forward  # pyrefly: ignore[missing-attribute]
         if mode is FULL:  # before any look-up: full mode pays for one comparison
             return stock(x)
@@ -52,6 +56,36 @@ class LowRankSeam(nn.Module):
         if merged is not None:
             return F.linear(x, merged[1], self.bias)
         return stock(x) + self.coarse_update(x, mode) if self.coarse_parts(mode) else stock(x)
+
+    def _only_weights(self, x: Tensor, modes: Sequence[Mode]) -> list[Tensor]:
+        """The weight of each mode's product, if that is all the layer does; else none of them."""
+        plain = getattr(type(self), MADE_OF)[0] is nn.Linear and "weight" in self._parameters
+        must_not = torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type)
+        if not plain or must_not or not (x.is_contiguous() and is_summable(self.weight)):
+            return []
+        weights = []
+        for mode in modes:
+            merged = None if mode is FULL else self.coarse_merged(mode)
+            if merged is None and mode is not FULL and self.coarse_parts(mode):
+                return []
+            weights.append(self.weight if merged is None else merged[1])
+        return weights
+
+    def _side_by_side(self, pieces: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+        """The product of each piece with a weight of its own, written where it belongs.
+
+        Joining them afterwards would copy all of it once more.
+        """
+        rows = sum(len(piece) for piece in pieces)
+        out = pieces[0].new_empty(rows, *pieces[0].shape[1:-1], len(weights[0]))
+        places = out.split([len(piece) for piece in pieces])
+        for piece, weight, place in zip(pieces, weights, places, strict=True):
+            flat, target = piece.flatten(0, -2), place.flatten(0, -2)
+            if self.bias is None:
+                torch.mm(flat, weight.T, out=target)
+            else:
+                torch.addmm(self.bias, flat, weight.T, out=target)
+        return out
 
     def coarse_parts(self, mode: Mode) -> list[str]:
         """Keys of a mode's pairs."""

@@ -69,6 +69,7 @@ class State(Forward):
         narrow: what a routed pass leaves out; None for nothing.
         grids: of a pass in a sparse mode.
         text: what the text layers' outputs depend on, if they are to be kept for a whole run.
+        sinusoids: times that were embedded in this pass, and their sinusoids.
         unit: base tokens per axis in which a compiled forward is told the grid.
     """
 
@@ -79,6 +80,7 @@ class State(Forward):
     narrow: Narrow | None = None
     grids: TokenGrids | None = None
     text: TextKey | None = None
+    sinusoids: tuple[Tensor, Tensor] | None = None
     unit: Triple = (1, 1, 1)
 
     @property
@@ -105,7 +107,7 @@ class State(Forward):
         try:
             yield
         finally:
-            self.narrow = self.grids = self.text = None
+            self.narrow = self.grids = self.text = self.sinusoids = None
             self.running = False
 
     @contextlib.contextmanager

@@ -173,7 +173,7 @@ class ForwardPass:
         try:
             return self.surgery.stock.forward(model, **call)
         finally:
-            state.running, state.grids = False, None
+            state.running, state.grids, state.sinusoids = False, None, None
 
     def _mode_inside(self) -> Mode:
         """The mode of a call inside a larger graph."""

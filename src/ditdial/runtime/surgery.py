@@ -24,6 +24,7 @@ from ditdial.layers.merged_weights import MergedWeights
 from ditdial.layers.new_modules import Hook
 from ditdial.layers.packed import AttentionSeam, ModulationSeam
 from ditdial.layers.places import Places, Swap
+from ditdial.layers.sinusoids import SinusoidSeam
 from ditdial.layers.state import State
 from ditdial.layers.swap import is_swapped
 from ditdial.layers.text import TextSeam
@@ -51,6 +52,7 @@ class Surgery:
         places: what is on the model's modules, and where.
         sizes: of the products in the layers that project patches, as the method found them.
         misfit: why the method's modes cannot make tokens at present; None if they can.
+        own: modules that the method has added.
         silent: holders of new tensors that no hook brings back when they are offloaded.
         away: whether the model's weights may be elsewhere between calls.
         lists: the model's lists of blocks.
@@ -65,6 +67,7 @@ class Surgery:
     sizes: list[tuple[int, int]]
     places: Places = field(default_factory=Places)
     misfit: str | None = None
+    own: list[nn.Module] = field(default_factory=list)
     silent: list[nn.Module] = field(default_factory=list)
     away: bool = False
     lists: dict[str, nn.Module] = field(default_factory=dict)
@@ -117,6 +120,7 @@ class Surgery:
         self.places.mark(model)
         self.misfit = self._misfit(model)
         self.lists = {k: m for k, m in model.named_children() if isinstance(m, nn.ModuleList)}
+        self.own = list(self.tensors.new.modules())
         self.silent = [module for module in self.tensors.holders() if is_silent(module)]
 
     def _swaps(self, model: nn.Module) -> Iterator[Swap]:
@@ -134,7 +138,9 @@ class Surgery:
                 yield Swap(module, AttentionSeam)
             for module in matching(model, packed.modulation):
                 yield Swap(module, ModulationSeam, follows=True)
-        # What depends on the prompt alone is kept for a run.
+        # What depends on the time alone is kept for a pass, and on the prompt alone for a run.
+        for module in matching(model, backbone.sinusoids):
+            yield Swap(module, SinusoidSeam)
         for _, layer in named(model, backbone.prompt_only):
             yield Swap(layer, TextSeam)
         # Methods that tell the model its mode mark the vector that drives modulation.
@@ -158,7 +164,7 @@ class Surgery:
             self.misfit = self._misfit(model)
         self.keep_fused_seams()
         # Whoever offloads a model puts hooks on all of it, or a map on it: a short look is enough.
-        self.away = hasattr(model, "hf_device_map") or is_offloaded(self.tensors.new.modules())
+        self.away = hasattr(model, "hf_device_map") or is_offloaded(self.own)
 
     def _misfit(self, model: nn.Module) -> str | None:
         """What is wrong with the layers that project patches, since the method's go by them."""
