@@ -289,7 +289,9 @@ class Handle:
             raise ValueError(f"mode {mode.name!r}; legal: {', '.join(m.name for m in self.modes)}")
         self.backbone.check(self.model, {mode})
         engine.costs.calls.clear()
-        engine.wiring.state.run += 1
+        engine.wiring.state.run += 1  # as in a new run, weights may be others than in the last
+        if engine.surgery.widths is not None:
+            engine.surgery.widths.begin(engine.surgery.widths.levels)
         previous, engine.chooser.forced = engine.chooser.forced, mode
         try:
             yield
