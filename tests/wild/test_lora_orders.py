@@ -16,13 +16,26 @@ from dataclasses import replace
 import diffusers
 import pytest
 import torch
-from peft import LoraConfig
+from diffusers.utils.peft_utils import recurse_remove_peft_layers
+from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
+from tests.backbones.pipes import PIPES
 from tests.backbones.tiny import CASES
 from tests.methods.test_combined import shake
 from torch import nn
 
-from ditdial import FULL, DDiT, DyDiT, Execution, FlexiDiT, Mode, SparseDiT, elastify
+from ditdial import (
+    FULL,
+    DDiT,
+    DyDiT,
+    Execution,
+    FlexiDiT,
+    Mode,
+    Schedule,
+    Segment,
+    SparseDiT,
+    elastify,
+)
 
 WEAK, GRID, HALF = Mode(2), Mode(token_grid=(3, 2)), Mode(width=0.5)
 LONGEST = 4
@@ -316,6 +329,41 @@ def test_each_lora_changes_what_coarse_modes_predict(name):
     ]
     for one, other in itertools.combinations(found, 2):
         assert (one - other).abs().max() > 1e-3
+
+
+def guided(name, order, *, packed):
+    """A picture with weak guidance, behind actions on a LoRA of modulation, attention and ends."""
+    case = PIPES[name]
+    pipe = case.pipe()
+    for action in order.split(", "):
+        if action == "elastify":
+            handle = case.elastic(pipe)
+            handle.execution = Execution(packed=packed)
+            handle.schedule = Schedule([Segment(start=1.0, stop=0.0, mode=FULL, guide=WEAK)])
+        elif action == "load":
+            torch.manual_seed(4)
+            targets = ["linear", "to_q", "proj_out", "proj_out_1", "proj_out_2"]
+            config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+            inject_adapter_in_model(config, pipe.transformer)
+        else:
+            recurse_remove_peft_layers(pipe.transformer)
+    return case.draw(pipe)
+
+
+@pytest.mark.parametrize("name", ["sd3", "dit"])
+def test_strips_of_a_packed_batch_share_the_modulation_of_a_lora(name):
+    without, right = (guided(name, x, packed=False) for x in ("elastify", "load, elastify"))
+    assert (right - without).abs().max() > 0.1
+    for order in ("load, elastify", "elastify, load", "elastify, load, unload, load"):
+        assert (guided(name, order, packed=True) - right).abs().max() < 1e-4, order
+    found = guided(name, "load, elastify, unload", packed=True)
+    assert (found - without).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("merge", [False, True], ids=["apart", "merged"])
+def test_routed_modes_see_what_is_fused_and_unloaded_between_two_looks(merge):
+    order = ("elastify", "load face", "fuse", "unload")
+    check_all("flux", "combined", [order], [(merge, True)])
 
 
 @pytest.mark.slow

@@ -99,8 +99,7 @@ class Engine:
         Args:
             notes: anything else worth keeping; written into the adapter's config.
         """
-        tensors, backbone = self.surgery.tensors, self.wiring.backbone
-        return tensors.adapter(model, backbone, self.chooser.schedule, notes)
+        return self.surgery.tensors.adapter(model, self.chooser.schedule, notes)
 
     def shape(self, model: nn.Module, size: tuple[Any, ...] | None = None) -> TransformerShape:
         """What the cost of the model depends on; see `Costs.shape_of`."""

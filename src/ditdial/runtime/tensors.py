@@ -137,9 +137,7 @@ class Tensors:
         factors = [x for _, A, B in self.pairs.values() for x in (A, B)]
         return [*self.new.modules(), *factors]
 
-    def adapter(
-        self, model: nn.Module, backbone: Backbone, schedule: Schedule, notes: dict[str, Any]
-    ) -> Adapter:
+    def adapter(self, model: nn.Module, schedule: Schedule, notes: dict[str, Any]) -> Adapter:
         """The present weights as an adapter."""
         layers = [layer for layer, _, _ in self.pairs.values()]
         holders = model.modules() if self.base else [*self.holders(), *layers]
