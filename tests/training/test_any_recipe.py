@@ -21,7 +21,19 @@ from ditdial.training.width import WidthSettings
 VALUES = (
     *("'./text'", "''", "true", "1.5", "-1", "0", "1", "3", "1000000000", "1000000000000"),
     *("9223372036854775807", "1" * 400, "nan", "inf", "-inf", "1e300", "1e-300", "2020-01-01"),
-    *("[]", "[[1]]", "['a']", "[nan]", "[inf, 1.0]", "[1000000000, 2]", "[-1, 0]", "[true]"),
+    *(
+        "'bf16'",
+        "'fp16'",
+        "'test'",
+        "[]",
+        "[[1]]",
+        "['a']",
+        "[nan]",
+        "[inf, 1.0]",
+        "[1000000000, 2]",
+        "[-1, 0]",
+        "[true]",
+    ),
     *("{a = 1}", '"\\u0000"', '"a\\u0000b"', f"'{'x' * 300}'", "0x" + "f" * 5000, "[" * 2000),
 )
 
@@ -59,6 +71,9 @@ KINDS = ["lora", "shared", "ddit", "ppflow", "sparsedit"]
 CASES = [(field.split(".")[0], field) for field in FIELDS if not field.startswith("adapter.")]
 CASES += [(kind, field) for field in FIELDS if field.startswith("adapter.") for kind in KINDS]
 CASES += [("base", name) for name in ("task", "output", "seed", "data", "optim", "loop", "base")]
+MARKED = [
+    pytest.param(*case, marks=[pytest.mark.slow] if case[0] in KINDS[1:] else []) for case in CASES
+]
 
 
 @pytest.fixture
@@ -104,7 +119,7 @@ def reads_the_hub(field, value):
     return field == "data.path" and value.startswith("'x")
 
 
-@pytest.mark.parametrize(("kind", "field"), CASES, ids=lambda part: part)
+@pytest.mark.parametrize(("kind", "field"), MARKED, ids=lambda part: part)
 def test_each_value_is_used_or_refused_by_its_name(recipe_of, kind, field):
     path, overrides = recipe_of(kind)
 
@@ -122,9 +137,7 @@ def test_each_value_is_used_or_refused_by_its_name(recipe_of, kind, field):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "field"), [case for case in CASES if case[0] in ("base", "optim", "loop", "lora")]
-)
+@pytest.mark.parametrize(("kind", "field"), CASES, ids=lambda part: part)
 def test_each_value_that_is_not_refused_trains(recipe_of, tmp_path, kind, field):
     path, overrides = recipe_of(kind)
     small = ["loop.images=32"] * (field != "loop.images")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -141,4 +143,115 @@ def test_a_picture_that_is_too_large_is_named(write_parquet, png, tmp_path, conf
     write_parquet(tmp_path / "data", [png(np.zeros((8, 8))), png(np.zeros(shape))], [0, 1])
     words = rf"\(row 1\) is {shape[1]}x{shape[0]}; legal: at most data.image_size = 8"
     with pytest.raises(ValueError, match=words):
+        ImageData(config)
+
+
+def write_rows(folder, images, labels, kind="int64"):
+    datasets = pytest.importorskip("datasets")
+    folder.mkdir(exist_ok=True)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value(kind)})
+    table = datasets.Dataset.from_dict({"image": images, "label": labels}, features=features)
+    # Not by `to_parquet`, which reads the files that rows name and writes their bytes.
+    parquet.write_table(table.data.table, folder / "train.parquet")
+
+
+@pytest.mark.parametrize("how", ["absolute", "above", "link", "linked folder", "none", "pipe"])
+def test_a_row_names_files_of_the_data_only(png, tmp_path, config, how):
+    outside, folder = tmp_path / "outside", tmp_path / "data"
+    outside.mkdir()
+    folder.mkdir()
+    (outside / "secret.png").write_bytes(png(np.zeros((8, 8))))
+    (folder / "link.png").symlink_to(outside / "secret.png")
+    (folder / "links").symlink_to(outside)
+    os.mkfifo(folder / "pipe.png")
+    named = {
+        "absolute": str(outside / "secret.png"),
+        "above": "../outside/secret.png",
+        "link": str(folder / "link.png"),
+        "linked folder": "links/secret.png",
+        "none": "https://example.org/secret.png",
+        "pipe": "pipe.png",
+    }
+    write_rows(folder, [{"bytes": None, "path": named[how]}], [0])
+    with pytest.raises(ValueError, match=r"image '.*png' \(row 0\) (lies outside|cannot be read)"):
+        ImageData(config)
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_row_may_name_a_file_of_the_data(png, tmp_path, config, relative):
+    folder, linked = tmp_path / "real", tmp_path / "data"
+    (folder / "pictures").mkdir(parents=True)
+    linked.symlink_to(folder)
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 8))
+    (folder / "pictures" / "one.png").write_bytes(png(pixels))
+    name = "pictures/one.png" if relative else str(linked / "pictures" / "one.png")
+    write_rows(folder, [{"bytes": None, "path": name}], [0])
+    assert torch.equal(ImageData(config).images[0, 0], torch.from_numpy(pixels).to(torch.uint8))
+
+
+def test_a_folder_of_pictures_is_data(png, tmp_path, config, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    for label in ("a", "b"):
+        folder = tmp_path / "data" / "train" / label
+        folder.mkdir(parents=True)
+        (folder / "one.png").write_bytes(png(np.full((8, 8), ord(label))))
+    data = ImageData(config)
+    assert data.labels.tolist() == [0, 1]
+    assert data.images[:, 0, 0, 0].tolist() == [ord("a"), ord("b")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "labels"),
+    [
+        ("string", ["0", "1"]),
+        ("float32", [0.0, 1.5]),
+        ("int64", [0, None]),
+        ("int64", [0, -1]),
+        ("int64", [0, 2**40]),
+        ("bool", [False, True]),
+    ],
+)
+def test_labels_that_are_no_classes_are_named(png, tmp_path, config, kind, labels):
+    write_rows(
+        tmp_path / "data", [{"bytes": png(np.zeros((8, 8))), "path": None}] * 2, labels, kind
+    )
+    with pytest.raises(ValueError, match=r"row [01] has .* in column 'label'; legal: whole"):
+        ImageData(config)
+
+
+def test_labels_beyond_the_classes_are_named(write_parquet, png, tmp_path, config):
+    write_parquet(tmp_path / "data", [png(np.zeros((8, 8)))] * 3, [0, 2, 3])
+    data = ImageData(config)
+    data.check_labels(4)
+    with pytest.raises(ValueError, match=r"row 1 has the label 2; legal: 0\.\.1"):
+        data.check_labels(2)
+
+
+@pytest.mark.parametrize("damage", ["cut", "emptied", "noise", "middle"])
+def test_a_damaged_file_of_data_is_named(write_parquet, png, tmp_path, config, damage):
+    write_parquet(tmp_path / "data", [png(np.zeros((8, 8)))] * 3, [0, 1, 2])
+    path = tmp_path / "data" / "train.parquet"
+    content = path.read_bytes()
+    damaged = {"cut": content[: len(content) // 2], "emptied": b"", "noise": bytes(range(256)) * 9}
+    damaged["middle"] = content[:20] + b"\xff" * 200 + content[220:]
+    path.write_bytes(damaged[damage])
+    with pytest.raises(ValueError, match=r"data set '.*data'.* cannot be read"):
+        ImageData(config)
+
+
+def test_a_column_that_holds_no_pictures_is_named(write_parquet, png, tmp_path, config):
+    write_parquet(tmp_path / "data", [png(np.zeros((8, 8)))], [0])
+    with pytest.raises(ValueError, match=r"data set '.*data'.* cannot be read"):
+        ImageData(replace(config, image_column="label"))
+    with pytest.raises(ValueError, match="column 'image'"):
+        ImageData(replace(config, label_column="image"))
+
+
+def test_a_picture_that_is_a_bomb_is_refused_unread(png, tmp_path, config):
+    bomb = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(bomb, format="PNG")
+    write_rows(tmp_path / "data", [{"bytes": bomb.getvalue(), "path": None}], [0])
+    with pytest.raises(ValueError, match=r"row 0\) (cannot be read|is 30000x30000)"):
         ImageData(config)

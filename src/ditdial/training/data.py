@@ -67,7 +67,7 @@ class ImageData:
             row = int(over[0])
             raise ValueError(
                 f"data set {self.config.path!r}: row {row} has the label {int(self.labels[row])}; "
-                f"legal: 0..{classes - 1}, the classes of the model"
+                f"legal: 0..{classes - 1}, as num_classes of the model says"
             )
 
     def batch(

@@ -82,6 +82,17 @@ def check_plain(value: object, name: str) -> None:
         raise ValueError(f"{name} = {value}; legal: texts, numbers, booleans and lists of them")
 
 
+def mapping(data: object) -> dict[str, Any]:
+    """What a file must hold, names with values.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if not isinstance(data, dict):
+        raise ValueError(f"it holds a {type(data).__name__}; legal: an object with named values")
+    return data
+
+
 def require_memory(size: int, name: str, value: object, what: str) -> None:
     """Refuse what this machine's memory cannot hold even when it is empty.
 

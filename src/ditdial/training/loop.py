@@ -322,17 +322,22 @@ def _accelerator(recipe: Recipe, task: Task) -> Accelerator:
     """The devices of a run.
 
     Raises:
-        ValueError: a batch that cannot be shared evenly among the processes.
+        ValueError: a batch that cannot be shared evenly among the processes, or a precision that
+            the device does not have.
     """
     from accelerate import Accelerator, DistributedDataParallelKwargs
 
     ddp = DistributedDataParallelKwargs(find_unused_parameters=task.find_unused_parameters)
-    accelerator = Accelerator(
-        mixed_precision=recipe.loop.mixed_precision,
-        log_with="tensorboard",
-        project_dir=str(Path(recipe.output)),
-        kwargs_handlers=[ddp],
-    )
+    precision = recipe.loop.mixed_precision
+    try:
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with="tensorboard",
+            project_dir=str(Path(recipe.output)),
+            kwargs_handlers=[ddp],
+        )
+    except ValueError as error:
+        raise ValueError(f"loop.mixed_precision = {precision!r}: {error}") from error
     size, world = recipe.loop.batch_size, accelerator.num_processes
     if size % world:
         raise ValueError(f"loop.batch_size = {size} must be a multiple of {world} processes")

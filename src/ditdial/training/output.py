@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ditdial.plain import files, json_files
 from ditdial.training.config import Recipe
+from ditdial.training.limits import mapping
 from ditdial.training.lock import check_unlocked, locked
 
 RECORD, CHECKPOINTS, LOG, EXPORT = "recipe.json", "checkpoints", "log.jsonl", "export"
@@ -63,7 +64,7 @@ def _check_record(recipe: Recipe, *, resume: bool) -> None:
             f"{str(output)!r} holds {', '.join(held)} and no {RECORD}, so that nothing says which "
             "recipe they are of; put it back, or name another output"
         )
-    if json_files.read(record, "the record of a run", dict) != json.loads(recipe.to_json()):
+    if json_files.read(record, "the record of a run", mapping) != json.loads(recipe.to_json()):
         raise ValueError(
             f"{str(output)!r} was started with another recipe; resuming needs the same one"
         )

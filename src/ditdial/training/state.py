@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from ditdial.plain import files, json_files
 from ditdial.training.ema import WeightAverage
+from ditdial.training.limits import mapping
 
 MANIFEST, FACTS = "manifest.json", "state.json"
 
@@ -100,7 +101,7 @@ def load_state(
     expected = _tensors(module, optimizers, average)
     with _damage(path):
         _check_files(path, {*expected, FACTS})
-        facts = json_files.read(path / FACTS, "the facts of a checkpoint", dict)
+        facts = json_files.read(path / FACTS, "the facts of a checkpoint", mapping)
         legal = f"the step {_step_of(path)}, and a whole number of updates"
         whole = type(facts["average_updates"]) is int and facts["average_updates"] >= 0
         if facts["step"] != _step_of(path) or not whole:
@@ -132,7 +133,7 @@ def _damage(path: Path) -> Iterator[None]:
 
 
 def _check_files(path: Path, expected: set[str]) -> None:
-    hashes = json_files.read(path / MANIFEST, "the manifest of a checkpoint", dict)
+    hashes = json_files.read(path / MANIFEST, "the manifest of a checkpoint", mapping)
     if hashes.keys() != expected:
         names = ", ".join(sorted(hashes.keys() ^ expected))
         raise ValueError(f"it and the recipe do not agree about {names}")

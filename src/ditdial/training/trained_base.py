@@ -15,6 +15,7 @@ from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DMod
 from ditdial.plain import json_files
 from ditdial.plain.checks import require
 from ditdial.training.config import Recipe
+from ditdial.training.limits import mapping
 
 VELOCITIES = ("v_prediction", "flow_prediction")
 """What schedulers of diffusers call the predictions of `ditdial.ops.flow`; those whose class is
@@ -36,7 +37,7 @@ def open_base(folder: str, recipe: Recipe, name: str) -> Any:
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise FileNotFoundError(f"{name} = {folder!r} holds no model")
-    _check_config(json_files.read(path / "config.json", name, dict), recipe, folder, name)
+    _check_config(json_files.read(path / "config.json", name, mapping), recipe, folder, name)
     _check_scheduler(path.resolve().parent / "scheduler" / "scheduler_config.json", folder, name)
     torch.manual_seed(recipe.seed)
     return _read(folder, name).eval()
@@ -60,7 +61,7 @@ def _check_config(config: dict[str, Any], recipe: Recipe, folder: str, name: str
 def _check_scheduler(path: Path, folder: str, name: str) -> None:
     if not path.exists():
         return
-    scheduler = json_files.read(path, "a scheduler", dict)
+    scheduler = json_files.read(path, "a scheduler", mapping)
     predicted, kind = scheduler.get("prediction_type"), str(scheduler.get("_class_name"))
     flows = predicted in VELOCITIES or (predicted is None and kind.startswith("FlowMatch"))
     legal = f"a base that predicts velocities; its {kind} says that it predicts {predicted!r}"

@@ -86,6 +86,8 @@ class WidthSettings:
             require(0 <= getattr(self, name) <= 1, f"width.{name}", getattr(self, name), "[0, 1]")
         inside = all(0 < width < 1 for width in self.widths)
         require(inside, "width.widths", self.widths, "numbers in (0, 1)")
+        # One group is always open, so that a single one would leave nothing to a router.
+        require(self.groups != 1, "width.groups", self.groups, "0 for the default, or >= 2")
         require(self.budget_weight >= 0, "width.budget_weight", self.budget_weight, ">= 0")
         require(0 <= self.label_dropout < 1, "width.label_dropout", self.label_dropout, "[0, 1)")
         require(self.level_std > 0, "width.level_std", self.level_std, "> 0")
