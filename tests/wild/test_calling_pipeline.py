@@ -10,7 +10,7 @@ import pytest
 import torch
 from tests.backbones.pipes import PIPES, PROMPTS
 from tests.elastic_models import call_of
-from tests.wild.pictures import from_picture, quiet
+from tests.wild.pictures import from_picture, noise, quiet
 
 from ditdial import FULL, Mode, Schedule
 
@@ -107,3 +107,83 @@ def test_a_bare_call_beside_a_pipeline_keeps_the_noise_level_it_is_given():
     (call,) = handle.report().calls
     assert call.level == pytest.approx(level + 0.002, abs=1e-6)
     assert call.mode == WEAK
+
+
+class Wrapping(diffusers.StableDiffusion3Pipeline):
+    """Does something before and after the stock call."""
+
+    def __call__(self, *args, **kwargs):
+        return super().__call__(*args, **kwargs)
+
+
+class Own:
+    """A pipeline of the user's, of no class of diffusers."""
+
+    def __init__(self, pipe):
+        self.transformer, self.scheduler, self.inner = pipe.transformer, pipe.scheduler, pipe
+
+    @torch.no_grad()
+    def __call__(self, steps, seed, scale):
+        do_classifier_free_guidance = scale > 1
+        words, null, pooled, pooled_null = self.inner.encode_prompt(
+            "red cat", None, None, max_sequence_length=6
+        )
+        latents = torch.randn(1, 4, 16, 16, generator=noise(seed)).expand(2, -1, -1, -1)
+        self.scheduler.set_timesteps(steps)
+        for time in self.scheduler.timesteps:
+            second = (null, pooled_null) if do_classifier_free_guidance else (words, pooled)
+            found = self.transformer(
+                hidden_states=latents,
+                timestep=time.expand(2),
+                encoder_hidden_states=torch.cat([second[0], words]),
+                pooled_projections=torch.cat([second[1], pooled]),
+                return_dict=False,
+            )[0]
+            if do_classifier_free_guidance:
+                guide, answer = found.chunk(2)
+                found = (guide + scale * (answer - guide)).repeat(2, 1, 1, 1)
+            latents = self.scheduler.step(found, time, latents, return_dict=False)[0]
+        return latents
+
+
+def test_a_subclass_that_wraps_the_stock_call_is_planned_as_the_stock_pipeline():
+    case = PIPES["sd3"]
+    stock = case.pipe()
+    handle = case.elastic(stock)
+    handle.budget = 0.8
+    expected = case.draw(stock)
+    pipe = quiet(Wrapping(**case.pipe().components))
+    handle = case.elastic(pipe)
+    handle.budget = 0.8
+    assert torch.equal(case.draw(pipe), expected)
+    assert handle.report().ratio <= 0.8
+
+
+@pytest.mark.parametrize(("scale", "guide"), [(4.0, WEAK), (1.0, None)])
+def test_a_pipeline_of_the_users_own_tells_whether_it_guides(scale, guide):
+    case = PIPES["sd3"]
+    pipe = Own(case.pipe())
+    handle = case.elastic(pipe)
+    handle.schedule = COARSE_GUIDE
+    for _ in range(2):
+        pipe(4, 1, scale)
+        calls = handle.report().calls
+        assert [(call.mode, call.guide, call.rows) for call in calls] == [(FULL, guide, 2)] * 4
+
+
+def test_a_run_that_ends_in_an_error_leaves_nothing_to_the_next():
+    case = PIPES["chroma"]
+    pipe = case.pipe()
+    handle = case.elastic(pipe)
+    handle.budget = 0.8
+    expected = case.draw(pipe)
+
+    def stop(pipe, index, time, facts):
+        if index == 1:
+            raise KeyboardInterrupt
+        return facts
+
+    with pytest.raises(KeyboardInterrupt):
+        case.draw(pipe, callback_on_step_end=stop)
+    assert torch.equal(case.draw(pipe), expected)
+    assert len(handle.report().calls) == 8

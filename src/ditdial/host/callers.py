@@ -148,17 +148,22 @@ class Caller:
         return getattr(self.pipe, "guider", None) if self.inner else None
 
 
-def caller_of(model: nn.Module) -> Caller | None:
+def caller_of(model: nn.Module, known: Any = None) -> Caller | None:
     """The pipeline that is in the middle of its call around this one; None for a bare call.
 
     A pipeline inside another one's callback is the one that calls.
+
+    Args:
+        known: a pipeline of the model that need not be of a class of diffusers.
     """
     inner: list[FrameType] = []
     for frame in _frames(sys._getframe(1)):
         pipe = _self_of(frame)
+        if pipe is not None and pipe is known:
+            break
         # Models are of this class too, and slow to ask for what they have not.
-        known = isinstance(pipe, ConfigMixin) and not isinstance(pipe, nn.Module)
-        if known and holds(pipe, model):
+        may_be = isinstance(pipe, ConfigMixin) and not isinstance(pipe, nn.Module)
+        if may_be and holds(pipe, model):
             break
         inner.append(frame)
     else:

@@ -85,7 +85,8 @@ class Position:
 
     def caller(self, model: nn.Module) -> Caller:
         """Who makes the present call."""
-        return caller_of(model) or Caller(self.pipe_of(model))
+        pipe = self.pipe_of(model)
+        return caller_of(model, pipe) or Caller(pipe)
 
     def place(self, caller: Caller) -> Place:
         """Where the calls of a caller stand."""
