@@ -95,3 +95,16 @@ def test_modular_blocks_in_full_mode_give_their_stock_picture_bit_for_bit():
     PIPES["sd3"].elastic(pipe)
     assert torch.equal(modular.draw(pipe), expected)
     modular.assert_same_picture(expected, modular.draw_in_one_batch(PIPES["sd3"].pipe()))
+
+
+def test_a_calibration_through_modular_blocks_is_that_of_the_stock_pipeline():
+    measured = []
+    for pipe, draw in (
+        (PIPES["sd3"].pipe(), modular.draw_in_one_batch),
+        (modular.blocks(), modular.draw),
+    ):
+        handle = PIPES["sd3"].elastic(pipe)
+        facts = {"guidance_scale": modular.SCALE, "rounds": 1}
+        measured.append(handle.calibrate(lambda n, pipe=pipe, draw=draw: draw(pipe), **facts))
+    stock, blocks = ([point.step_error for point in each.points] for each in measured)
+    torch.testing.assert_close(torch.tensor(blocks), torch.tensor(stock), rtol=1e-3, atol=1e-9)

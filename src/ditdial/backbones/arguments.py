@@ -20,6 +20,10 @@ Rows = slice | tuple[int, ...]
 """Which rows of a batched call."""
 
 
+GUIDER_NULL = "pred_uncond"
+"""What diffusers' guiders call the prediction of the guidance branch."""
+
+
 @dataclass(frozen=True)
 class Branches:
     """Which rows of a batched call are conditional, and which guide them; row i guides row i."""
@@ -111,6 +115,10 @@ class Arguments:
             name: [value[i] for i in places] if name in self.lists else cut(value, index, total)
             for name, value in call.items()
         }
+
+    def is_guidance(self, branch: str) -> bool:
+        """Whether a branch that a pipeline or a guider names is the guidance branch."""
+        return branch in (*self.contexts, GUIDER_NULL)
 
     def give_condition(self, call: Call, condition: Call) -> Call:
         """``call`` with the condition of ``condition`` (for weak-model guidance).

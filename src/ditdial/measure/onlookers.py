@@ -222,7 +222,7 @@ class Onlooker:
         """Whether a call is the guidance branch: by its name, or by the latent's second coming."""
         branch = self.engine.position.run.branch
         if branch is not None:
-            return branch in self.engine.wiring.backbone.arguments.contexts
+            return self.engine.wiring.backbone.arguments.is_guidance(branch)
         before = self.waiting.get(False)
         return before is not None and before[0] == level and torch.equal(before[1], latent)
 

@@ -18,9 +18,6 @@ from ditdial.runtime.guidance import Remembered
 from ditdial.runtime.pictures import Group
 from ditdial.runtime.prompts import Prompts
 
-GUIDER_NULL = "pred_uncond"
-"""What diffusers' guiders call the prediction of the guidance branch."""
-
 
 @dataclass(eq=False)
 class SamplingRun:
@@ -104,7 +101,7 @@ class SamplingRun:
         latent again.
         """
         if self.branch is not None:
-            return self.branch in (*backbone.arguments.contexts, GUIDER_NULL)
+            return backbone.arguments.is_guidance(self.branch)
         if backbone.arguments.conditional_first is not None or caller.pipe is None:
             return False
         seen = (versions(latent), level)
