@@ -44,7 +44,8 @@ class Target:
 TARGETS = (
     Target(
         name="test-slow",
-        command="python -m pytest -m slow tests/cli tests/ecosystem tests/methods tests/runtime",
+        command="python -m pytest -m slow tests/cli tests/ecosystem tests/methods tests/runtime "
+        "tests/training",
         paths=(
             "src/ditdial",
             "tests/conftest.py",
@@ -54,6 +55,8 @@ TARGETS = (
             "tests/ecosystem",
             "tests/methods",
             "tests/runtime",
+            "tests/training",
+            "tests/wild/bounded.py",
             "constraints.txt",
         ),
     ),
