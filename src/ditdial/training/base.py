@@ -84,6 +84,9 @@ class BaseTask:
         size, channels = recipe.data.image_size, recipe.data.channels
         legal = f"a divisor of data.image_size = {size}"
         require(size % settings.patch_size == 0, "base.patch_size", settings.patch_size, legal)
+        tokens = (size // settings.patch_size) ** 2
+        positions = tokens * settings.num_attention_heads * settings.attention_head_dim
+        require_memory(8 * positions, "data.image_size", size, f"positions of {tokens} patches")
         torch.manual_seed(recipe.seed)
         self.module: Any = DiTTransformer2DModel(
             num_attention_heads=settings.num_attention_heads,

@@ -21,6 +21,16 @@ VELOCITIES = ("v_prediction", "flow_prediction")
 """What schedulers of diffusers call the predictions of `ditdial.ops.flow`; those whose class is
 named ``FlowMatch...`` know no other."""
 
+MOST = {
+    "num_layers": 1000,
+    "num_attention_heads": 1024,
+    "attention_head_dim": 1024,
+    "num_embeds_ada_norm": 10**6,
+    "sample_size": 1024,
+    "patch_size": 4096,
+}
+"""Of what diffusers makes modules and tables before it looks at any weights."""
+
 
 def open_base(folder: str, recipe: Recipe, name: str) -> Any:
     """The trained base, in eval mode; seeds what is drawn for it next.
@@ -52,10 +62,13 @@ def _check_config(config: dict[str, Any], recipe: Recipe, folder: str, name: str
     outs = config.get("out_channels") or ins
     legal = "a base that predicts velocities, as many channels as it gets; one of "
     require(outs == ins, name, folder, f"{legal}{ins} channels that predicts {outs} does not")
+    for key, most in MOST.items():
+        size = config.get(key, 1)
+        whole = type(size) is int and 1 <= size <= most
+        require(whole, name, folder, f"a base whose {key} is in 1..{most}, and its is {size!r}")
     patch = config.get("patch_size", 2)
     legal = f"a base whose patches divide data.image_size = {data.image_size}; its have {patch}"
-    divides = isinstance(patch, int) and patch > 0 and data.image_size % patch == 0
-    require(divides, name, folder, legal)
+    require(data.image_size % patch == 0, name, folder, legal)
 
 
 def _check_scheduler(path: Path, folder: str, name: str) -> None:
