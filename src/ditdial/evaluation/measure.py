@@ -33,8 +33,8 @@ def measure(
             the time ratio.
 
     Returns:
-        Facts, ``ratio`` (FLOPs over full), ``seconds``, ``time_ratio``, and each metric with its
-        noise.
+        Facts, among them the first and the last of the ``levels``, ``ratio`` (FLOPs over full),
+        ``seconds``, ``time_ratio``, and each metric with its noise.
     """
     own, full = Contender(schedule, scale), Contender(Schedule.constant(), scale)
     contenders = [own, full] if compare else [own]
@@ -47,6 +47,7 @@ def measure(
         figures,
         scale=scale,
         steps=steps,
+        levels=own.levels,
         images=images,
         sets=sets,
         gmacs=plan.macs / 1e9,
