@@ -90,14 +90,18 @@ class Bench:
                 return SCALES[here], {str(scale): scores[scale] for scale in sorted(scores)}
             here = best
 
-    def row(self, steps: int, start: float, **facts: Any) -> Row:
-        scale, scores = self.tune(steps, start)
+    def row(self, steps: int, start: float, scale: float | None = None, **facts: Any) -> Row:
+        scores: dict[str, float] = {}
+        if scale is None:
+            scale, scores = self.tune(steps, start)
         images = self.draw(scale, steps, REPORT_SEED, self.images)
         labels = cyclic_labels(self.images, 10)
         figures = self.judge.judge(images, labels, sets=SETS, full=self.full)
         if self.full is None:
             self.full = images
-        return as_row(figures, scale=scale, tuning=scores, steps=steps, **facts)
+        times = self.pipe.scheduler.timesteps
+        levels = [round(float(times[end]) / 1000, 4) for end in (0, -1)]
+        return as_row(figures, scale=scale, tuning=scores, steps=steps, levels=levels, **facts)
 
     def time_ratio(self, handle: Any, schedule: Schedule) -> float:
         labels, seeds = cyclic_labels(32, 10), list(range(32))
@@ -112,6 +116,18 @@ class Bench:
         runs = {"full": call(Schedule.constant()), "row": call(schedule)}
         timings = interleave(runs, rounds=5, warmup=1)
         return timings["row"].ratio_to(timings["full"])
+
+
+def known_rows(path: Path, *, restart: bool) -> list[Row]:
+    """Rows that are there, which no row of other noise levels may join.
+
+    Raises:
+        SystemExit: rows that do not tell their levels ran at the scheduler's own.
+    """
+    rows = [] if restart or not path.exists() else json.loads(path.read_text())["rows"]
+    if not all("levels" in row for row in rows):
+        raise SystemExit(f"{path} has rows of the scheduler's own noise levels; use --restart")
+    return rows
 
 
 def compare(rows: list[Row]) -> None:
@@ -150,9 +166,7 @@ def main() -> None:
     parser.add_argument("--restart", action="store_true")
     arguments = parser.parse_args()
     path = RESULTS / f"reference-{arguments.name}.json"
-    rows: list[Row] = []
-    if path.exists() and not arguments.restart:
-        rows = json.loads(path.read_text())["rows"]
+    rows = known_rows(path, restart=arguments.restart)
     bench = Bench(arguments.name, arguments.images, arguments.tune_images, arguments.dtype)
     facts = {
         "images": arguments.images,

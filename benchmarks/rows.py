@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from reference_table import SETS, Row
+from reference_table import SETS, Row, known_rows
 
 from ditdial.measure.provenance import write_results
 
@@ -57,13 +57,12 @@ class Rows:
             "dtype": arguments.dtype,
             "sets": SETS,
         }
-        self.rows: list[Row] = []
-        if path.exists() and not arguments.restart:
-            self.rows = json.loads(path.read_text())["rows"]
-        elif controls is not None and controls.exists():
+        self.rows = known_rows(path, restart=arguments.restart)
+        if not self.rows and controls is not None and controls.exists():
             table = json.loads(controls.read_text())
             if all(table[name] == value for name, value in self.facts.items()):
-                self.rows = [row for row in table["rows"] if row["key"].startswith(CONTROLS)]
+                others = known_rows(controls, restart=False)
+                self.rows = [row for row in others if row["key"].startswith(CONTROLS)]
 
     def keep(
         self, key: str, make: Callable[[], Row], time: Callable[[], float] | None = None

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from diffusers import FlowMatchHeunDiscreteScheduler
 
-from ditdial import FULL, Handle, elastify
+from ditdial import FULL, Handle, Schedule, elastify
 from ditdial.measure.provenance import write_results
 from ditdial.plan.execution import Execution
 from ditdial.reference import load_reference, reference_adapter
@@ -67,7 +67,10 @@ def main() -> None:
                 f"{max(apart):.2%}; {never} with any plan"
             )
         tables.append({"guided": guided, "summary": summary, "rows": rows})
-    write_results(RESULTS / "steps-cost.json", {"tables": tables})
+    handle.schedule = Schedule.constant()
+    steps = handle.plan(USUAL).steps
+    levels = [round(step.level, 4) for step in (steps[0], steps[-1])]
+    write_results(RESULTS / "steps-cost.json", {"levels": levels, "tables": tables})
 
 
 def every_cost(handle: Handle, calls: int, *, guided: bool) -> set[float]:

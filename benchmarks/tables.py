@@ -13,7 +13,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ditdial.demo import markdown
+from ditdial.demo import OWN_LEVELS, markdown
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -126,7 +126,7 @@ def quality_table(table: dict[str, Any]) -> str:
         f"{table['tune_images']} pictures of other seeds. ± is the standard error; all rows share "
         "their seeds, and differences are taken set by set. *Loss*: Frechet distance minus the "
         "base's. *Fewer steps*: the fewest full steps that take no less time, their distance, and "
-        "by how much the row is ahead of them.",
+        f"by how much the row is ahead of them. {steps_at(table['rows'])}",
         "",
         "| run | weak fraction | FLOPs | time | scale | Frechet distance | loss | fewer steps | "
         "ahead by | accuracy | PSNR to full |",
@@ -166,7 +166,8 @@ def frontier_table(table: dict[str, Any]) -> str:
         f"drawn in {table['dtype']}; scales tuned on {table['tune_images']} pictures of other "
         "seeds. *Loss*: Frechet distance minus the base's; *against the best fixed*: minus that of "
         "the best hand-set schedule of the same budget; *against fewer steps*: minus that of as "
-        "many full steps as the budget buys. All paired by seed set; less than zero is better.",
+        "many full steps as the budget buys. All paired by seed set; less than zero is better. "
+        f"{steps_at(table['rows'])}",
         "",
         "| plan | budget | FLOPs | time | scale | loss | against the best fixed | against fewer "
         "steps | accuracy |",
@@ -189,7 +190,7 @@ def spread_table(table: dict[str, Any]) -> str:
     lines = [
         "DDiT's choices, picture by picture: mean share of the full cost by class, and Spearman's "
         "rank correlation of a picture's cost with its detail (mean absolute gradient of the same "
-        "seed's full run).",
+        f"seed's full run). {steps_at(table['rows'])}",
         "",
         f"| run | {' | '.join(map(str, range(10)))} | least, median, most | correlation |",
         "| --- " * 13 + "|",
@@ -207,7 +208,8 @@ def spread_table(table: dict[str, Any]) -> str:
 
 def steps_table(steps: dict[str, Any]) -> str:
     lines = [
-        "Planned shares of the full cost against those of 50 steps, for budgets in whole percents.",
+        "Planned shares of the full cost against those of 50 steps, for budgets in whole percents. "
+        f"{steps_at([steps])}",
         "",
         "| guidance | run | budgets off by more than 1 % | most |",
         "| --- | --- | --- | --- |",
@@ -229,7 +231,7 @@ def trained_table(table: dict[str, Any]) -> str:
         "weights trained as long on the data with nothing left out. *Loss*: Frechet distance minus "
         "the base's; *against static*, *against fewer steps*: minus the control's, and the base's, "
         "at the fewest steps that take no less time, and no fewer MACs. Paired by seed set; "
-        "less than zero is better.",
+        f"less than zero is better. {steps_at(table['rows'])}",
         "",
         "| run | MACs | time | scale | Frechet distance | loss | against static, same time | "
         "same MACs | against fewer steps, same time | same MACs | accuracy |",
@@ -279,6 +281,13 @@ def rows_table(few: dict[str, Any]) -> str:
     for row in few["rows"]:
         lines.append(f"| {row['rows']} | {row['kept']:.2f} | {row['time_ratio']:.3f} |")
     return "\n".join(lines) + "\n"
+
+
+def steps_at(rows: list[dict[str, Any]]) -> str:
+    """Which noise levels rows ran at, in a sentence."""
+    if all("levels" in row for row in rows):
+        return "Steps at noise levels 1, (N - 1)/N, ..., 1/N, N of them."
+    return f"Steps at {OWN_LEVELS}."
 
 
 def plus_minus(row: dict[str, Any], name: str) -> str:

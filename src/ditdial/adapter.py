@@ -18,6 +18,7 @@ from ditdial.host import tensor_files
 from ditdial.methods import Combined, Method, method_from_config
 from ditdial.plain import files, json_files
 from ditdial.plain.checks import require
+from ditdial.plain.kinds import checked_fields
 from ditdial.plan.calibration import FILE as CALIBRATION
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.kept_seconds import added
@@ -51,6 +52,7 @@ class Adapter:
     notes: dict[str, Any] = field(default_factory=dict)
     calibration: Calibration | None = None
 
+    @checked_fields
     def __post_init__(self) -> None:
         if self.calibration is not None:
             self.calibration.check(self.base, identity(self.method))

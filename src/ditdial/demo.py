@@ -27,6 +27,9 @@ from ditdial.reference import (
 )
 
 FIRST_SEED = 10_000
+OWN_LEVELS = "the scheduler's own noise levels, from 1 to 0.001, the last of which moves nothing"
+"""What results that do not tell ran at."""
+
 SHOWN = 12
 """Pictures of each line in ``samples.png``."""
 
@@ -75,7 +78,8 @@ def run_demo(
     ]
     save_png(output / "samples.png", comparison(shown))
     files.write(output / "table.md", markdown(table))
-    results = {"images": images, "steps": steps, "sets": sets, "rows": table}
+    facts = {"images": images, "steps": steps, "levels": table[0]["levels"], "sets": sets}
+    results = {**facts, "rows": table}
     write_results(output / "results.json", results)
     return results
 
@@ -88,6 +92,7 @@ def _judged(rows: dict[str, Contender], labels: list[int], sets: int) -> list[di
             judge.judge(row.images, labels, sets=sets, full=None if row is full else full.images),
             name=name,
             scale=row.scale,
+            levels=row.levels,
             gmacs=row.plan.macs / 1e9,
             ratio=row.plan.ratio,
             ratio_measured=row.ratio,
@@ -123,4 +128,5 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f"| {figures.share(row['accuracy'])} ± {figures.share(row['accuracy_noise'])} "
             f"| {similar} |"
         )
-    return "\n".join(lines) + "\n"
+    ran = figures.levels(*rows[0]["levels"]) if "levels" in rows[0] else OWN_LEVELS
+    return "\n".join([*lines, "", f"Steps at {ran}."]) + "\n"

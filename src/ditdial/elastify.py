@@ -18,6 +18,7 @@ from ditdial.host.pickling import Weak
 from ditdial.host.pipelines import transformers
 from ditdial.methods import METHODS, Method
 from ditdial.plain.checks import require
+from ditdial.plain.kinds import check_kind
 from ditdial.plan.execution import Execution
 from ditdial.plan.schedule import Schedule
 from ditdial.runtime.engine import Engine
@@ -107,6 +108,7 @@ def _handle(model: nn.Module, engine: Engine, pipe: Any) -> Handle:
 
 def _resolve(target: Any, component: str | None) -> tuple[nn.Module, Any]:
     """The transformer to change, and the pipeline if it was given one."""
+    check_kind("component", component, str | None)
     if isinstance(target, nn.Module):
         if component is not None:
             raise ValueError(f"component = {component!r}; legal for a bare model: None")

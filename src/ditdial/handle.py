@@ -21,6 +21,7 @@ from ditdial.measure.calibrate import Measuring, calibrate, time_modes
 from ditdial.methods import Method
 from ditdial.ops.patching import Triple
 from ditdial.plain.checks import require
+from ditdial.plain.kinds import check_kind, checked
 from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.controller import Controller
@@ -181,6 +182,8 @@ class Handle:
         Raises:
             ValueError: a setting out of range, or only seconds without a calibration.
         """
+        check_kind("sample", sample, Callable)
+        check_kind("only_seconds", only_seconds, bool)
         place = self._live(), self.model, self._planning.pipe
         known = self.calibration
         if not only_seconds:
@@ -192,6 +195,7 @@ class Handle:
         self.calibration = measured
         return measured
 
+    @checked
     def frontier(
         self,
         num_inference_steps: int,
@@ -212,11 +216,18 @@ class Handle:
         Raises:
             ValueError: no calibration, or one without what is asked for.
         """
-        planning = self._planning
-        levels = planning.levels(num_inference_steps, scheduler)
-        return planning.offers(
+        require(type(count) is int and count >= 1, "count", count, "a whole number >= 1")
+        levels = self._levels(num_inference_steps, scheduler, None)
+        return self._planning.offers(
             levels, guidance=guidance, currency=currency, criterion=criterion, count=count
         )
+
+    def _levels(self, steps: int, scheduler: Any, grid: Triple | None) -> tuple[float, ...]:
+        require(type(steps) is int, "num_inference_steps", steps, "a whole number >= 1")
+        legal = "a diffusers scheduler, or None for the pipeline's"
+        fits = scheduler is None or hasattr(scheduler, "set_timesteps")
+        require(fits and not isinstance(scheduler, type), "scheduler", scheduler, legal)
+        return self._planning.levels(steps, scheduler, grid)
 
     @property
     def execution(self) -> Execution:
@@ -235,6 +246,7 @@ class Handle:
         require(isinstance(execution, Execution), "execution", execution, legal)
         self._live().execution = execution
 
+    @checked
     def plan(
         self,
         num_inference_steps: int,
@@ -257,9 +269,10 @@ class Handle:
         Raises:
             ValueError: no scheduler, fewer than one step, or none at which this model is called.
         """
-        levels = self._planning.levels(num_inference_steps, scheduler, grid)
+        levels = self._levels(num_inference_steps, scheduler, grid)
         return self.plan_levels(levels, guidance=guidance, grid=grid, text_tokens=text_tokens)
 
+    @checked
     def plan_levels(
         self,
         levels: Sequence[float],

@@ -63,24 +63,14 @@ def calibrate(
     seconds of one are kept in your cache folder.
     """
     from ditdial.evaluation.contenders import MOST_PICTURES
-    from ditdial.plan.calibration import FILE, Calibration
+    from ditdial.plan.calibration import Calibration
     from ditdial.plan.kept_seconds import keep
     from ditdial.plan.plan import MOST_STEPS
 
     whole("images", images, 1, MOST_PICTURES)
     whole("steps", steps, 1, MOST_STEPS)
     whole("bands", bands, 0, steps)
-    source = adapter_source(model, adapter, revision)
-    if output is None and isinstance(source, str):
-        raise ValueError(f"output = None for adapter {source!r} of the hub; legal: a file to write")
-    path, shipped = output or Path(source) / FILE, output is None and is_shipped(model, adapter)
-    if shipped and not only_seconds:
-        raise ValueError(
-            f"output = None; legal for adapter {adapter!r}, which ships with the package: a file "
-            "to write (Calibration.load reads it, for handle.calibration)"
-        )
-    if not shipped:
-        output_file(path)
+    path, shipped = _place(model, adapter, revision, output, only_seconds=only_seconds)
     if path.exists() and not (force or only_seconds):
         raise FileExistsError(f"{str(path)!r} exists; --force replaces it")
     pipe, handle = elastic(model, adapter, revision)
@@ -92,11 +82,35 @@ def calibrate(
         settings |= {"batches": -(-images // BATCH), "data": facts}
     elif aim is not None:
         raise ValueError(f"reference = {reference!r} with --only-seconds, which keeps the errors")
-    elif path.exists() or isinstance(source, Path) or handle.calibration is None:
+    elif path.exists() or handle.calibration is None:
         handle.calibration = Calibration.load(path)
     sample = _sampler(pipe, images, guidance_scale=guidance_scale, steps=steps)
     measured = handle.calibrate(sample, only_seconds=only_seconds, **settings)
     _show(measured, keep(measured) if shipped else measured.save(path), as_json=as_json)
+
+
+def _place(
+    model: str, adapter: str, revision: str | None, output: Path | None, *, only_seconds: bool
+) -> tuple[Path, bool]:
+    """Where a calibration is written, and whether its adapter ships with the package.
+
+    Raises:
+        ValueError: no file is given for an adapter whose folder is not the user's.
+        OSError: a file that cannot be written.
+    """
+    from ditdial.plan.calibration import FILE
+
+    source = adapter_source(model, adapter, revision)
+    if output is None and isinstance(source, str):
+        raise ValueError(f"output = None for adapter {source!r} of the hub; legal: a file to write")
+    shipped = output is None and is_shipped(model, adapter)
+    if shipped and not only_seconds:
+        raise ValueError(
+            f"output = None; legal for adapter {adapter!r}, which ships with the package: a file "
+            "to write (Calibration.load reads it, for handle.calibration)"
+        )
+    path = output or Path(source) / FILE
+    return path if shipped else output_file(path), shipped
 
 
 def _sampler(

@@ -10,6 +10,7 @@ import typer
 from ditdial.cli.arguments import output_folder
 from ditdial.cli.results import MAIN, print_results
 from ditdial.cli.tables import AsJson, print_json, say
+from ditdial.plain import figures
 
 
 def demo(
@@ -27,4 +28,5 @@ def demo(
         print_json(rows)
         return
     print_results(rows, MAIN)
+    say(f"steps at {figures.levels(*rows[0]['levels'])}")
     say(f"picture, table and numbers: {output}")

@@ -18,6 +18,7 @@ from ditdial.cli.arguments import (
 )
 from ditdial.cli.results import MAIN, print_results
 from ditdial.cli.tables import AsJson, print_json, say
+from ditdial.plain import figures
 
 
 def evaluate(
@@ -52,4 +53,5 @@ def evaluate(
         print_json([row])
         return
     print_results([row], MAIN)
+    say(f"{steps} steps at {figures.levels(*row['levels'])}")
     say(f"all figures and the values of each seed set: {output}")

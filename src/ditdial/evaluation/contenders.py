@@ -66,6 +66,12 @@ class Contender:
         return self._plan
 
     @property
+    def levels(self) -> list[float]:
+        """Noise levels of the first and the last step of its runs, for the record."""
+        steps = self.plan.steps
+        return [round(steps[0].level, 4), round(steps[-1].level, 4)]
+
+    @property
     def images(self) -> Tensor:
         """All its pictures ``(n, C, H, W)`` in [0, 1], in the order of their seeds."""
         return torch.cat(self._batches)

@@ -34,8 +34,8 @@ def measure(
             the time ratio.
 
     Returns:
-        Facts, ``ratio`` (FLOPs over full), ``seconds``, ``time_ratio``, and each metric with its
-        noise.
+        Facts, among them the first and the last of the ``levels``, ``ratio`` (FLOPs over full),
+        ``seconds``, ``time_ratio``, and each metric with its noise.
 
     Raises:
         ValueError: fewer than two pictures for each set, or other numbers out of range.
@@ -53,6 +53,7 @@ def measure(
         figures,
         scale=scale,
         steps=steps,
+        levels=own.levels,
         images=images,
         sets=sets,
         gmacs=plan.macs / 1e9,

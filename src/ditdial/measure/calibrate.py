@@ -19,6 +19,7 @@ from ditdial.host.parametrization import Parametrization, parametrization
 from ditdial.measure.onlookers import Clock, Errors, Onlooker, final_latents, modes_of, observed
 from ditdial.measure.provenance import provenance
 from ditdial.plain.checks import require
+from ditdial.plain.kinds import checked_fields
 from ditdial.plan.budget import pairings
 from ditdial.plan.calibration import Band, Calibration
 from ditdial.plan.choice import Choice
@@ -67,6 +68,7 @@ class Measuring:
     data: dict[str, Any] | None = None
     command: str | None = None
 
+    @checked_fields
     def __post_init__(self) -> None:
         fits = 0 <= self.guidance_scale < float("inf")
         require(fits, "guidance_scale", self.guidance_scale, "a number >= 0")

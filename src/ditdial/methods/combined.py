@@ -28,6 +28,7 @@ from ditdial.methods.flexidit import FlexiDiT
 from ditdial.methods.ppflow import PPFlow
 from ditdial.methods.sparsedit import SparseDiT
 from ditdial.ops.patching import Triple
+from ditdial.plain.checks import require
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule
 
@@ -62,6 +63,8 @@ class Combined(Method):
     recipes = ()
 
     def __post_init__(self) -> None:
+        legal = "a tuple of methods"
+        require(isinstance(self.parts, tuple | list), "parts", self.parts, legal)
         found = [_method(part) for part in self.parts]
         parts = [p for kind in KINDS.values() for p in found if isinstance(p, kind)]
         object.__setattr__(self, "parts", tuple(parts))

@@ -22,6 +22,7 @@ from ditdial.layers.new_modules import NewModules
 from ditdial.methods.base import Method
 from ditdial.methods.projections import MarkedProjections, legal_scale
 from ditdial.ops.patching import RESIZES, Triple, to_grouped
+from ditdial.plain.kinds import checked_fields
 from ditdial.plan.mode import Mode
 
 ATTENTION_LAYERS = r"\.to_(q|k|v|out)(\.0)?$"
@@ -52,6 +53,7 @@ class DDiT(Method):
     adapts = rf"^(?!.*{ATTENTION_LAYERS})"
     skips = True
 
+    @checked_fields
     def __post_init__(self) -> None:
         scales = tuple(tuple(k) if isinstance(k, list) else k for k in self.scales)
         object.__setattr__(self, "scales", scales)

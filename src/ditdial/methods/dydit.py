@@ -40,6 +40,7 @@ from ditdial.ops.widths import (
     features_of,
     shared_out,
 )
+from ditdial.plain.kinds import checked_fields
 from ditdial.plan.mode import FULL, Mode
 
 
@@ -79,6 +80,7 @@ class DyDiT(Method):
     recipes = ("full", "td-lora")
     packs = False
 
+    @checked_fields
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(self.widths))
         scales = tuple(tuple(k) if isinstance(k, list) else k for k in self.scales)

@@ -32,6 +32,7 @@ from ditdial.ops.patching import (
     to_grouped,
     ungroup,
 )
+from ditdial.plain.kinds import checked_fields
 from ditdial.plan.mode import Mode
 
 
@@ -63,6 +64,7 @@ class FlexiDiT(Method):
     paper = "FlexiDiT, arXiv 2502.20126"
     recipes = ("lora", "shared")
 
+    @checked_fields
     def __post_init__(self) -> None:
         if self.recipe not in self.recipes:
             raise ValueError(f"recipe = {self.recipe!r}; legal: 'lora', 'shared'")

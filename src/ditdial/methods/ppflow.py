@@ -20,6 +20,7 @@ from ditdial.layers.new_modules import NewModules
 from ditdial.methods.base import Method
 from ditdial.methods.projections import OwnProjections, legal_scale
 from ditdial.ops.patching import RESIZES, Triple
+from ditdial.plain.kinds import checked_fields
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule, Segment
 
@@ -56,6 +57,7 @@ class PPFlow(Method):
     recipes = ("stages",)
     conditions = True
 
+    @checked_fields
     def __post_init__(self) -> None:
         stages = tuple((end, tuple(k) if isinstance(k, list) else k) for end, k in self.stages)
         object.__setattr__(self, "stages", stages)

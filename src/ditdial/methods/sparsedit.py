@@ -35,6 +35,7 @@ from ditdial.layers.token_grids import TokenGrids
 from ditdial.methods.base import Method
 from ditdial.ops.patching import Triple, coarse_grid
 from ditdial.ops.pooling import UPSAMPLES, Sides, pool_tokens, spread_tokens
+from ditdial.plain.kinds import checked_fields
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule, Segment
 
@@ -92,6 +93,7 @@ class SparseDiT(Method):
     recipes = ("full", "lora")
     packs = False
 
+    @checked_fields
     def __post_init__(self) -> None:
         object.__setattr__(self, "group", tuple(self.group))
         stages = tuple((end, tuple(k) if isinstance(k, list) else k) for end, k in self.stages)

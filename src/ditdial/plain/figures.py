@@ -53,6 +53,11 @@ def share(value: float | None) -> str:
     return f"{_short(100 * value)} %"
 
 
+def levels(first: float, last: float) -> str:
+    """The noise levels of a run's steps, as in ``noise levels from 1 to 0.04``."""
+    return f"noise levels from {first:.3g} to {last:.3g}"
+
+
 def number(value: float | None) -> str:
     """A plain number: whole numbers exactly, others with three or four digits."""
     if value is None or math.isnan(value):

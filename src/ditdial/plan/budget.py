@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from ditdial.plain.checks import did_you_mean, one_of
+from ditdial.plain.kinds import checked_fields
 from ditdial.plan.choice import WEAK_GUIDANCE_GAIN, Choice
 from ditdial.plan.mode import FULL, Mode, coarseness
 
@@ -36,6 +37,7 @@ class Budget:
     currency: str = "flops"
     criterion: str = field(default="path", kw_only=True)
 
+    @checked_fields
     def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise ValueError(f"budget = {self.share}; legal: (0, 1]")

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from ditdial.plain import json_files
 from ditdial.plain.checks import one_of
+from ditdial.plain.kinds import checked, checked_fields
 from ditdial.plan.budget import CRITERIA
 from ditdial.plan.choice import Choice
 from ditdial.plan.damage import between_points, path_damage, widths
@@ -98,6 +99,7 @@ class Calibration:
     data: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
+    @checked_fields
     def __post_init__(self) -> None:
         for name in ("base", "method", "data", "provenance"):
             object.__setattr__(self, name, json_files.plain(getattr(self, name)))
@@ -154,10 +156,12 @@ class Calibration:
         """Of the choices."""
         return [choice.name for choice in self.choices]
 
+    @checked
     def u(self, levels: Sequence[float]) -> NDArray[np.float64]:
         """``s / (alpha + s)`` at noise levels, ``(S,)``."""
         return np.interp(levels, np.linspace(0, 1, len(self.noise)), self.noise)
 
+    @checked
     def errors(self, levels: Sequence[float], *, guided: bool = True) -> NDArray[np.float64]:
         """Squared errors at noise levels, ``(S, K)``: linear in their logarithm between points.
 
@@ -178,6 +182,7 @@ class Calibration:
             found[inside] = between_points(asked, [point.level for point in points], known)
         return found
 
+    @checked
     def damage(
         self, levels: Sequence[float], *, criterion: str = "path", guided: bool = True
     ) -> NDArray[np.float64]:
@@ -207,6 +212,7 @@ class Calibration:
         rates = np.array([next(b for b in self.bands if x >= b.stop).rates for x in levels])
         return widths(u)[:, None] * rates
 
+    @checked
     def seconds_on(self, device: str) -> Seconds:
         """What was measured on a device.
 
@@ -288,6 +294,7 @@ class Calibration:
         return json_files.dumps(self.to_dict())
 
     @classmethod
+    @checked
     def from_json(cls, text: str) -> Calibration:
         """Read a calibration.
 
@@ -305,6 +312,7 @@ class Calibration:
         return json_files.write(_file(path), self.to_dict())
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Calibration:
         """Read a ``.json`` file, or `FILE` in a folder.
 

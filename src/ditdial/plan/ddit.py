@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ditdial.ops.differences import derivative, roughness
 from ditdial.plain.checks import one_of, require
+from ditdial.plain.kinds import check_kind, checked_fields
 from ditdial.plan.choice import Choice
 from ditdial.plan.controller import Controller, Decision, Facts, Run
 from ditdial.plan.frontier import legal_shares
@@ -46,6 +47,7 @@ class Account:
     """
 
     def __init__(self, share: float) -> None:
+        check_kind("share", share, float)
         require(0 < share <= 1, "share", share, "(0, 1]")
         self.share, self.full, self.spent = share, 0.0, 0.0
 
@@ -104,6 +106,7 @@ class DDiTController(Controller):
     cap: float | None = None
     account: Account | None = None
 
+    @checked_fields
     def __post_init__(self) -> None:
         require(0 <= self.tau < float("inf"), "tau", self.tau, "a number >= 0")
         require(0 <= self.rho <= 1, "rho", self.rho, "[0, 1]")
@@ -119,6 +122,7 @@ class DDiTController(Controller):
         legal = f"{len(self.coarse)} noise levels in [0, 1], or none"
         require(fits and all(0 <= x <= 1 for x in self.lowest), "lowest", self.lowest, legal)
         one_of("signal", self.signal, SIGNALS)
+        self.choice(self.start)  # refuses guidance and gain
         fits = self.cap is None or 0 < self.cap <= 1
         require(fits, "cap", self.cap, "(0, 1], or None")
         if self.refine_only:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ditdial.plain.checks import require
+from ditdial.plain.kinds import checked_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +37,7 @@ class Execution:
     width_buckets: int = 0
     width_slices: int = 1
 
+    @checked_fields
     def __post_init__(self) -> None:
         for name in ("merge", "keep_text", "packed"):
             value = getattr(self, name)

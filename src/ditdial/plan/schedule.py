@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from ditdial.plain import json_files
+from ditdial.plain.checks import require
+from ditdial.plain.kinds import check_kind, checked
 from ditdial.plain.tables import Table
 from ditdial.plan.choice import WEAK_GUIDANCE_GAIN, Choice, is_number
 from ditdial.plan.mode import FULL, Mode
@@ -86,6 +88,7 @@ class Schedule:
     segments: tuple[Segment, ...]
 
     def __init__(self, segments: Iterable[Segment]) -> None:
+        require(isinstance(segments, Iterable), "segments", segments, "Segments in a list")
         ordered = tuple(segments)
         for segment in ordered:
             if not isinstance(segment, Segment):
@@ -93,7 +96,7 @@ class Schedule:
                     f"segments hold {segment!r}; legal: Segment(start=, stop=, mode=, ...)"
                 )
         if not ordered:
-            raise ValueError("a schedule needs at least one segment")
+            raise ValueError("segments is empty; legal: a schedule needs at least one segment")
         if ordered[0].start != 1 or ordered[-1].stop != 0:
             raise ValueError(
                 f"schedule covers noise levels {ordered[0].start} to {ordered[-1].stop}; "
@@ -109,6 +112,7 @@ class Schedule:
         object.__setattr__(self, "segments", ordered)
 
     @classmethod
+    @checked
     def constant(
         cls, mode: Mode = FULL, *, guide: Mode | None = None, guidance: str = "cfg"
     ) -> Schedule:
@@ -116,11 +120,13 @@ class Schedule:
         return cls.throughout(Choice(mode=mode, guide=guide, guidance=guidance))
 
     @classmethod
+    @checked
     def throughout(cls, choice: Choice) -> Schedule:
         """One choice at every noise level."""
         return cls([Segment.of(choice, 1, 0)])
 
     @classmethod
+    @checked
     def weak_first(
         cls,
         fraction: float,
@@ -169,6 +175,7 @@ class Schedule:
         return cls(segments)
 
     @classmethod
+    @checked
     def weak_guidance_below(
         cls, level: float, weak: Mode | int = 2, *, gain: float = WEAK_GUIDANCE_GAIN
     ) -> Schedule:
@@ -194,13 +201,19 @@ class Schedule:
         return cls(segments)
 
     @classmethod
+    @checked
     def of_steps(cls, levels: Sequence[float], choices: Sequence[Choice]) -> Schedule:
         """What each step of a run chooses, with edges half way between their noise levels.
 
         Args:
             levels: of the steps, falling.
             choices: one for each.
+
+        Raises:
+            ValueError: no levels, or not a choice for each.
         """
+        fits = 0 < len(levels) == len(choices)
+        require(fits, "choices", choices, f"one for each of the levels ({len(levels)})")
         segments, start, last = [], 1.0, len(levels) - 1
         for step, choice in enumerate(choices):
             if step < last and choices[step + 1] == choice:
@@ -220,6 +233,7 @@ class Schedule:
 
     def at(self, level: float) -> Segment:
         """The segment of a noise level; levels beyond [0, 1] belong to the nearest end."""
+        check_kind("level", level, float)
         for segment in self.segments:
             if level >= segment.stop:
                 return segment
@@ -250,6 +264,7 @@ class Schedule:
         return json_files.dumps(self.to_dict())
 
     @classmethod
+    @checked
     def from_json(cls, text: str) -> Schedule:
         """Read a schedule.
 
@@ -267,6 +282,7 @@ class Schedule:
         return json_files.write(path, self.to_dict())
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> Schedule:
         """Read a JSON file.
 

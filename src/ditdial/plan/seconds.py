@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ditdial.plain.kinds import checked_fields
 from ditdial.plan.choice import Choice
 from ditdial.plan.mode import FULL
 
@@ -29,6 +30,7 @@ class Seconds:
     alone: Mapping[str, float]
     together: Mapping[str, float] | None = None
 
+    @checked_fields
     def __post_init__(self) -> None:
         for name in ("alone", "together"):
             found = getattr(self, name)

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ditdial.host.parametrization import Parametrization, is_flow_scheduler
 from ditdial.ops.flow import path_norm, velocity
-from ditdial.plain.checks import whole
+from ditdial.plain.checks import require, whole
+from ditdial.plain.kinds import check_kind
 from ditdial.plan.plan import MOST_STEPS
 
 BELOW = 1e-4
@@ -70,7 +71,7 @@ class PixelDiTPipeline(DiffusionPipeline):
         Raises:
             ValueError: labels, seeds, steps, scale or output type out of range.
         """
-        labels = torch.as_tensor(class_labels).reshape(-1)
+        labels = self._labels(class_labels)
         self._check(labels, guidance_scale, num_inference_steps, seeds, generator, output_type)
         if seeds is not None:
             generator = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
@@ -175,6 +176,20 @@ class PixelDiTPipeline(DiffusionPipeline):
 
         return Parametrization("v_prediction", scales)
 
+    def _labels(self, class_labels: Any) -> Tensor:
+        """Class numbers ``(B,)``; see `__call__`."""
+        classes = self.transformer.config.num_embeds_ada_norm
+        try:
+            labels = torch.as_tensor(class_labels).reshape(-1)
+        except (TypeError, ValueError, RuntimeError) as error:  # whatever torch says of no numbers
+            raise ValueError(f"class_labels = {class_labels!r}; legal: 0..{classes - 1}") from error
+        if not len(labels):
+            raise ValueError("class_labels is empty; legal: at least one label")
+        other = labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
+        if other or labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"class_labels = {labels.tolist()}; legal: 0..{classes - 1}")
+        return labels
+
     def _check(
         self,
         labels: Tensor,
@@ -184,11 +199,11 @@ class PixelDiTPipeline(DiffusionPipeline):
         generator: Any,
         output_type: str,
     ) -> None:
-        classes = self.transformer.config.num_embeds_ada_norm
-        if not len(labels):
-            raise ValueError("class_labels is empty; legal: at least one label")
-        if labels.is_floating_point() or labels.min() < 0 or labels.max() >= classes:
-            raise ValueError(f"class_labels = {labels.tolist()}; legal: 0..{classes - 1}")
+        check_kind("guidance_scale", scale, float)
+        check_kind("seeds", seeds, Sequence[int] | Tensor | None)
+        check_kind("generator", generator, torch.Generator | list[torch.Generator] | None)
+        if isinstance(generator, list):
+            require(len(generator) == len(labels), "generator", generator, "one for each label")
         if not 0 <= scale < float("inf"):
             raise ValueError(f"guidance_scale = {scale}; legal: a number >= 0")
         whole("num_inference_steps", steps, 1, MOST_STEPS)
