@@ -70,7 +70,10 @@ def calibrate(
     whole("images", images, 1, MOST_PICTURES)
     whole("steps", steps, 1, MOST_STEPS)
     whole("bands", bands, 0, steps)
-    path, shipped = _place(model, adapter, revision, output, only_seconds=only_seconds)
+    source = adapter_source(model, adapter, revision)
+    shipped = output is None and is_shipped(model, adapter)
+    path = _place(source, output, shipped=shipped and not only_seconds)
+    path = path if shipped else output_file(path)
     if path.exists() and not (force or only_seconds):
         raise FileExistsError(f"{str(path)!r} exists; --force replaces it")
     pipe, handle = elastic(model, adapter, revision)
@@ -82,35 +85,33 @@ def calibrate(
         settings |= {"batches": -(-images // BATCH), "data": facts}
     elif aim is not None:
         raise ValueError(f"reference = {reference!r} with --only-seconds, which keeps the errors")
-    elif path.exists() or handle.calibration is None:
+    elif path.exists() or isinstance(source, Path) or handle.calibration is None:
         handle.calibration = Calibration.load(path)
     sample = _sampler(pipe, images, guidance_scale=guidance_scale, steps=steps)
     measured = handle.calibrate(sample, only_seconds=only_seconds, **settings)
     _show(measured, keep(measured) if shipped else measured.save(path), as_json=as_json)
 
 
-def _place(
-    model: str, adapter: str, revision: str | None, output: Path | None, *, only_seconds: bool
-) -> tuple[Path, bool]:
-    """Where a calibration is written, and whether its adapter ships with the package.
+def _place(source: Path | str, output: Path | None, *, shipped: bool) -> Path:
+    """Where a calibration of an adapter is written.
+
+    Args:
+        source: of the adapter: a folder, or a hub id.
+        shipped: whether it is one of the package's own, whose folder is not the user's.
 
     Raises:
-        ValueError: no file is given for an adapter whose folder is not the user's.
-        OSError: a file that cannot be written.
+        ValueError: no file is given for an adapter whose folder cannot be written into.
     """
     from ditdial.plan.calibration import FILE
 
-    source = adapter_source(model, adapter, revision)
     if output is None and isinstance(source, str):
         raise ValueError(f"output = None for adapter {source!r} of the hub; legal: a file to write")
-    shipped = output is None and is_shipped(model, adapter)
-    if shipped and not only_seconds:
+    if shipped:
         raise ValueError(
-            f"output = None; legal for adapter {adapter!r}, which ships with the package: a file "
-            "to write (Calibration.load reads it, for handle.calibration)"
+            f"output = None; legal for adapter {Path(source).name!r}, which ships with the "
+            "package: a file to write (Calibration.load reads it, for handle.calibration)"
         )
-    path = output or Path(source) / FILE
-    return path if shipped else output_file(path), shipped
+    return output or Path(source) / FILE
 
 
 def _sampler(
