@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.elastic_models import run_as
+from tests.backbones.tiny import CASES
+from tests.elastic_models import call_of, run_as
 
 from ditdial import FULL, Mode, PPFlow, elastify
 from ditdial.methods import method_from_config
-from ditdial.methods.ppflow import THREE_LEVELS
+from ditdial.methods.ppflow import THREE_LEVELS, XL_2_SCALES, XL_3_SCALES, stage_gains
 from ditdial.runtime.tensors import is_new
 
 WIDE = Mode((1, 1, 2))
@@ -137,3 +138,52 @@ def test_settings_survive_a_round_trip():
 def test_bad_settings_are_named(settings, named):
     with pytest.raises(ValueError, match=named):
         PPFlow(**settings)
+
+
+# Options for the authors' checkpoints
+
+
+@pytest.mark.parametrize("mode", [Mode(2), WIDE], ids=lambda m: m.name)
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd3", "latte"])
+def test_corners_have_the_positions_of_the_top_left_tokens(name, mode):
+    """As the authors subsample the base's table, and not the mean of neighbouring vectors."""
+    found = {}
+    for positions in ("corner", "centre"):
+        model = CASES[name].model()
+        handle = elastic(model, positions=positions)
+        wiring, embed = handle._engine.wiring, model.get_submodule(handle.backbone.patches.embed)
+        with handle.using(FULL):
+            model(**call_of(name, count=1))
+        _, height, width = wiring.state.grid
+        found[positions] = handle.backbone.positions(embed, wiring.state, mode)[0]
+        base = handle.backbone.positions(embed, wiring.state, FULL)[0].unflatten(0, (height, width))
+        k, wide = mode.patch_scale[1:]
+        if positions == "corner":
+            expected = base[::k, ::wide].flatten(0, 1).to(found[positions])
+            torch.testing.assert_close(found[positions], expected)
+    assert not torch.allclose(found["corner"], found["centre"])
+
+
+def test_corners_are_kept_in_the_adapter_and_refused_elsewhere(make_model, tmp_path):
+    handle = elastic(make_model(), positions="corner")
+    handle.save(tmp_path)
+    again = elastify(make_model(), tmp_path)
+    assert again.method == PPFlow(stages=THREE_LEVELS, positions="corner")
+    assert again._engine.wiring.state.corners
+    assert "positions" not in PPFlow().to_config()  # as it was before there was a choice
+    with pytest.raises(ValueError, match=r"positions = 'corner'; legal for FluxTrans.*: 'centre'"):
+        elastify(CASES["flux"].model(), PPFlow(positions="corner"))
+    with pytest.raises(ValueError, match="positions = 'top'; legal: 'centre', 'corner'"):
+        PPFlow(positions="top")
+
+
+def test_published_scales_of_the_stages():
+    """A gain acts on the excess over 1 of the pipeline's scale, which is the largest."""
+    for scales in (XL_2_SCALES, XL_3_SCALES):
+        gains = stage_gains(scales)
+        assert [1 + gain * (max(scales) - 1) for gain in gains] == pytest.approx(scales)
+        assert gains[0] == 0  # the first stage makes no guidance call at all
+    assert PPFlow(stages=THREE_LEVELS, gains=stage_gains(XL_3_SCALES)).gains[-1] == 1
+    for scales in ((), (1.0, 1.0), (0.5, 3.0)):
+        with pytest.raises(ValueError, match=r"scales = .*; legal: numbers >= 1"):
+            stage_gains(scales)

@@ -77,6 +77,7 @@ class Backbone(ABC):
         sinusoids: modules that embed one and the same time, block after block.
         prompt_only: layers that see nothing but the prompt, by block list.
         reads_blocks: the stock forward looks into its blocks or counts them, beside calling them.
+        corners: coarse tokens can have the positions of their groups' first tokens.
         block_lists: which tokens go through the layers of its blocks; those that are routed or
             streamed come first, in the order they have there.
         shape_class: what its cost depends on.
@@ -101,6 +102,7 @@ class Backbone(ABC):
     sinusoids: tuple[str, ...] = ()
     prompt_only: Layers = ()
     reads_blocks: bool = False
+    corners: bool = False
     block_lists: tuple[BlockList, ...]
     shape_class: type[TransformerShape] = TransformerShape
     streamed: Streamed | None = None

@@ -36,6 +36,8 @@ class Forward:
         mode: of the pass, when all rows share one.
         grid: base grid ``(frames, height, width)`` of the call.
         makes_tokens: whether new modules make the pass's tokens, instead of the stock ones.
+        corners: positions of coarse tokens are those of the first tokens of their groups, instead
+            of the centres.
         device: of the latent; weights may be elsewhere until their module's hooks bring them.
         lengths: of the text and of the whole sequence of each row, where a class joins them row by
             row.
@@ -46,6 +48,7 @@ class Forward:
     mode: Mode = FULL
     grid: Triple = (1, 0, 0)
     makes_tokens: bool = False
+    corners: bool = False
     device: Any = None
     lengths: tuple[list[int], list[int]] | None = None
     constants: dict[Any, Tensor] = field(default_factory=dict)

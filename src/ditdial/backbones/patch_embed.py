@@ -19,7 +19,9 @@ SELF_ATTENTION_AND_FEED_FORWARD = (*attention("attn1"), *feed_forward("ff"))
 
 
 class PatchEmbedBackbone(Backbone):
-    """Positions of coarse tokens at the centres of their groups."""
+    """Positions of coarse tokens at the centres of their groups, or at their first tokens."""
+
+    corners = True
 
     def positions(self, module: Model, forward: Forward, mode: Mode) -> Tensor | None:
         if module.pos_embed is None:
@@ -28,14 +30,16 @@ class PatchEmbedBackbone(Backbone):
         if module.pos_embed_max_size:
             p = module.patch_size
             stored = module.cropped_pos_embed(height * p, width * p).unflatten(1, (height, width))
-            return table_centres(stored[0], scale[1:])[None]
+            return table_centres(stored[0], scale[1:], first=forward.corners)[None]
 
         def table() -> Tensor:
             # Off its native size the stock table squeezes the grid into base_size units; so do the
             # centres.
             unit = [module.base_size / n / module.interpolation_scale for n in (height, width)]
-            rows = group_centres(height, scale[1]) * unit[0]
-            columns = group_centres(width, scale[2]) * unit[1]
+            rows, columns = (
+                group_centres(side, k, first=forward.corners) * each
+                for side, k, each in zip((height, width), scale[1:], unit, strict=True)
+            )
             return sincos_2d(rows, columns, len(module.proj.weight))
 
         return forward.position_table(mode, table)

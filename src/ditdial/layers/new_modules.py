@@ -45,6 +45,11 @@ class NewModules(nn.Module, ABC):
         """What says which heads, channels and tokens routed modes leave in, if there are any."""
         return None
 
+    @property
+    def corners(self) -> bool:
+        """Whether coarse tokens have the positions of the first tokens of their groups."""
+        return False
+
     def of(self, method: str) -> NewModules:
         """Those of one of the methods that they are made of, by name."""
         return self

@@ -181,6 +181,10 @@ class CombinedModules(NewModules):
         found = (self._part(name).routing for name in self.names)
         return next((each for each in found if each is not None), None)
 
+    @property
+    def corners(self) -> bool:
+        return self.patching is not None and self._patches.corners
+
     def makes_tokens(self, mode: Mode) -> bool:
         return self.patching is not None and self._patches.makes_tokens(mode.patch)
 

@@ -9,6 +9,7 @@ The finest stage is full mode with the retrained base weights; its marker is par
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from ditdial.layers.new_modules import NewModules
 from ditdial.methods.base import Method
 from ditdial.methods.projections import OwnProjections, legal_scale
 from ditdial.ops.patching import RESIZES, Triple
+from ditdial.plain.checks import one_of
 from ditdial.plain.kinds import checked_fields
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule, Segment
@@ -33,6 +35,28 @@ THREE_LEVELS: tuple[Stage, ...] = ((0.5, 2), (0.25, (1, 1, 2)))
 """Its three-level variant; the middle stage joins two patches side by side."""
 
 
+POSITIONS = ("centre", "corner")
+
+XL_2_SCALES = (1.0, 3.0)
+XL_3_SCALES = (1.0, 3.5, 3.75)
+"""Guidance scales of the stages behind the published distances of PPF-XL-2 and PPF-XL-3."""
+
+
+def stage_gains(scales: Sequence[float]) -> tuple[float, ...]:
+    """Gains that give each stage a guidance scale of its own, as ``gains`` of `PPFlow`.
+
+    Args:
+        scales: of the stages, full mode's last. The pipeline is called with the largest of them.
+
+    Raises:
+        ValueError: a scale below 1, or none above it.
+    """
+    most = max(scales, default=1.0)
+    if most <= 1 or min(scales) < 1:
+        raise ValueError(f"scales = {tuple(scales)}; legal: numbers >= 1, one of them above 1")
+    return tuple((scale - 1) / (most - 1) for scale in scales)
+
+
 @dataclass(frozen=True, kw_only=True)
 class PPFlow(Method):
     """Configuration.
@@ -43,6 +67,8 @@ class PPFlow(Method):
         gains: guidance gain of each stage, full mode's last; 1 throughout by default. A stage with
             gain 0 leaves the guidance branch out.
         resize: how base weights start the new sizes; ``box`` in the paper's code.
+        positions: of coarse tokens: ``centre`` of their groups, or ``corner``, the place of the
+            top left token, as the authors' checkpoints have it.
 
     Raises:
         ValueError: stages that do not go down, sizes or gains out of range.
@@ -51,6 +77,7 @@ class PPFlow(Method):
     stages: tuple[Stage, ...] = TWO_LEVELS
     gains: tuple[float, ...] = ()
     resize: str = "box"
+    positions: str = "centre"
 
     name = "ppflow"
     paper = "PPFlow, arXiv 2506.23543"
@@ -75,6 +102,7 @@ class PPFlow(Method):
             raise ValueError(f"stages = {self.stages}; legal: a size of its own for each")
         if self.resize not in RESIZES:
             raise ValueError(f"resize = {self.resize!r}; legal: {', '.join(RESIZES)}")
+        one_of("positions", self.positions, POSITIONS)
         if len(self.gains) != len(stages) + 1 or not all(g >= 0 for g in self.gains):
             raise ValueError(
                 f"gains = {self.gains}; legal: {len(stages) + 1} numbers >= 0, one per stage and "
@@ -103,10 +131,18 @@ class PPFlow(Method):
         )
 
     def build(self, model: nn.Module, backbone: Backbone) -> NewModules:
+        if self.positions == "corner" and not backbone.corners:
+            raise ValueError(
+                f"positions = 'corner'; legal for {backbone.model_class}: 'centre' (its positions "
+                "are not a table that the patch embedding adds)"
+            )
         return StageProjections(self, model, backbone)
 
     def to_config(self) -> dict[str, Any]:
-        return asdict(self)
+        config = asdict(self)
+        if self.positions == "centre":  # adapters and calibrations of before it could be chosen
+            del config["positions"]
+        return config
 
 
 class StageProjections(OwnProjections):
@@ -114,10 +150,15 @@ class StageProjections(OwnProjections):
 
     def __init__(self, method: PPFlow, model: nn.Module, backbone: Backbone) -> None:
         super().__init__(method.modes, method.resize, model, backbone)
+        self.at_corners = method.positions == "corner"
         kernel, _ = backbone.patches.kernel(model)
         self.level_embeds = nn.ParameterDict()
         for mode in method.modes:
             self.level_embeds[mode.name] = nn.Parameter(0.02 * torch.randn(len(kernel)).to(kernel))
+
+    @property
+    def corners(self) -> bool:
+        return self.at_corners
 
     def condition(self, vector: Tensor, mode: Mode) -> Tensor:
         if mode.is_full:

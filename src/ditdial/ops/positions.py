@@ -11,10 +11,17 @@ from torch import Tensor
 from ditdial.ops.patching import Triple, group
 
 
-def group_centres(length: int, k: int, device: torch.device | str = "cpu") -> Tensor:
-    """Centres ``(i + 0.5) k - 0.5`` of the groups along an axis of ``length`` base tokens."""
+def group_centres(
+    length: int, k: int, device: torch.device | str = "cpu", *, first: bool = False
+) -> Tensor:
+    """Centres ``(i + 0.5) k - 0.5`` of the groups along an axis of ``length`` base tokens.
+
+    Args:
+        first: the places ``i k`` of their first tokens instead.
+    """
     count = -(-length // k)
-    return (torch.arange(count, dtype=torch.float64, device=device) + 0.5) * k - 0.5
+    places = torch.arange(count, dtype=torch.float64, device=device)
+    return places * k if first else (places + 0.5) * k - 0.5
 
 
 def sincos_1d(positions_N: Tensor, dim: int) -> Tensor:
@@ -93,11 +100,14 @@ def coordinate_centres(coordinates_B3N: Tensor, grid: Triple, scale: Triple) -> 
     return group(x, scale).unflatten(2, (-1, 3)).mean(dim=2).transpose(1, 2)
 
 
-def table_centres(table_HWD: Tensor, scale: tuple[int, ...]) -> Tensor:
+def table_centres(table_HWD: Tensor, scale: tuple[int, ...], *, first: bool = False) -> Tensor:
     """Reduce a stored position table, of a picture or a video, to the centres of its groups.
 
     A centre between two tokens gets the mean of their vectors. A border that the scale does not
     divide is continued by its last row and column.
+
+    Args:
+        first: take the vectors of the groups' first tokens instead.
 
     Returns:
         ``(h*w, D)`` or ``(t*h*w, D)``, row-major
@@ -106,8 +116,10 @@ def table_centres(table_HWD: Tensor, scale: tuple[int, ...]) -> Tensor:
         if k == 1:
             continue
         length = table_HWD.shape[axis]
-        first = torch.arange(0, length, k, device=table_HWD.device)
-        after = table_HWD.index_select(axis, (first + k // 2).clamp(max=length - 1))
-        before = table_HWD.index_select(axis, (first + (k - 1) // 2).clamp(max=length - 1))
+        starts = torch.arange(0, length, k, device=table_HWD.device)
+        middle = (0, 0) if first else (k // 2, (k - 1) // 2)
+        after, before = (
+            table_HWD.index_select(axis, (starts + each).clamp(max=length - 1)) for each in middle
+        )
         table_HWD = (before + after) / 2
     return table_HWD.flatten(0, len(scale) - 1)

@@ -91,7 +91,8 @@ class Surgery:
             )
         check_in_place(model)
         tensors = Tensors.build(model, backbone, method, adapters)
-        state, routing = State(patch=backbone.patches.size(model)), tensors.new.routing
+        state = State(patch=backbone.patches.size(model), corners=tensors.new.corners)
+        routing = tensors.new.routing
         parents = {name.rpartition(".")[0] for name in tensors.pairs}
         return cls(
             wiring=Wiring(state, backbone, tensors.new),
