@@ -80,7 +80,7 @@ def mutated(draw: st.DrawFn, data: Any) -> Any:
     for _ in range(draw(st.integers(1, 3))):
         ways = places(data)
         way, other = draw(st.sampled_from(ways)), draw(st.sampled_from(ways))
-        value = draw(st.one_of(st.sampled_from(ODD), st.just(DEEP), st.floats(), st.integers()))
+        value = draw(st.one_of(st.sampled_from(ODD), st.just(DEEP), st.integers()))
         data = edited(data, way, draw(st.sampled_from(KINDS)), value, other)
     return data
 
@@ -106,7 +106,7 @@ def json_files(data: Any) -> st.SearchStrategy[bytes]:
         mutated(data).map(lambda changed: json.dumps(changed).encode()),
         mutated(data).map(lambda changed: json.dumps(changed).encode()),
         damaged(text),
-        st.sampled_from([b"", b"[" * 100_000, b"\xff\xfe", b"9" * 5000, b"null", text]),
+        st.sampled_from([b"", b"[" * 3000, b"\xff\xfe", b"9" * 5000, b"null", text]),
     )
 
 
@@ -133,7 +133,7 @@ def toml_files(data: Any) -> st.SearchStrategy[bytes]:
     """Contents of a TOML file, from good data."""
     text = recipe_text(data)
     encoded = mutated(data).map(lambda x: recipe_text(x).encode("utf-8", "surrogatepass"))
-    deep = b"a = " + b"[" * 100_000
+    deep = b"a = " + b"[" * 3000
     return st.one_of(
         encoded, encoded, damaged(text.encode()), st.sampled_from([b"", deep, text.encode()])
     )
