@@ -10,9 +10,27 @@ from typing import Any
 import pytest
 from tests.fuzz.readers import Reader, readers
 
-from ditdial import Adapter, Calibration
+from ditdial import Adapter, Calibration, DDiT, DyDiT, FlexiDiT, PPFlow, SparseDiT, elastify
 from ditdial.adapter import identity
 from ditdial.handle import Handle
+from ditdial.methods import Combined
+
+
+SPARSE = {"pool": 0, "modules": 1, "group": (1, 0, 1, 0), "top": 0, "stages": ((0.0, 3),)}
+
+METHODS = {
+    "flexidit": FlexiDiT(scales=(2, 4), rank=2),
+    "shared": FlexiDiT(scales=(2,), recipe="shared"),
+    "ddit": DDiT(scales=(2,), rank=2),
+    "ppflow": PPFlow(),
+    "dydit": DyDiT(widths=(0.5, 0.7)),
+    "experts": DyDiT(recipe="td-lora", rank=2, scales=(2,)),
+    "sparsedit": SparseDiT(**SPARSE),
+    "combined": Combined(
+        parts=(FlexiDiT(scales=(2,), rank=2), SparseDiT(**SPARSE, recipe="lora"), DyDiT())
+    ),
+}
+"""Every method, with every recipe, for a model of two blocks on a grid of 8 x 8."""
 
 
 def calibrated(adapter: Adapter) -> Adapter:
@@ -43,5 +61,6 @@ def calibrated(adapter: Adapter) -> Adapter:
 @pytest.fixture(scope="session")
 def read_by(make_model: Callable[..., Any], make_elastic: Callable[..., Handle]) -> dict[str, Reader]:
     """All readers by name."""
-    adapter = calibrated(make_elastic(scales=(2,)).adapter(take="first"))
-    return readers(make_model(), make_elastic(scales=(2,)), adapter)
+    first, other = make_elastic(scales=(2,)), make_elastic(scales=(2,))
+    bare = {name: elastify(make_model(), method).adapter() for name, method in METHODS.items()}
+    return readers(make_model(), other, calibrated(first.adapter(take="first")), bare)

@@ -76,8 +76,8 @@ KINDS = ("set", "set", "set", "drop", "add", "repeat", "wrap", "scale", "move", 
 
 @st.composite
 def mutated(draw: st.DrawFn, data: Any) -> Any:
-    """Plain data with one to three changes."""
-    for _ in range(draw(st.integers(1, 3))):
+    """Plain data with one change, or a few: most are refused at the first odd thing."""
+    for _ in range(draw(st.sampled_from([1, 1, 1, 2, 3]))):
         ways = places(data)
         way, other = draw(st.sampled_from(ways)), draw(st.sampled_from(ways))
         value = draw(st.one_of(st.sampled_from(ODD), st.just(DEEP), st.integers()))

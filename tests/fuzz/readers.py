@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,32 +84,27 @@ def keys_of(data: Any) -> set[str]:
     return set().union(data, *map(keys_of, data.values())) if isinstance(data, dict) else set()
 
 
-def readers(model: Any, other: Handle, adapter: Adapter) -> dict[str, Reader]:
+def readers(
+    model: Any, other: Handle, adapter: Adapter, bare: Mapping[str, Adapter]
+) -> dict[str, Reader]:
     """By name.
 
     Args:
-        model: a stock one, which the adapter fits.
+        model: a stock one, which the adapters fit.
         other: of another model with such an adapter.
         adapter: with a calibration.
+        bare: adapters without one, of every method.
     """
     calibration, schedule = adapter.calibration, Schedule.weak_first(0.4, guide_fraction=0.6)
     assert calibration is not None
-    config = {
-        "format": 1,
-        "method": adapter.method.name,
-        "settings": adapter.method.to_config(),
-        "base": adapter.base,
-        "schedule": schedule.to_dict(),
-        "notes": adapter.notes,
-    }
 
-    def elastic(changed: str) -> Callable[[Path, bytes], None]:
+    def elastic(adapter: Adapter, changed: str) -> Callable[[Path, bytes], None]:
         def use(folder: Path, content: bytes) -> None:
             saved = adapter.save_pretrained(folder / "adapter")
             (saved / changed).write_bytes(content)
             handle = elastify(model, saved)
             try:
-                handle.budget = 0.8
+                handle.budget = 0.9
                 handle.plan(4, scheduler=SCHEDULER)
             finally:
                 handle.remove()
@@ -149,15 +145,11 @@ def readers(model: Any, other: Handle, adapter: Adapter) -> dict[str, Reader]:
     def made(kind: Any, use: Any, data: Any, name: str, count: int) -> Reader:
         return Reader(kind(data), use, frozenset({name, *keys_of(data)}), count)
 
-    json_files, weights = mutations.json_files, tensors_of(adapter)
+    json_files = mutations.json_files
     tiny = {name: value for name, value in model.config.items() if name != "_name_or_path"}
     found = {
-        "adapter's config": made(json_files, elastic(CONFIG), config, CONFIG, 1500),
-        "adapter's weights": Reader(
-            mutations.safetensors(weights), elastic(WEIGHTS), frozenset({WEIGHTS, "weights"}), 1500
-        ),
         "calibration": made(
-            json_files, elastic(CALIBRATION), calibration.to_dict(), CALIBRATION, 1500
+            json_files, elastic(adapter, CALIBRATION), calibration.to_dict(), CALIBRATION, 1000
         ),
         "schedule": made(json_files, plan, schedule.to_dict(), "schedule.json", 1800),
         "recipe": made(mutations.toml_files, recipe, RECIPE, "recipe.toml", 1400),
@@ -167,15 +159,24 @@ def readers(model: Any, other: Handle, adapter: Adapter) -> dict[str, Reader]:
             json_files, probe, {"_class_name": "DiTTransformer2DModel", **tiny}, "model", 500
         ),
     }
+    for name, each in bare.items():
+        config, content = (file_of(each, file) for file in (CONFIG, WEIGHTS))
+        found[f"config of {name}"] = made(
+            json_files, elastic(each, CONFIG), json.loads(config), CONFIG, 200
+        )
+        found[f"weights of {name}"] = Reader(
+            mutations.safetensors(content),
+            elastic(each, WEIGHTS),
+            frozenset({WEIGHTS, "weights"}),
+            200,
+        )
     for name in ("model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"):
         data = json.loads((reference_folder() / "pipeline" / name).read_text())
         found[name] = made(json_files, load(name), data, "pipe", 100)
     return found
 
 
-def tensors_of(adapter: Adapter) -> bytes:
-    """The content of an adapter's safetensors file."""
-    import tempfile
-
+def file_of(adapter: Adapter, name: str) -> bytes:
+    """The content of one of the files of a saved adapter."""
     with tempfile.TemporaryDirectory() as folder:
-        return (adapter.save_pretrained(Path(folder) / "adapter") / WEIGHTS).read_bytes()
+        return (adapter.save_pretrained(Path(folder) / "adapter") / name).read_bytes()

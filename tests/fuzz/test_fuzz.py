@@ -12,14 +12,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.fuzz import mutations
+from tests.fuzz.conftest import METHODS
 from tests.fuzz.commands import GOOD, OPTIONS, assert_ended_well, lay_out
 from tests.fuzz.limits import within_limits
 from tests.fuzz.readers import Reader
 from tests.wild.bounded import command
 
 READERS = (
-    "adapter's config",
-    "adapter's weights",
+    *(f"{kind} of {name}" for name in METHODS for kind in ("config", "weights")),
     "calibration",
     "schedule",
     "recipe",
