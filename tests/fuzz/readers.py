@@ -167,7 +167,7 @@ def readers(
         found[f"weights of {name}"] = Reader(
             mutations.safetensors(content),
             elastic(each, WEIGHTS),
-            frozenset({WEIGHTS, "weights"}),
+            frozenset({WEIGHTS, "weights", "budget", "holds"}),
             200,
         )
     for name in ("model_index.json", "transformer/config.json", "scheduler/scheduler_config.json"):
