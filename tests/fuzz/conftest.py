@@ -15,7 +15,6 @@ from ditdial.adapter import identity
 from ditdial.handle import Handle
 from ditdial.methods import Combined
 
-
 SPARSE = {"pool": 0, "modules": 1, "group": (1, 0, 1, 0), "top": 0, "stages": ((0.0, 3),)}
 
 METHODS = {
@@ -59,7 +58,9 @@ def calibrated(adapter: Adapter) -> Adapter:
 
 
 @pytest.fixture(scope="session")
-def read_by(make_model: Callable[..., Any], make_elastic: Callable[..., Handle]) -> dict[str, Reader]:
+def read_by(
+    make_model: Callable[..., Any], make_elastic: Callable[..., Handle]
+) -> dict[str, Reader]:
     """All readers by name."""
     first, other = make_elastic(scales=(2,)), make_elastic(scales=(2,))
     bare = {name: elastify(make_model(), method).adapter() for name, method in METHODS.items()}

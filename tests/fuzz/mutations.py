@@ -150,7 +150,9 @@ def safetensors(content: bytes) -> st.SearchStrategy[bytes]:
 
     kinds = ["I32", "F16", "BF16", "F64", "BOOL", "F8_E4M3", "F8_E8M0", "F4", "C64", "U16", "F32"]
     dtypes = st.sampled_from(kinds).map(
-        lambda kind: joined({k: v | {"dtype": kind} if "dtype" in v else v for k, v in header.items()})
+        lambda kind: joined(
+            {k: v | {"dtype": kind} if "dtype" in v else v for k, v in header.items()}
+        )
     )
     sizes = st.sampled_from([0, 2**63, 2**64 - 1, 10**6]).map(
         lambda size: struct.pack("<Q", size) + content[8:]
@@ -175,7 +177,9 @@ TEXTS = st.text(string.printable, max_size=12)
 
 
 @st.composite
-def arguments(draw: st.DrawFn, good: dict[str, dict[str, str]], options: dict[str, list[str]]) -> Any:
+def arguments(
+    draw: st.DrawFn, good: dict[str, dict[str, str]], options: dict[str, list[str]]
+) -> Any:
     """A command line: a command's good arguments, some of them others, missing or repeated.
 
     Args:

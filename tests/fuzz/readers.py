@@ -1,4 +1,4 @@
-"""What reads files that a user may have changed: each with a good file, and what is done with it."""
+"""What reads files that a user may have changed, each with a good file to start from."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tests.fuzz import mutations
-from tests.fuzz.conftest import METHODS
 from tests.fuzz.commands import GOOD, OPTIONS, assert_ended_well, lay_out
+from tests.fuzz.conftest import METHODS
 from tests.fuzz.limits import within_limits
 from tests.fuzz.readers import Reader
 from tests.wild.bounded import command
@@ -34,7 +35,7 @@ COMMANDS = 400
 SHORT = 40
 """A short run tries one input of so many; a long one 10,000 of files and commands together."""
 
-LINES = st.lists(mutations.arguments(GOOD, OPTIONS), min_size=1, max_size=1)
+LINES = mutations.arguments(GOOD, OPTIONS)
 
 
 def try_all(inputs: st.SearchStrategy[Any], count: int, check: Any) -> None:
@@ -79,11 +80,10 @@ def test_many_odd_files_are_used_or_refused_by_name(read_by, name):
     )
 
 
-def assert_a_command_ends_well(lines: list[list[str]]) -> None:
+def assert_a_command_ends_well(words: list[str]) -> None:
     with within_limits() as folder:
         lay_out(folder)
-        for words in lines:
-            assert_ended_well(words, command(*words))
+        assert_ended_well(words, command(*words))
 
 
 def test_an_odd_command_ends_well():
@@ -93,3 +93,55 @@ def test_an_odd_command_ends_well():
 @pytest.mark.fuzz
 def test_many_odd_commands_end_well():
     try_all(LINES, COMMANDS, assert_a_command_ends_well)
+
+
+PROCESSES = 200
+SLICES = 8
+"""Each starts Python anew, which takes three seconds."""
+
+
+def run_alone(words: list[str]) -> tuple[dict[str, Any], float]:
+    """A command line in a process and a folder of its own: how it ended, and MiB that it took."""
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent) / "here"
+        folder.mkdir()
+        lay_out(folder)
+        with tempfile.TemporaryFile("w+") as errors:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "ditdial", *words],
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+            )
+            _, status, used = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            errors.seek(0)
+            told = errors.read()
+        assert os.listdir(parent) == ["here"], words
+        assert (folder / "taken").read_text() == "mine", words
+    return {"code": process.returncode, "err": told}, used.ru_maxrss / 1024
+
+
+@pytest.fixture(scope="session")
+def most_memory() -> float:
+    """MiB that an odd command may take: what good ones take, and 200 more."""
+    return 200 + max(run_alone(["sample", "out", "--labels", "1", "--steps", "2"])[1] for _ in "12")
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("part", range(SLICES))
+def test_odd_commands_end_well_alone(part, most_memory):
+    """In processes of their own: nothing is written beside the folder, and memory is bounded."""
+    seen: list[list[str]] = []
+
+    def check(words: list[str]) -> None:
+        seen.append(words)
+        if len(seen) % SLICES != part:
+            return
+        outcome, memory = run_alone(words)
+        assert_ended_well(words, outcome)
+        assert "Traceback" not in outcome["err"], (words, outcome)
+        assert memory < most_memory, words
+
+    try_all(LINES, PROCESSES, check)

@@ -32,7 +32,7 @@ CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torcha
 """Loggers that warn when diffusers imports torchao, which it does wherever torchao is installed."""
 
 LONGEST = 2000
-"""Characters of an error that are shown; it may hold all that a file has in the place of a number."""
+"""Characters of an error that are shown: a file may have anything in the place of a number."""
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -31,14 +31,6 @@ class NewModules(nn.Module, ABC):
         """Those of one of the methods that they are made of, by name."""
         return self
 
-    def check_loaded(self) -> None:
-        """Refuse numbers of an adapter that nothing can be computed with.
-
-        Raises:
-            ValueError: naming the tensor and what is legal.
-        """
-        return
-
     @abstractmethod
     def makes_tokens(self, mode: Mode) -> bool:
         """Whether this mode's tokens are made here rather than by the stock modules.

@@ -32,20 +32,10 @@ from ditdial.layers.new_modules import NewModules
 from ditdial.layers.width_pass import Narrow, Open
 from ditdial.methods.base import Method
 from ditdial.methods.projections import MarkedProjections, legal_scale
-from ditdial.methods.routers import (
-    LEVELS,
-    Routers,
-    check_range,
-    slot_tables,
-    slots_of,
-    token_router_macs,
-)
+from ditdial.methods.routers import LEVELS, Routers, slot_tables, slots_of, token_router_macs
 from ditdial.ops.gates import gate, logistic_noise, open_mask, with_constant
 from ditdial.ops.patching import RESIZES, Triple
-from ditdial.ops.widths import (
-    features_of,
-    shared_out,
-)
+from ditdial.ops.widths import check_range, features_of, shared_out
 from ditdial.plan.mode import FULL, Mode
 
 
@@ -169,6 +159,12 @@ class DyDiT(Method):
     def build(self, model: nn.Module, backbone: Backbone) -> NewModules:
         return RoutedModules(self, model, backbone)
 
+    def check_loaded(self, new: Any) -> None:
+        for routers in new.routers.values():
+            check_range("token_shares", routers.token_shares, 1)
+        for name, slots in new.named_buffers(recurse=False):
+            check_range(name, slots, (new.heads if name.startswith("heads") else new.groups) - 1)
+
     def to_config(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -221,12 +217,6 @@ class RoutedModules(MarkedProjections):
             self.A[key], self.B[key] = nn.Parameter(A), nn.Parameter(B)
         device = blocks[0].narrow.weight.device
         self.mixer = nn.Linear(time_width, method.experts, device=device)
-
-    def check_loaded(self) -> None:
-        for mode, routers in self.routers.items():
-            check_range(f"token_shares of mode {mode!r}", routers.token_shares, 1)
-        for name, table in self.named_buffers(recurse=False):
-            check_range(name, table, (self.heads if name.startswith("heads") else self.groups) - 1)
 
     @property
     def routing(self) -> RoutedModules:

@@ -92,17 +92,6 @@ class Routers(nn.Module):
             return F.linear(hidden, out, out_bias)[..., 0]
 
 
-def check_range(name: str, numbers: Tensor, most: int) -> None:
-    """Refuse shares or positions that are out of range.
-
-    Raises:
-        ValueError: naming them, and the first that is.
-    """
-    wrong = numbers[(numbers < 0) | (numbers > most)]
-    if len(wrong):
-        raise ValueError(f"{name} holds {wrong[0].item()}; legal: 0..{most}")
-
-
 def slots_of(backbone: Backbone, blocks: list[RoutedBlock], groups: int) -> tuple[int, int]:
     """Heads, and groups of channels, of every block.
 

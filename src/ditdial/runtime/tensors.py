@@ -76,7 +76,7 @@ class Tensors:
         for adapter in adapters:
             tensors._load(adapter)
             for single in adapter.method.singles:
-                tensors.new.of(single.name).check_loaded()
+                single.check_loaded(tensors.new.of(single.name))
         return tensors
 
     @classmethod
