@@ -262,12 +262,12 @@ class RoutedModules(MarkedProjections):
     def decide(self, mode: Mode, time_TD: Tensor) -> dict[str, Tensor]:
         """Open slots of each block at T noise levels, ``(T, L, S)`` booleans by role."""
         opened = {}
-        for role, logits in self.logits(mode, time_TD).items():
+        for role, logits in self._logits(mode, time_TD).items():
             first = torch.ones_like(logits[..., :1], dtype=torch.bool)
             opened[role] = torch.cat([first, logits > 0], dim=-1)
         return opened
 
-    def logits(self, mode: Mode, time_BD: Tensor) -> dict[str, Tensor]:
+    def _logits(self, mode: Mode, time_BD: Tensor) -> dict[str, Tensor]:
         """Of the slots behind the first of each block, ``(B, L, S - 1)`` by role."""
         routers, offset = self._of(mode), self.offsets.get(self.method.routing(mode), 0.0)
         return {
@@ -321,7 +321,7 @@ class RoutedModules(MarkedProjections):
         """A forward pass that computes everything and multiplies by gates, with gradients."""
         drawing = self.drawing
         opens: dict[str, list[Open]] = {"heads": [], "channels": [], "both": []}
-        logits = {role: x.unbind(1) for role, x in self.logits(mode, time_BD).items()}
+        logits = {role: x.unbind(1) for role, x in self._logits(mode, time_BD).items()}
         for block in range(len(logits["heads"])):
             gates = []
             for role in ("heads", "channels"):
