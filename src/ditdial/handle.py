@@ -217,17 +217,19 @@ class Handle:
             ValueError: no calibration, or one without what is asked for.
         """
         require(type(count) is int and count >= 1, "count", count, "a whole number >= 1")
-        levels = self._levels(num_inference_steps, scheduler, None)
+        levels = self._levels(num_inference_steps, scheduler)
         return self._planning.offers(
             levels, guidance=guidance, currency=currency, criterion=criterion, count=count
         )
 
-    def _levels(self, steps: int, scheduler: Any, grid: Triple | None) -> tuple[float, ...]:
+    def _levels(
+        self, steps: int, scheduler: Any, grid: Triple | None = None, strength: float = 1.0
+    ) -> tuple[float, ...]:
         require(type(steps) is int, "num_inference_steps", steps, "a whole number >= 1")
         legal = "a diffusers scheduler, or None for the pipeline's"
         fits = scheduler is None or hasattr(scheduler, "set_timesteps")
         require(fits and not isinstance(scheduler, type), "scheduler", scheduler, legal)
-        return self._planning.levels(steps, scheduler, grid)
+        return self._planning.levels(steps, scheduler, grid, strength)
 
     @property
     def execution(self) -> Execution:
@@ -251,38 +253,65 @@ class Handle:
         self,
         num_inference_steps: int,
         *,
-        guidance: bool = True,
+        guidance: bool | Sequence[int] = True,
+        strength: float = 1.0,
         scheduler: Any = None,
         grid: Triple | None = None,
-        text_tokens: int | None = None,
+        text_tokens: int | tuple[int, int] | None = None,
+        reference_tokens: int = 0,
+        token_times: bool | None = None,
     ) -> Plan:
         """The modes and the cost of a run, before it is made.
 
         Of a pipeline with two transformers, the steps of this one.
 
         Args:
-            guidance: whether the run uses a guidance branch (a guidance scale above 1).
+            guidance: whether the run uses a guidance branch (a guidance scale above 1), or how many
+                passes each of its steps makes, where they are not alike (1 without guidance, 2
+                with, 3 where a layer is skipped in one more).
+            strength: of an image-to-image run, which leaves out the first steps.
             scheduler: a diffusers scheduler; the pipeline's own by default. It is not changed.
             grid: base tokens ``(frames, height, width)``; the model's native size by default.
-            text_tokens: text tokens of one prompt; the pipeline's usual number by default.
+            text_tokens: text tokens of one prompt, or of the prompt and of the guidance branch's;
+                the pipeline's usual number by default.
+            reference_tokens: base tokens of given pictures in the same sequence (FLUX Kontext,
+                FLUX.2, Qwen-Image's edits); they are as many in every mode.
+            token_times: whether each token has a time of its own, as where first frames are given
+                (Wan, LTX); what the pipeline usually does by default.
 
         Raises:
-            ValueError: no scheduler, fewer than one step, or none at which this model is called.
+            ValueError: no scheduler, fewer than one step, none at which this model is called, or
+                a value out of range.
         """
-        levels = self._levels(num_inference_steps, scheduler, grid)
-        return self.plan_levels(levels, guidance=guidance, grid=grid, text_tokens=text_tokens)
+        return self.plan_levels(
+            self._levels(num_inference_steps, scheduler, grid, strength),
+            guidance=guidance,
+            grid=grid,
+            text_tokens=text_tokens,
+            reference_tokens=reference_tokens,
+            token_times=token_times,
+        )
 
     @checked
     def plan_levels(
         self,
         levels: Sequence[float],
         *,
-        guidance: bool = True,
+        guidance: bool | Sequence[int] = True,
         grid: Triple | None = None,
-        text_tokens: int | None = None,
+        text_tokens: int | tuple[int, int] | None = None,
+        reference_tokens: int = 0,
+        token_times: bool | None = None,
     ) -> Plan:
         """`plan` for given noise levels, one per step."""
-        return self._planning.plan(levels, guidance=guidance, grid=grid, text_tokens=text_tokens)
+        return self._planning.plan(
+            levels,
+            guidance=guidance,
+            grid=grid,
+            text_tokens=text_tokens,
+            reference_tokens=reference_tokens,
+            token_times=token_times,
+        )
 
     def report(self) -> Report:
         """What the last run really did."""

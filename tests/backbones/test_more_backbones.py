@@ -10,6 +10,7 @@ from tests.backbones import tiny
 from tests.backbones.tiny import CASES
 
 from ditdial import FULL, FlexiDiT, Mode, Schedule, elastify
+from ditdial.ops.patching import group_means, ungroup
 from ditdial.ops.positions import group_centres, real_rotary_centres
 
 TIME = 700.0
@@ -78,11 +79,32 @@ class TestLTX:
                     with handle.using(mode):
                         assert torch.equal(output(handle.model, other), output(handle.model, call))
 
-    def test_given_frames_beside_the_grid_run_in_full_mode_only(self):
+    def test_given_frames_beside_the_grid_are_not_joined_with_others(self):
+        handle = elastic("ltx", scales=(2, (2, 1, 1)))
+        call = tiny.ltx_coordinates_call(2, (3, 7, 6), TIME)
+        latent, places, times = (call[k] for k in ("hidden_states", "video_coords", "timestep"))
+        frame = slice(42, 84)
+        more = without_sides(call) | {
+            "hidden_states": torch.cat([latent, latent[:, frame]], dim=1),
+            "video_coords": torch.cat([places, places[:, :, frame]], dim=2),
+            "timestep": torch.cat([times, times[:, frame]], dim=1),
+        }
+        assert handle.backbone.size(handle.model, more) == ((4, 7, 6), 6, True)
+        with handle.using(Mode(2)):
+            made = output(handle.model, more)
+        # To the frame that is there twice the same happens twice.
+        torch.testing.assert_close(made[:, 126:], made[:, frame])
+        refusal = pytest.raises(
+            ValueError, match=r"video_coords .*'patch2x1x1' joins frames; legal"
+        )
+        with handle.using(Mode((2, 1, 1))), refusal:
+            output(handle.model, more)
+
+    def test_part_of_a_frame_beside_the_grid_runs_in_full_mode_only(self):
         handle, stock = elastic("ltx"), CASES["ltx"].model()
         call = tiny.ltx_coordinates_call(2, (3, 7, 6), TIME)
         latent, places, times = (call[k] for k in ("hidden_states", "video_coords", "timestep"))
-        frame = slice(0, 42)
+        frame = slice(0, 30)
         more = without_sides(call) | {
             "hidden_states": torch.cat([latent[:, frame], latent], dim=1),
             "video_coords": torch.cat([places[:, :, frame], places], dim=2),
@@ -90,7 +112,7 @@ class TestLTX:
         }
         with handle.using(FULL):
             assert torch.equal(output(handle.model, more), output(stock, more))
-        refusal = pytest.raises(ValueError, match=r"video_coords name 168 .*legal: full mode")
+        refusal = pytest.raises(ValueError, match=r"video_coords name 156 .*legal: full mode")
         with handle.using(Mode(2)), refusal:
             output(handle.model, more)
 
@@ -160,15 +182,19 @@ class TestCogVideoX:
 
 
 class TestSana:
-    def test_residuals_of_a_controlnet_are_for_full_mode(self):
-        handle = elastic("sana")
-        call = tiny.sana_call(1, (1, 8, 8), TIME)
-        call["controlnet_block_samples"] = (torch.zeros(1, 64, 32),)
-        with handle.using(FULL):
-            output(handle.model, call)
-        refusal = pytest.raises(ValueError, match=r"controlnet_block_samples .*full mode")
-        with handle.using(Mode(2)), refusal:
-            output(handle.model, call)
+    def test_residuals_of_a_controlnet_are_averaged_over_groups(self):
+        handle, call = elastic("sana"), tiny.sana_call(1, (1, 8, 8), TIME)
+        quarter = tiny.noise(1, 16, 32, seed=18)
+        even = ungroup(quarter.repeat(1, 1, 4), (1, 8, 8), (1, 2, 2))
+        zero_mean = even + torch.tensor([1.0, -1.0]).repeat(32)[:, None]  # neighbours apart
+        with handle.using(Mode(2)):
+            found, moved = (
+                output(handle.model, call | {"controlnet_block_samples": (residual,)})
+                for residual in (even, zero_mean)
+            )
+            bare = output(handle.model, call)
+        torch.testing.assert_close(found, moved)
+        assert not torch.allclose(found, bare)
 
     def test_noise_levels_of_both_generations(self):
         backbone = elastic("sana").backbone
@@ -290,15 +316,32 @@ class TestZImage:
         with pytest.raises(ValueError, match=message):
             elastify(diffusers.ZImageTransformer2DModel(**config), FlexiDiT())
 
-    def test_residuals_of_a_controlnet_are_for_full_mode(self):
+    def test_residuals_of_a_controlnet_reach_the_tokens_that_they_are_for(self):
         handle, stock = elastic("z-image"), CASES["z-image"].model()
         call = tiny.z_image_call(2, (1, 6, 8), TIME)
-        call["controlnet_block_samples"] = {0: tiny.noise(2, 128, 32, seed=18)}
+        residual = tiny.noise(2, 128, 32, seed=18)  # of 48 tokens, 16 fillers and 64 of text
+        call["controlnet_block_samples"] = {0: residual}
         with torch.no_grad(), handle.using(FULL):
             assert all(map(torch.equal, handle.model(**call).sample, stock(**call).sample))
-        refusal = pytest.raises(ValueError, match=r"controlnet_block_samples .*full mode")
-        with handle.using(Mode(2)), refusal:
-            output(handle.model, call)
+        seen = []
+        hook = handle.model.layers[1].register_forward_pre_hook(
+            lambda _, args: seen.append(args[0])
+        )
+        with torch.no_grad(), handle.using(Mode(2)):
+            handle.model(**call)
+            handle.model(**tiny.z_image_call(2, (1, 6, 8), TIME))
+        hook.remove()
+        added = seen[0] - seen[1]
+        means = group_means(residual[:, :48], (1, 6, 8), (1, 2, 2))
+        torch.testing.assert_close(added[:, :12], means, atol=1e-5, rtol=0)
+        assert not added[:, 12:32].any()
+        torch.testing.assert_close(added[:, 32:], residual[:, 64:], atol=1e-5, rtol=0)
+
+    def test_a_list_of_pictures_in_a_row_is_refused(self):
+        call = tiny.z_image_call(1, (1, 6, 8), TIME)
+        call["x"] = [call["x"]]
+        with pytest.raises(ValueError, match=r"x holds a list .*legal: one picture in each row"):
+            output(elastic("z-image").model, call)
 
     def test_it_compiles_to_one_graph_per_mode(self):
         handle = elastic("z-image", scales=(2,))

@@ -9,7 +9,7 @@ from tests.backbones.pipes import PIPES, embeddings
 from tests.backbones.tiny import CASES
 from tests.elastic_models import WEAK, call_of, elastic, run, run_as
 
-from ditdial import FULL, Schedule
+from ditdial import FULL, Schedule, SparseDiT, elastify
 
 GENERATOR_SEED = 21
 
@@ -172,11 +172,38 @@ def controlled(name, model):
 
 
 @pytest.mark.parametrize("name", ["flux", "sd3"])
-def test_controlnet_residuals_refuse_coarse_modes(name):
+def test_controlnet_residuals_act_in_coarse_modes(name):
     stock, handle = CASES[name].model(), elastic(name)
     call = controlled(name, stock)
     expected = run(stock, call)
     assert not torch.equal(expected, run(stock, call_of(name)))
     assert torch.equal(run(handle, call, FULL), expected)
-    with pytest.raises(ValueError, match=r"control.* each base token, .*'patch2'.*full mode"):
-        run(handle, call, WEAK)
+    assert not torch.equal(run(handle, call, WEAK), run(handle, call_of(name), WEAK))
+
+
+@pytest.mark.parametrize(("name", "depth"), [("flux", 4), ("sd3", 3)])
+def test_controlnet_residuals_refuse_sparse_grids(name, depth):
+    handle = elastify(CASES[name].model(), SparseDiT.for_depth(depth, pool=0))
+    mode = next(mode for mode in handle.modes if mode.is_sparse)
+    call = controlled(name, CASES[name].model())
+    with pytest.raises(ValueError, match=r"control.* each base token, .*full mode"):
+        run(handle, call, mode)
+
+
+def test_packed_branches_with_a_controlnet_equal_two_calls():
+    call = controlled("sd3", CASES["sd3"].model())
+    call = {name: twice(value) for name, value in call.items()}
+    handle = elastic("sd3")
+    handle.schedule = Schedule.constant(FULL, guide=WEAK)
+    with torch.no_grad():
+        split = handle.model(**call).sample
+        run_as(handle, packed=True)
+        packed = handle.model(**call).sample
+    torch.testing.assert_close(packed, split, rtol=1e-4, atol=1e-4)
+
+
+def twice(value):
+    """Both guidance branches of a call, in one batch."""
+    if isinstance(value, list | tuple):
+        return type(value)(twice(inner) for inner in value)
+    return torch.cat([value] * 2)

@@ -40,8 +40,9 @@ class Arguments:
         sample: the one that holds the latent.
         lists: those that are lists with an entry for each row.
         condition: those that carry the prompt or class; None for one that has none.
-        residuals: those that hold something per base token (ControlNet's residuals), which coarse
-            modes refuse.
+        residuals: those that hold what a control network adds to each base token; a coarse token
+            gets the mean over those that it covers.
+        base_only: those that hold something else per base token, which coarse modes refuse.
         conditional_first: which half of a guided batch is the conditional one; None if the pipeline
             calls the model once per branch.
         contexts: the guidance branch's names in ``cache_context``, if it is called by itself.
@@ -52,6 +53,7 @@ class Arguments:
     lists: tuple[str, ...] = ()
     condition: tuple[str, ...] = ("encoder_hidden_states",)
     residuals: tuple[str, ...] = ()
+    base_only: tuple[str, ...] = ()
     conditional_first: bool | None = False
     contexts: tuple[str, ...] = ("uncond",)
     output: type = Transformer2DModelOutput
@@ -76,10 +78,14 @@ class Arguments:
         """Latents or predictions, of which some classes take and return lists, in one tensor.
 
         Raises:
-            ValueError: a list of pictures that differ in size.
+            ValueError: a list of pictures that differ in size, or several in one row.
         """
         if self.sample not in self.lists:
             return sample
+        if any(isinstance(row, list) for row in sample):
+            raise ValueError(
+                f"{self.sample} holds a list of pictures in a row; legal: one picture in each row"
+            )
         sizes = {tuple(row.shape) for row in sample}
         if len(sizes) > 1:
             raise ValueError(
@@ -153,7 +159,8 @@ class Arguments:
         Raises:
             ValueError: naming the argument and the mode.
         """
-        for name in self.residuals:
+        # Between blocks of a sparse mode tokens change grids.
+        for name in (*self.base_only, *(self.residuals if mode.is_sparse else ())):
             if call.get(name) is not None:
                 raise ValueError(
                     f"{name} holds something for each base token, and mode {mode.name!r} has other "
@@ -169,8 +176,8 @@ def cut(value: Any, index: Rows, total: int) -> Any:
     """
     if isinstance(value, dict):
         return {key: cut(inner, index, total) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [cut(inner, index, total) for inner in value]
+    if isinstance(value, list | tuple):
+        return type(value)([cut(inner, index, total) for inner in value])
     if torch.is_tensor(value) and value.ndim and value.shape[0] == total:
         return value[index if isinstance(index, slice) else list(index)]
     return value

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ditdial.backbones.arguments import Arguments, Call
@@ -28,7 +30,7 @@ from ditdial.backbones.times import Times
 from ditdial.cost.blocks import Block, Term
 from ditdial.cost.linears import matrix_sizes
 from ditdial.cost.shape import PatchCost, TransformerShape
-from ditdial.ops.patching import Triple, coarse_grid
+from ditdial.ops.patching import Triple, coarse_grid, group_means
 from ditdial.plan.mode import Mode
 
 Model = Any
@@ -72,8 +74,7 @@ class Backbone(ABC):
         axes: latent axes that coarse patches may cover: ``hw``, or ``thw`` for video.
         low_rank: layers of self-attention and feed-forward by block list.
         adapts: which of them a method adapts: a regular expression that their names match.
-        conditioning: modules whose output is the conditioning vector ``(B, D)``, which drives
-            modulation.
+        conditioning: modules that make the conditioning vector ``(B, D)`` of modulation.
         sinusoids: modules that embed one and the same time, block after block.
         prompt_only: layers that see nothing but the prompt, by block list.
         reads_blocks: the stock forward looks into its blocks or counts them, beside calling them.
@@ -160,13 +161,28 @@ class Backbone(ABC):
         """What the cost of a call depends on beside the model: base grid, text tokens."""
         return self.grid(model, call), self.text_tokens(call)
 
-    def planned_size(self, grid: Triple, text_tokens: int, pipe: Any) -> tuple[Any, ...]:
+    def planned_size(
+        self,
+        grid: Triple,
+        text_tokens: int,
+        pipe: Any,
+        *,
+        reference_tokens: int = 0,
+        token_times: bool | None = None,
+    ) -> tuple[Any, ...]:
         """What `size` will return in a run of a pipeline (None for a bare model).
 
         Args:
-            grid, text_tokens: that the plan is asked for.
+            grid, text_tokens, reference_tokens: that the plan is asked for.
             pipe: tells what else the size of its calls will hold.
+            token_times: whether each token has a time of its own; None as is usual.
+
+        Raises:
+            ValueError: something that the class has not.
         """
+        for name, told in (("reference_tokens", reference_tokens), ("token_times", token_times)):
+            if told:
+                raise ValueError(f"{name} = {told}; legal for {self.model_class}: {type(told)()}")
         return grid, text_tokens
 
     def grid(self, model: Model, call: Call) -> Triple:
@@ -184,6 +200,16 @@ class Backbone(ABC):
         """Text tokens of one picture."""
         text = call.get("encoder_hidden_states")
         return 0 if text is None else text.shape[1]
+
+    def apart(self, latent: Tensor, forward: Forward) -> tuple[Tensor, Tensor | None]:
+        """The picture to make, and given ones behind it in one packed sequence, if there are any.
+
+        These keep their base tokens in every mode.
+        """
+        count = math.prod(forward.grid)
+        if latent.ndim != 3 or latent.shape[1] == count:
+            return latent, None
+        return latent[:, :count], latent[:, count:]
 
     def vectors(self, latent: Tensor, forward: Forward) -> Tensor:
         """What the token-making module is given -> base patch vectors ``(B, T, H, W, c)``."""
@@ -237,6 +263,16 @@ class Backbone(ABC):
         """
         return call
 
+    def averaged(self, residual: Tensor, forward: Forward, mode: Mode) -> Tensor:
+        """What a control network adds to the tokens of a mode, and to whatever stands behind them.
+
+        Args:
+            residual: what it adds to base tokens, ``(B, N, D)``, and to the rest.
+        """
+        count = math.prod(forward.grid)
+        means = group_means(residual[:, :count], forward.grid, mode.patch_scale)
+        return torch.cat([means, residual[:, count:]], dim=1)
+
     def output_grid(self, grid: Triple) -> Triple:
         """Base grid of one row of what enters the output layer."""
         return grid
@@ -257,9 +293,12 @@ class Backbone(ABC):
             project: the mode's own projection.
 
         Returns:
-            ``(B, N, c_out)`` in base order, as the stock un-patchify expects it.
+            ``(B, N, c_out)`` in base order, as the stock un-patchify expects it, and the rest.
         """
-        return project(hidden, self.output_grid(forward.grid))
+        grid = self.output_grid(forward.grid)
+        count = math.prod(coarse_grid(grid, mode.patch_scale))
+        vectors, given = project(hidden[:, :count], grid), hidden[:, count:]
+        return torch.cat([vectors, stock(given)], dim=1) if given.shape[1] else vectors
 
     def block_hooks(self, model: Model) -> Iterator[tuple[nn.Module, BlockHook]]:
         """Forward pre-hooks of blocks that are given something of the base grid's size.

@@ -43,8 +43,10 @@ class ChromaBackbone(FluxFamily):
         mask, text = call.get("attention_mask"), self.text_tokens(call)
         if mask is None:
             return call
-        image = group(mask[:, text:].unflatten(1, forward.grid)[..., None], mode.patch_scale)
-        return call | {"attention_mask": torch.cat([mask[:, :text], image.amax(dim=2)], dim=1)}
+        image, given = self.apart(mask[:, text:, None], forward)
+        image = group(image.unflatten(1, forward.grid), mode.patch_scale).amax(dim=2)
+        rest = [] if given is None else [given[..., 0]]
+        return call | {"attention_mask": torch.cat([mask[:, :text], image, *rest], dim=1)}
 
     def picture_macs(self, model: Model, text_tokens: int) -> int:
         vectors = len(model.time_text_embed.mod_proj)  # one per shift, scale and gate of all blocks

@@ -51,7 +51,7 @@ class CogView4Backbone(Backbone):
     patches = Patches(embed="patch_embed.proj", output="proj_out", output_layout="Cthw")
     arguments = Arguments(
         condition=("encoder_hidden_states", "attention_mask"),
-        residuals=("image_rotary_emb",),
+        base_only=("image_rotary_emb",),
         conditional_first=None,
     )
     times = CogView4Times()

@@ -28,10 +28,12 @@ from ditdial.plan.mode import Mode
 
 
 class LTXTimes(Times):
-    """One of its pipelines has a schedule of its own."""
+    """Some of its pipelines have a schedule of their own."""
 
     def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
         """Timesteps of a run of a latent with this base grid, as the pipeline asks."""
+        if type(pipe).__name__ == "LTXI2VLongMultiPromptPipeline":
+            return scheduler.set_timesteps(steps)
         if type(pipe).__name__ != "LTXConditionPipeline":
             return super().set_timesteps(scheduler, steps, grid, pipe)
         from diffusers.pipelines.ltx import pipeline_ltx_condition  # needs transformers
@@ -69,6 +71,17 @@ class LTXBackbone(Backbone):
             )
         super().check_grid(grid, mode)
 
+    def check_call(self, call: Call, mode: Mode) -> None:
+        super().check_call(call, mode)
+        if mode.patch_scale[0] == 1 or call.get("video_coords") is None:
+            return
+        _, height, width = self.grid(None, call)
+        if (call["video_coords"][0, 0, :: height * width].diff() <= 0).any():
+            raise ValueError(
+                "video_coords name frames at times that do not rise (given frames among them, say) "
+                f"and mode {mode.name!r} joins frames; legal: patchK"
+            )
+
     def phases(
         self, module: Model, forward: Forward, mode: Mode, stock: Callable[..., Any], args: tuple
     ) -> Any:
@@ -97,10 +110,21 @@ class LTXBackbone(Backbone):
     def size(self, model: Model, call: Call) -> tuple[Any, ...]:
         return *super().size(model, call), has_token_times(call)
 
-    def planned_size(self, grid: Triple, text_tokens: int, pipe: Any) -> tuple[Any, ...]:
-        # Pipelines that start from a frame tell each token a time: those of the frame have none.
-        names = (cls.__name__ for cls in type(pipe).__mro__)
-        return grid, text_tokens, any("ImageToVideo" in name or "I2V" in name for name in names)
+    def planned_size(
+        self,
+        grid: Triple,
+        text_tokens: int,
+        pipe: Any,
+        *,
+        token_times: bool | None = None,
+        **others: Any,
+    ) -> tuple[Any, ...]:
+        if token_times is None:
+            # Pipelines that start from a frame tell each token a time: those of the frame have
+            # none.
+            names = (cls.__name__ for cls in type(pipe).__mro__)
+            token_times = any("ImageToVideo" in name or "I2V" in name for name in names)
+        return *super().planned_size(grid, text_tokens, pipe, **others), token_times
 
     def picture_macs(self, model: Model, text_tokens: int) -> int:
         return text_tokens * linear_macs(model.caption_projection)

@@ -46,15 +46,27 @@ class PackedBackbone(Backbone):
     def check_call(self, call: Call, mode: Mode) -> None:
         super().check_call(call, mode)
         tokens, own = call["hidden_states"].shape[1], math.prod(self.grid(None, call))
-        if tokens != own:
+        if mode.is_sparse and tokens != own:
             raise ValueError(
-                f"img_ids name {tokens} tokens, {own} of them of the first picture, and mode "
-                f"{mode.name!r} takes no others; legal with reference pictures: full mode"
+                f"img_ids name {tokens} tokens, {own} of them of the first picture, and the grids "
+                f"of mode {mode.name!r} have no place for others; legal with reference pictures: "
+                "a mode without a sparse grid"
             )
 
     def size(self, model: Model, call: Call) -> tuple[Any, ...]:
         grid, text_tokens = super().size(model, call)
         return grid, text_tokens, call["hidden_states"].shape[1] - math.prod(grid)
+
+    def planned_size(
+        self,
+        grid: Triple,
+        text_tokens: int,
+        pipe: Any,
+        *,
+        reference_tokens: int = 0,
+        **others: Any,
+    ) -> tuple[Any, ...]:
+        return *super().planned_size(grid, text_tokens, pipe, **others), reference_tokens
 
     def prepare(self, call: Call, forward: Forward, mode: Mode) -> Call:
         return call | {"img_ids": centre_ids(call["img_ids"], forward.grid, mode.patch_scale)}

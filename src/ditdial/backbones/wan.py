@@ -89,9 +89,18 @@ class WanBackbone(Backbone):
     def size(self, model: Model, call: Call) -> tuple[Any, ...]:
         return *super().size(model, call), has_token_times(call)
 
-    def planned_size(self, grid: Triple, text_tokens: int, pipe: Any) -> tuple[Any, ...]:
-        per_token = pipe is not None and pipe.config.get("expand_timesteps", False)
-        return grid, text_tokens, per_token
+    def planned_size(
+        self,
+        grid: Triple,
+        text_tokens: int,
+        pipe: Any,
+        *,
+        token_times: bool | None = None,
+        **others: Any,
+    ) -> tuple[Any, ...]:
+        if token_times is None:
+            token_times = pipe is not None and pipe.config.get("expand_timesteps", False)
+        return *super().planned_size(grid, text_tokens, pipe, **others), token_times
 
     def picture_macs(self, model: Model, text_tokens: int) -> int:
         return text_tokens * linear_macs(model.condition_embedder, "^text_embedder")

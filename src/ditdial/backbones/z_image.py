@@ -6,6 +6,7 @@ text up to a multiple of 32 tokens; the filler takes part in everything.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,6 +145,13 @@ class ZImageBackbone(RefinedBackbone):
     ) -> Tensor:
         own = hidden[:, : forward.tokens(mode)]
         return super().base_vectors(forward, mode, stock, own, project)
+
+    def averaged(self, residual: Tensor, forward: Forward, mode: Mode) -> Tensor:
+        base, coarse = math.prod(forward.grid), forward.tokens(mode)
+        means = super().averaged(residual[:, :base], forward, mode)
+        # The filler is no part of the picture; the text stands behind it.
+        means = F.pad(means, (0, 0, 0, filled(coarse) - coarse))
+        return torch.cat([means, residual[:, filled(base) :]], dim=1)
 
     def default_size(self, model: Model) -> tuple[Triple, int]:
         return (1, 64, 64), 512

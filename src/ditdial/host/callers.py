@@ -21,8 +21,11 @@ from torch import Tensor, nn
 from ditdial.host.pipelines import holds, levels_of, steps_of, transformers
 from ditdial.plan.controller import Passes
 
-GUIDED = ("do_classifier_free_guidance", "do_true_cfg")
-"""What pipelines call the fact that guidance is on."""
+GUIDED = ("apply_cfg", "do_classifier_free_guidance", "do_true_cfg")
+"""What pipelines call the fact that guidance is on: at a step, or in the run."""
+
+UNEVEN = ("skip_guidance_layers", "cfg_trunc_ratio", "cfg_truncation")
+"""Arguments that make the steps of a run differ in their passes."""
 
 SCALES = ("true_cfg_scale", "guidance_scale")
 """What pipelines call the scale of guidance."""
@@ -68,16 +71,17 @@ class Caller:
     def guided(self) -> bool | None:
         """Whether guidance is on in the present call; None where nothing tells.
 
-        Some pipelines have an attribute for it, others a local variable.
+        Some pipelines have a local variable for it, which holds where they have both (a callback
+        may change the guidance scale of a pipeline that has doubled its batch already).
         """
         guider = self._guider
         if guider is not None:
             return guider.num_conditions > 1
         if not self.facts:
             return None
-        told = getattr(self.pipe, GUIDED[0], None)
+        told = next((self.facts[name] for name in GUIDED if name in self.facts), None)
         if told is None:
-            told = next((self.facts[name] for name in GUIDED if name in self.facts), None)
+            told = getattr(self.pipe, "do_classifier_free_guidance", None)
         if told is None and "class_labels" in self.facts:  # DiTPipeline
             return self.facts["guidance_scale"] > 1
         return told
@@ -112,7 +116,7 @@ class Caller:
         guider, found = self._guider, {}
         if guider is not None:
             guider = copy.copy(guider)
-        elif self.facts.get("skip_guidance_layers") is None:
+        elif all(self.facts.get(name) is None for name in UNEVEN):
             return {}
         for index, time in enumerate(steps):
             each = self._passes_of(guider, index, len(steps), time)
@@ -123,24 +127,31 @@ class Caller:
         if guider is not None:
             guider.set_state(step=index, num_inference_steps=count, timestep=torch.tensor(time))
             return Passes.of(guider.num_conditions)
+        guided, facts = bool(self.guided), self.facts
+        if "cfg_trunc_ratio" in facts:  # Lumina 2: in the first steps
+            return Passes(guided and (index + 1) / count <= facts["cfg_trunc_ratio"])
+        if "cfg_truncation" in facts:  # Z-Image: at the first times, unless it is above 1
+            end = float(facts["cfg_truncation"])
+            clean = 1 - time / self.scheduler.config.num_train_timesteps
+            on = getattr(self.pipe, "do_classifier_free_guidance", False)
+            return Passes(bool(on) and (end > 1 or clean <= end))
         # Stable Diffusion 3 repeats the conditional branch without some layers.
-        start, stop = (self.facts[f"skip_layer_guidance_{edge}"] for edge in ("start", "stop"))
-        return Passes(bool(self.guided), int(start * count < index < stop * count))
+        start, stop = (facts[f"skip_layer_guidance_{edge}"] for edge in ("start", "stop"))
+        return Passes(guided, int(start * count < index < stop * count))
 
     def _steps(self) -> list[float]:
         """Timesteps of this run's steps: image-to-image leaves out the first of its scheduler's."""
-        if getattr(self.scheduler, "timesteps", None) is None:
-            return []
-        scheduled = self.scheduler.timesteps.tolist()
+        known = getattr(self.scheduler, "timesteps", None) is not None
+        scheduled = steps_of(self.scheduler, self.pipe).tolist() if known else []
         for facts in (self.facts, *self.inner):
-            block = facts.get("block_state", facts)
-            told = _named(block, "timesteps")
+            block = facts.get("block_state")
+            told = facts.get("timesteps", getattr(block, "timesteps", None))
             if isinstance(told, Tensor) and told.ndim == 1:
-                own, count = told.tolist(), _named(block, "num_inference_steps")
-                # DiTPipeline has the rows' times under this name.
-                if len(own) >= (count or 1) and _is_stretch(own, scheduled):
+                own = told.tolist()
+                # DiT's pipeline calls the equal times of a batch's rows by the same name.
+                if own == scheduled[-len(own) :] or len(set(own)) == len(own) > 1:
                     return own
-        return steps_of(self.scheduler).tolist()
+        return scheduled
 
     @property
     def _guider(self) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -10,6 +12,10 @@ from torch import Tensor, nn
 
 TRANSFORMERS = ("transformer", "transformer_2")
 """Components of a pipeline that may be made elastic."""
+
+
+WITHOUT_LAST = ("LTXI2VLongMultiPromptPipeline",)
+"""Pipelines that make no step at the last timestep of their scheduler."""
 
 
 def transformers(pipe: Any) -> dict[str, nn.Module]:
@@ -30,10 +36,37 @@ def holds(pipe: Any, model: nn.Module) -> bool:
     return any(model is own for own in transformers(pipe).values())
 
 
-def steps_of(scheduler: Any) -> Tensor:
-    """Timesteps of a scheduler at which a model is called, as it was set last."""
+def steps_of(scheduler: Any, pipe: Any = None) -> Tensor:
+    """Timesteps of a scheduler at which a pipeline calls its model, as it was set last."""
     # The last time of a consistency model's scheduler is where the last step ends.
-    return scheduler.timesteps[:-1] if tells_angles(scheduler) else scheduler.timesteps
+    ends = tells_angles(scheduler) or type(pipe).__name__ in WITHOUT_LAST
+    return scheduler.timesteps[:-1] if ends else scheduler.timesteps
+
+
+def later_steps(pipe: Any, scheduler: Any, count: int, strength: float) -> Tensor:
+    """Timesteps at which a model is called in a run that begins in the middle (image to image).
+
+    Args:
+        pipe: says itself which it leaves out; one without a word for it (None for a bare model) is
+            taken to do as most.
+        scheduler: whose timesteps of ``count`` steps are set.
+        strength: share of the steps that are made.
+    """
+    told = getattr(type(pipe), "get_timesteps", None)
+    left = count - int(max(count - min(count * strength, count), 0))
+    if told is not None:
+        view = copy.copy(pipe)
+        vars(view)["scheduler"] = scheduler
+        known = {
+            "num_inference_steps": count,
+            "strength": strength,
+            "timesteps": scheduler.timesteps,
+            "sigmas": getattr(scheduler, "sigmas", None),
+            "device": scheduler.timesteps.device,
+        }
+        names = inspect.signature(told).parameters
+        *_, left = told(view, **{name: known[name] for name in names if name in known})
+    return steps_of(scheduler, pipe)[(count - left) * scheduler.order :]
 
 
 def levels_of(

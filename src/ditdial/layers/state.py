@@ -18,7 +18,7 @@ from ditdial.layers.packing import Layout
 from ditdial.layers.token_grids import TokenGrids
 from ditdial.layers.width_pass import Narrow
 from ditdial.ops.patching import Triple
-from ditdial.plan.mode import Mode
+from ditdial.plan.mode import FULL, Mode
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ class State(Forward):
             yield
         finally:
             self.narrow = self.grids = self.text = self.sinusoids = None
-            self.running = False
+            self.running = self.makes_tokens = False
+            # A control network that shares layers with the model calls them between its passes.
+            self.mode = FULL
 
     @contextlib.contextmanager
     def set_aside(self) -> Iterator[None]:

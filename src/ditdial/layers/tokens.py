@@ -8,13 +8,29 @@ batch (`ditdial.layers.packing`) it takes the parts one by one.
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ditdial.backbones.forward import WIRING
 from ditdial.host.weights import check_latent
 from ditdial.layers.wiring import wiring_of
+
+
+def called_by_another(layer: nn.Module) -> bool:
+    """Whether a layer is at work for another model that shares it (a control network does)."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        # To ask for the variables of a frame copies all of them.
+        named = frame.f_code.co_varnames[:1] == ("self",)
+        owner = frame.f_locals.get("self") if named else None
+        if isinstance(owner, nn.Module) and owner is not layer:
+            # The elastic model itself has a wiring too.
+            return WIRING not in owner.__dict__ and layer in owner.modules()
+        frame = frame.f_back
+    return False
 
 
 class EmbedSeam(nn.Module):
@@ -34,6 +50,8 @@ class EmbedSeam(nn.Module):
         """
         wiring = wiring_of(self)
         state, backbone, new = wiring.state, wiring.backbone, wiring.new
+        if not state.running and called_by_another(self):
+            return super().forward(*inputs)  # pyrefly: ignore[missing-attribute]
         if not state.running:
             raise RuntimeError(
                 "this model's forward was replaced after elastify, so that no mode is chosen; "
@@ -48,7 +66,11 @@ class EmbedSeam(nn.Module):
         if not torch.compiler.is_compiling():
             check_latent(latent, new, state.mode)
         embed = functools.partial(new.embed, mode=state.mode)
+        latent, given = backbone.apart(latent, state)
         tokens = backbone.tokens(self, state, state.mode, latent, embed)
+        if given is not None:
+            stock = super().forward  # pyrefly: ignore[missing-attribute]
+            tokens = torch.cat([tokens, stock(given)], dim=1)
         return backbone.beside(self, tokens, *others)
 
 

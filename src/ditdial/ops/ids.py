@@ -51,20 +51,28 @@ def first_grid(ids: Tensor, skip: int = 0) -> Triple:
 
 
 def centre_ids(ids: Tensor, grid: Triple, scale: Triple) -> Tensor:
-    """Position ids of the centres of groups; no longer whole numbers."""
-    first = (ids[0] if ids.ndim == 3 else ids)[0].float()
+    """Position ids of the centres of groups, no longer whole numbers; then those behind them."""
+    ids = ids[0] if ids.ndim == 3 else ids
+    first, rest = ids[0].float(), ids[math.prod(grid) :]
     _, kh, kw = scale
     rows = group_centres(grid[1], kh, first.device).to(first) + first[1]
     columns = group_centres(grid[2], kw, first.device).to(first) + first[2]
     centres = first.repeat(len(rows) * len(columns), 1)
     centres[:, 1:3] = torch.cartesian_prod(rows, columns)
-    return centres
+    return torch.cat([centres, rest.to(centres)])
 
 
 def grid_of_coordinates(coordinates_3N: Tensor) -> Triple:
-    """Sides of a grid whose tokens are named row-major; ``(1, 1, N)`` if they form none."""
-    axes = [axis.unique() for axis in coordinates_3N]
-    whole = math.prod(map(len, axes)) == coordinates_3N.shape[1]
-    if whole and torch.equal(torch.cartesian_prod(*axes).T, coordinates_3N):
-        return len(axes[0]), len(axes[1]), len(axes[2])
+    """Sides of a grid whose tokens are named row-major; ``(1, 1, N)`` if they form none.
+
+    Its frames may have any times: given ones stand behind the others, at times before them.
+    """
+    rows, columns = (axis.unique() for axis in coordinates_3N[1:])
+    count = len(rows) * len(columns)
+    frame = torch.cartesian_prod(rows, columns).T
+    frames = coordinates_3N.shape[1] // count
+    if frames * count == coordinates_3N.shape[1]:
+        times = coordinates_3N[0, ::count].repeat_interleave(count)
+        if torch.equal(torch.cat([times[None], frame.repeat(1, frames)]), coordinates_3N):
+            return frames, len(rows), len(columns)
     return 1, 1, coordinates_3N.shape[1]

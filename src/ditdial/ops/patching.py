@@ -50,6 +50,15 @@ def group(x_BTHWc: Tensor, scale: Triple) -> Tensor:
     return x.reshape(B, t * h * w, kt * kh * kw * c)
 
 
+def group_means(x_BNc: Tensor, grid: Triple, scale: Triple) -> Tensor:
+    """Means of something per base token over the tokens that each coarse one covers.
+
+    Returns:
+        ``(B, t*h*w, c)``
+    """
+    return group(x_BNc.unflatten(1, grid), scale).unflatten(2, (-1, x_BNc.shape[2])).mean(dim=2)
+
+
 def ungroup(x_BNkc: Tensor, grid: Triple, scale: Triple) -> Tensor:
     """The inverse of `group`; the filled border is cut off.
 

@@ -55,6 +55,7 @@ class Facts:
         guided: whether there is a guidance branch; None where that is not known yet.
         passes: at the noise levels whose steps are others than ``guided`` says.
         guidance_scale: of the run that is being made; None where nothing tells.
+        guide_macs: the same as ``macs`` of a guidance branch whose prompt has another length.
     """
 
     levels: tuple[float, ...]
@@ -62,6 +63,7 @@ class Facts:
     guided: bool | None = None
     guidance_scale: float | None = None
     passes: Mapping[float, Passes] = field(default_factory=dict)
+    guide_macs: Callable[[Mode, float | None], float] | None = None
 
     def at(self, level: float | None) -> Passes:
         """Forward passes of a picture in the step at a noise level."""
@@ -74,7 +76,7 @@ class Facts:
         own = (1 + passes.more) * self.macs(choice.mode, level)
         if not passes.guided or choice.gain == 0:
             return own
-        return own + self.macs(choice.guide_mode, level)
+        return own + (self.guide_macs or self.macs)(choice.guide_mode, level)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,9 @@ from typing import Any
 
 from ditdial.plain import figures, json_files
 from ditdial.plain.tables import Table
-from ditdial.plan.mode import FULL, Mode
+from ditdial.plan.choice import Choice
+from ditdial.plan.controller import Facts
+from ditdial.plan.mode import Mode
 from ditdial.plan.report import CACHES
 from ditdial.plan.schedule import Schedule, Segment
 
@@ -53,7 +55,8 @@ class Plan:
         budget: the share of them that the run is allowed, if it was planned for one.
         guidance: whether the run is taken to have a guidance branch; None where that is not told.
         grid: base tokens ``(frames, height, width)`` that the costs are of.
-        text_tokens: text tokens of one prompt that the costs are of.
+        text_tokens: text tokens of one prompt that the costs are of, or of the prompt and of the
+            guidance branch's.
         step_cache: whether a step cache is on the model; what it will skip is not known, and
             counted as if it ran.
     """
@@ -64,7 +67,7 @@ class Plan:
     budget: float | None = None
     guidance: bool | None = None
     grid: tuple[int, int, int] | None = None
-    text_tokens: int | None = None
+    text_tokens: int | tuple[int, int] | None = None
     step_cache: bool = False
 
     @classmethod
@@ -72,40 +75,58 @@ class Plan:
         cls,
         schedule: Schedule,
         levels: Sequence[float],
-        macs: Callable[[Mode, float], float],
+        macs: Callable[[Mode, float | None], float],
         *,
         guidance: bool,
-        packed: bool = False,
-        kept: float = 0.0,
-        together: bool = False,
-        budget: float | None = None,
-        grid: tuple[int, int, int] | None = None,
-        text_tokens: int | None = None,
-        step_cache: bool = False,
+        **facts: Any,
     ) -> Plan:
         """Bind a schedule to the noise levels of a run's model calls.
 
         Args:
             macs: multiply-adds of one forward pass of one picture in a mode at a noise level.
             guidance: whether the run has a guidance branch.
+            facts: as `of` takes them.
+
+        Raises:
+            ValueError: no timesteps.
+        """
+        return cls.of(schedule, Facts(levels=tuple(levels), macs=macs, guided=guidance), **facts)
+
+    @classmethod
+    def of(
+        cls,
+        schedule: Schedule,
+        run: Facts,
+        *,
+        packed: bool = False,
+        kept: float = 0.0,
+        together: bool = False,
+        budget: float | None = None,
+        grid: tuple[int, int, int] | None = None,
+        text_tokens: int | tuple[int, int] | None = None,
+        step_cache: bool = False,
+    ) -> Plan:
+        """Bind a schedule to a run.
+
+        Args:
+            run: its noise levels, its passes and their cost.
             packed: whether branches of different modes share one call, which keeps no text.
             kept: what a branch saves whose prompt was seen before, where text layers are kept.
             together: whether branches of the same mode share one call.
             budget: the share of the full cost that the run is allowed.
-            grid, text_tokens: that ``macs`` are of, for the record.
+            grid, text_tokens: that the costs are of, for the record.
             step_cache: whether one is on, for the record.
 
         Raises:
             ValueError: no timesteps.
         """
-        if not len(levels):
+        if not run.levels:
             raise ValueError("a plan needs at least one timestep")
         steps, seen = [], set()
-        for index, level in enumerate(levels):
+        for index, level in enumerate(run.levels):
             segment = schedule.at(level)
-            guide = segment.guide_mode if guidance and segment.gain > 0 else None
-            branches = [segment.mode] if guide is None else [segment.mode, guide]
-            cost = sum(macs(mode, level) for mode in branches)
+            guide = segment.guide_mode if run.at(level).guided and segment.gain > 0 else None
+            cost = run.cost(segment, level)
             if not packed or guide in (None, segment.mode):
                 for prompt in _prompts(segment, guided=guide is not None, together=together):
                     cost -= kept * len(prompt) * (prompt in seen)
@@ -113,13 +134,12 @@ class Plan:
             steps.append(
                 PlanStep(index=index, level=level, mode=segment.mode, guide=guide, macs=cost)
             )
-        full = sum(macs(FULL, level) for level in levels) * (2 if guidance else 1)
         return cls(
             steps=tuple(steps),
-            full_macs=full,
+            full_macs=sum(run.cost(Choice(), level) for level in run.levels),
             schedule=schedule,
             budget=budget,
-            guidance=guidance,
+            guidance=run.guided,
             grid=grid,
             text_tokens=text_tokens,
             step_cache=step_cache,
@@ -193,7 +213,8 @@ class Plan:
         if self.grid is not None:
             facts.append(f"{' x '.join(map(str, self.grid))} base tokens")
         if self.text_tokens is not None:
-            facts.append(f"{self.text_tokens} text tokens")
+            told = self.text_tokens if isinstance(self.text_tokens, int) else max(self.text_tokens)
+            facts.append(f"{told} text tokens")
         return f"for {', '.join(facts)}"
 
     def __str__(self) -> str:

@@ -54,7 +54,7 @@ def run_cost(
     shape = replace(bare, kept=lambda mode, level: [_target(mode)] * len(bare.blocks))
     levels = [(steps - 1 - i) / steps for i in range(steps)]
 
-    def ratio(macs: Callable[[Mode, float], float]) -> float:
+    def ratio(macs: Callable[[Mode, float | None], float]) -> float:
         return Plan.bind(schedule, levels, macs, guidance=guidance).ratio
 
     modes, full = (FULL, *method.modes), shape.macs(FULL)

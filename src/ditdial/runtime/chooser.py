@@ -11,7 +11,7 @@ from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.choice import Choice
 from ditdial.plan.controller import BudgetController, Controller, Facts, Passes, Run
-from ditdial.plan.mode import Mode
+from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.report import CallRecord
 from ditdial.plan.schedule import Schedule
 from ditdial.runtime.pictures import Group, grouped
@@ -115,6 +115,8 @@ class Choosing:
             before it.
         facts: of the run, as its schedule takes them to be.
         known: level at which calls were counted last, and the passes that were counted by then.
+        guide_macs: of a guidance branch that was called by itself; its prompt may have a length of
+            its own.
     """
 
     chooser: Chooser
@@ -122,6 +124,7 @@ class Choosing:
     at_work: Run | Schedule | None = None
     facts: Facts | None = None
     known: tuple[float, int] | None = None
+    guide_macs: Callable[[Mode, float | None], float] | None = None
 
     @property
     def learns(self) -> bool:
@@ -171,9 +174,10 @@ class Choosing:
         return [Group(self.at_work.at(level))]
 
     def _keep_within_budget(self, level: float, calls: Sequence[CallRecord]) -> None:
-        """Plan the steps from here on anew, if those before made other passes than planned.
+        """Plan the steps from here on anew, if those before took another effort than planned.
 
-        A callback may have turned guidance off, or a pipeline made calls that nobody told of.
+        A callback may have turned guidance off, a pipeline made calls that nobody told of, or the
+        guidance branch another length of text.
         """
         facts, controller = self.facts, self.chooser.controller
         if self.allowed is None or facts is None or level not in facts.levels:
@@ -184,12 +188,16 @@ class Choosing:
         since, before = self.known or (facts.levels[0], 0)
         planned = facts.levels[facts.levels.index(since) : done]
         self.known = level, counted
-        if counted - before == sum(facts.at(each).count for each in planned):
+        guide, guided = self.guide_macs or facts.macs, facts.guide_macs or facts.macs
+        as_planned = counted - before == sum(facts.at(each).count for each in planned)
+        if as_planned and guide(FULL, None) == guided(FULL, None):
             return
         last = Passes.of(sum(call.passes for call in calls if call.level == calls[-1].level))
         rest = facts.levels[done:]
         passes = {each: facts.passes.get(each, last) for each in rest}
-        self.facts = facts = replace(facts, levels=rest, passes=passes, guidance_scale=None)
+        self.facts = facts = replace(
+            facts, levels=rest, passes=passes, guide_macs=guide, guidance_scale=None
+        )
         spent, full = (
             sum(getattr(call, name) / call.count for call in calls)
             for name in ("macs", "full_macs")

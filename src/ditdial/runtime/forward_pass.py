@@ -16,6 +16,7 @@ from ditdial.backbones.arguments import Call
 from ditdial.host import step_caches
 from ditdial.host.loras import unfuse_disabled
 from ditdial.host.weights import onloaded
+from ditdial.layers.residuals import of_present_tokens
 from ditdial.layers.state import TextKey
 from ditdial.layers.width_pass import Narrow
 from ditdial.plan.execution import Execution
@@ -68,6 +69,7 @@ class ForwardPass:
                 self._check(model, call, each, branch)
                 self._ready(model, each)
             # Behind the checks, which count the base tokens that the call still speaks of.
+            call = of_present_tokens(call, wiring)
             if state.makes_tokens:
                 call = wiring.backbone.prepare(call, state, mode)
             narrow, text = self._narrow(model, call, mode), self._prompt(call)
@@ -167,6 +169,7 @@ class ForwardPass:
             if not mode.is_full:
                 self.surgery.keep_fused_seams()
                 self._check_coarse(model, call, mode)
+            call = of_present_tokens(call, wiring)
             call = wiring.backbone.prepare(call, state, mode)
         state.grids = new.grids(model, wiring.backbone, state, mode)
         state.running = True

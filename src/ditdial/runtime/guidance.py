@@ -130,8 +130,8 @@ def _joined(value: Any, other: Any, count: int) -> Any:
     """The rows of two calls' arguments behind each other, inside lists and dictionaries too."""
     if isinstance(value, dict):
         return {key: _joined(inner, other[key], count) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_joined(*pair, count) for pair in zip(value, other, strict=True)]
+    if isinstance(value, list | tuple):
+        return type(value)([_joined(*pair, count) for pair in zip(value, other, strict=True)])
     if torch.is_tensor(value) and value.ndim and value.shape[0] == count:
         return torch.cat([value, other])
     return value

@@ -28,7 +28,7 @@ def on_base_grid(wiring: Wiring, sample: Tensor, branches: Branches | None) -> T
     """
     backbone, state = wiring.backbone, wiring.state
     x = sample if branches is None else sample[branches.conditional]
-    vectors = backbone.vectors(x.detach(), state)
+    vectors = backbone.vectors(backbone.apart(x.detach(), state)[0], state)
     if len(vectors) != len(x):  # frames folded into the batch
         vectors = vectors.reshape(len(x), -1, *vectors.shape[2:])
     return backbone.patches.by_channel(vectors, state.patch)

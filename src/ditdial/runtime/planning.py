@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from ditdial.host.device import device_name
-from ditdial.host.pipelines import levels_of, steps_of
+from ditdial.host.pipelines import later_steps, levels_of, steps_of
 from ditdial.host.step_caches import has_step_cache
 from ditdial.ops.patching import Triple
 from ditdial.plain.checks import whole
 from ditdial.plan.budget import Budget
-from ditdial.plan.controller import Controller, Facts
+from ditdial.plan.controller import Controller, Facts, Passes
 from ditdial.plan.plan import MOST_STEPS, Plan
 from ditdial.plan.solved import Offers, SolvedBudget
 from ditdial.plan.weak_first import WeakFirstBudget
@@ -35,22 +35,37 @@ class Planning:
         return self.engine.position.pipe_of(self.model)
 
     def levels(
-        self, num_inference_steps: int, scheduler: Any = None, grid: Triple | None = None
+        self,
+        num_inference_steps: int,
+        scheduler: Any = None,
+        grid: Triple | None = None,
+        strength: float = 1.0,
     ) -> tuple[float, ...]:
         """Noise levels at which a pipeline will call the model, one per step.
 
         Raises:
-            ValueError: no scheduler, fewer than one step, or none at which this model is called.
+            ValueError: no scheduler, fewer than one step, a strength out of range, or no step at
+                which this model is called.
         """
         backbone, pipe = self.engine.wiring.backbone, self.pipe
         scheduler = scheduler if scheduler is not None else getattr(pipe, "scheduler", None)
         if scheduler is None:
             raise ValueError("scheduler = None; a bare model has none of its own, so pass one")
         whole("num_inference_steps", num_inference_steps, 1, MOST_STEPS)
+        if not 0 < strength <= 1:
+            raise ValueError(f"strength = {strength}; legal: above 0, up to 1")
         scheduler = copy.deepcopy(scheduler)
         grid = grid or self.engine.shape(self.model).grid
         backbone.times.set_timesteps(scheduler, num_inference_steps, grid, pipe)
-        levels = levels_of(pipe, self.model, scheduler, steps_of(scheduler).tolist())
+        steps = steps_of(scheduler, pipe)
+        if strength < 1:
+            steps = later_steps(pipe, scheduler, num_inference_steps, strength)
+        levels = levels_of(pipe, self.model, scheduler, steps.tolist())
+        if not len(steps):
+            raise ValueError(
+                f"strength = {strength} leaves none of {num_inference_steps} steps; legal: at "
+                f"least {1 / num_inference_steps:.4g}"
+            )
         if not levels:
             raise ValueError(
                 f"num_inference_steps = {num_inference_steps}; at none of them does the pipeline "
@@ -62,23 +77,40 @@ class Planning:
         self,
         levels: Sequence[float],
         *,
-        guidance: bool = True,
+        guidance: bool | Sequence[int] = True,
         grid: Triple | None = None,
-        text_tokens: int | None = None,
+        text_tokens: int | tuple[int, int] | None = None,
+        **more: Any,
     ) -> Plan:
-        """The modes and the cost of a run at given noise levels."""
+        """The modes and the cost of a run at given noise levels.
+
+        Args:
+            more: what else the size of its calls holds; see `Backbone.planned_size`.
+
+        Raises:
+            ValueError: passes of another number of steps, or something that the class has not.
+        """
         engine, backbone = self.engine, self.engine.wiring.backbone
         usual_grid, usual_text = backbone.default_size(self.model)
         text = usual_text if text_tokens is None else text_tokens
-        size = backbone.planned_size(grid or usual_grid, text, self.pipe)
-        shape = engine.shape(self.model, size)
-        facts = Facts(levels=tuple(levels), macs=shape.macs, guided=guidance)
+        shape, other = (
+            engine.shape(
+                self.model, backbone.planned_size(grid or usual_grid, each, self.pipe, **more)
+            )
+            for each in ((text, text) if isinstance(text, int) else text)
+        )
+        passes = {} if isinstance(guidance, bool) else _passes(guidance, levels)
+        facts = Facts(
+            levels=tuple(levels),
+            macs=shape.macs,
+            guided=any(each.guided for each in passes.values()) if passes else bool(guidance),
+            passes=passes,
+            guide_macs=other.macs,
+        )
         keeps = engine.execution.keep_text and engine.passes.compiled.own is None
-        return Plan.bind(
+        return Plan.of(
             engine.chooser.planned(facts),
-            levels,
-            shape.macs,
-            guidance=guidance,
+            facts,
             packed=engine.execution.packed,
             kept=shape.text_tokens * shape.text_once if keeps else 0.0,
             together=backbone.arguments.conditional_first is not None,
@@ -139,3 +171,17 @@ class Planning:
             device = own if pipe is None else pipe._execution_device  # offloaded weights lie idle
             seconds = calibration.seconds_on(device_name(device))
         return SolvedBudget(calibration=calibration, budget=budget, seconds=seconds)
+
+
+def _passes(counts: Sequence[int], levels: Sequence[float]) -> dict[float, Passes]:
+    """Passes by noise level, of those of each step.
+
+    Raises:
+        ValueError: not one number for each step.
+    """
+    if len(counts) != len(levels) or not all(count in (1, 2, 3) for count in counts):
+        raise ValueError(
+            f"guidance = {list(counts)}; legal: True, False, or the number of passes (1 to 3) in "
+            f"each of the {len(levels)} steps"
+        )
+    return dict(zip(levels, map(Passes.of, counts), strict=True))

@@ -110,6 +110,7 @@ class Step:
     def _guidance(self) -> Any:
         """The guidance call of a pipeline that makes one per branch."""
         groups = self.run.groups or self._choose(None)
+        self.run.choosing.guide_macs = self.shape.macs
 
         def run(part: Call, group: Group, _: Branches | None, rows: tuple[int, ...] | None) -> Any:
             watch, before = Stopwatch(self._arguments.device(part)), self.run.remembered
