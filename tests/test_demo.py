@@ -20,4 +20,5 @@ def test_demo(tmp_path):
     with Image.open(tmp_path / "demo" / "samples.png") as picture:
         assert picture.width > 600
     table = (tmp_path / "demo" / "table.md").read_text()
-    assert table.count("\n") == 2 + len(ratios)
+    assert table.count("\n") == 4 + len(ratios)
+    assert table.endswith("\n\nSteps at noise levels from 1 to 0.04.\n")
