@@ -6,6 +6,8 @@ import json
 import re
 import shutil
 import warnings
+from dataclasses import replace
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -23,11 +25,16 @@ from ditdial import (
     Budget,
     DyDiT,
     Mode,
+    PixelDiTPipeline,
     Schedule,
     Segment,
     elastify,
 )
+from ditdial.cli.app import main
 from ditdial.host.device import device_name
+from ditdial.host.parametrization import is_flow_scheduler, parametrization
+from ditdial.plan.calibration import FILE, Calibration
+from ditdial.plan.kept_seconds import added, keep
 from ditdial.plan.seconds import Seconds
 from ditdial.reference import load_reference, reference_adapter
 from ditdial.training.config import load_recipe
@@ -257,6 +264,98 @@ def test_seconds_of_a_reference_adapter_are_kept_outside_the_package(monkeypatch
     outcome = command("calibrate", "--only-seconds", "--steps", "2", "--images", "1")
     assert outcome["code"] == 0, outcome
     assert (package / "mnist" / own / "calibration.json").read_bytes() == before
+
+
+def test_seconds_that_were_kept_are_found_again(monkeypatch, tmp_path):
+    """By whatever reads the adapter, and only beside the errors that they were measured with."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    slow = Seconds(device="abacus", rows=1, alone={"full": 60.0, "patch2": 20.0})
+    file = keep(measured().with_seconds(slow))
+    assert file.is_relative_to(tmp_path / "ditdial")
+    assert measured().seconds_on("abacus") == slow
+    assert elastify(load_reference(), reference_adapter()).calibration == measured()
+    shipped = Calibration.load(reference_adapter())
+    other = replace(shipped, guidance_scale=2.0)
+    assert added(shipped) != shipped
+    assert added(other) == other
+    file.write_text('{"seconds": [{"device": 7}]}')
+    with pytest.raises(ValueError, match=r"\.json'.*kept seconds have missing"):
+        measured()
+
+
+def test_a_whole_calibration_of_a_shipped_adapter_needs_a_file_of_yours():
+    before = (reference_adapter() / FILE).read_bytes()
+    outcome = command("calibrate", "--force", "--steps", "2", "--images", "1")
+    assert outcome["code"] == 2
+    assert "output = None; legal" in " ".join(outcome["err"].split())
+    assert (reference_adapter() / FILE).read_bytes() == before
+
+
+# What a plan and the tables tell
+
+
+def test_a_plan_tells_that_step_caches_are_not_counted():
+    case = PIPES["flux"]
+    pipe = case.pipe()
+    handle = case.elastic(pipe)
+    before = handle.plan(4)
+    assert "step caches" not in str(before)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    plan = handle.plan(4)
+    assert "step caches are not counted" in str(plan)
+    assert (plan.to_dict()["step_cache"], plan.ratio) == (True, before.ratio)
+    assert before.to_dict()["step_cache"] is False
+
+
+def run_command(monkeypatch, *arguments):
+    """Run a command of the command line here; it has to come to a good end."""
+    monkeypatch.setattr("sys.argv", ["ditdial", *arguments])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        with pytest.raises(SystemExit) as stop:
+            main()
+    assert not stop.value.code
+
+
+def test_results_tell_the_noise_levels_that_ran(monkeypatch, capsys, tmp_path):
+    sizes = ("--images", "8", "--sets", "2", "--steps", "4")
+    run_command(monkeypatch, "eval", *sizes, "--output", str(tmp_path / "eval.json"))
+    assert "4 steps at noise levels from 1 to 0.25" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "eval.json").read_text())["rows"]
+    assert row["levels"] == [1.0, 0.25]
+
+
+@pytest.mark.parametrize(("asked", "scale"), [((), 1.45), (("--guidance-scale", "3"), 3.0)])
+def test_the_command_samples_a_budget_at_its_calibrated_scale(monkeypatch, tmp_path, asked, scale):
+    calls, draw = [], PixelDiTPipeline.__call__
+
+    def seen(self, *args, **kwargs):
+        calls.append(kwargs["guidance_scale"])
+        return draw(self, *args, **kwargs)
+
+    monkeypatch.setattr(PixelDiTPipeline, "__call__", seen)
+    few = ("--labels", "1", "--steps", "3", "--budget", "0.5")
+    run_command(monkeypatch, "sample", str(tmp_path), *few, *asked)
+    assert set(calls) == {scale}
+
+
+# Schedulers
+
+
+@pytest.mark.parametrize("name", ["FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler"])
+def test_a_subclass_is_what_its_class_is(name):
+    """Everywhere: what says how a model predicts, and the pipeline that needs velocities."""
+    stock = getattr(diffusers, name)
+    own = type("Mine", (stock,), {})
+    for scheduler in (stock(), own()):
+        assert is_flow_scheduler(scheduler)
+        assert parametrization(SimpleNamespace(scheduler=scheduler)).kind == "flow_prediction"
+        pipe = load_reference()
+        pipe.scheduler = scheduler
+        pipe.set_progress_bar_config(disable=True)
+        pipe([1], num_inference_steps=2, seeds=[0], guidance_scale=1.0)
+        handle = elastify(pipe, reference_adapter())
+        assert handle.plan(2).steps
 
 
 # Values of the wrong kind
