@@ -13,7 +13,8 @@ from ditdial.host.device import device_name
 from ditdial.host.pipelines import later_steps, levels_of, steps_of
 from ditdial.ops.patching import Triple
 from ditdial.plan.budget import Budget
-from ditdial.plan.controller import Controller, Facts, Passes
+from ditdial.plan.controller import Controller
+from ditdial.plan.facts import Facts, Passes
 from ditdial.plan.plan import Plan
 from ditdial.plan.solved import Offers, SolvedBudget
 from ditdial.plan.weak_first import WeakFirstBudget
