@@ -36,8 +36,8 @@ from ditdial.measure.bench import interleave
 from ditdial.measure.provenance import write_results
 from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
-from ditdial.plan.controller import Facts
 from ditdial.plan.execution import Execution
+from ditdial.plan.facts import Facts
 from ditdial.plan.threshold import settled
 from ditdial.plan.weak_first import weak_first_for_budget
 from ditdial.reference import reference_adapter

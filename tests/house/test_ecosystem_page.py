@@ -75,7 +75,13 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("test_gradient_checkpointing_gives_the_same_gradients",),
     ),
     "`fuse_qkv": (TOGETHER, ("test_fused_projections_give_the_same_in_every_mode",)),
-    "ControlNet residuals": (INPUTS, ("test_controlnet_residuals_refuse_coarse_modes",)),
+    "ControlNet residuals": (
+        INPUTS,
+        (
+            "test_controlnet_residuals_act_in_coarse_modes",
+            "test_controlnet_residuals_refuse_sparse_grids",
+        ),
+    ),
     "Reference pictures": ("tests/backbones/test_references.py", ()),
     "Context parallelism": (
         f"{ECOSYSTEM}/test_parallel.py",

@@ -37,7 +37,7 @@ from ditdial.host.device import device_name
 from ditdial.plan.budget import Budget, pairings
 from ditdial.plan.calibration import FILE, Band, Calibration, Point
 from ditdial.plan.choice import Choice
-from ditdial.plan.controller import Facts
+from ditdial.plan.facts import Facts
 from ditdial.plan.frontier import Frontier
 from ditdial.plan.seconds import Seconds
 from ditdial.plan.solved import SolvedBudget

@@ -12,8 +12,8 @@ from tests.backbones.pipes import PIPES, PROMPTS
 
 from ditdial import FULL, FlexiDiT, Mode, PixelDiTPipeline, Schedule, elastify
 from ditdial.evaluation.picture import decisions, mode_colour
-from ditdial.plan.controller import Facts
 from ditdial.plan.ddit import Account, DDiTController
+from ditdial.plan.facts import Facts
 from ditdial.plan.report import Report
 from ditdial.plan.threshold import calibrated, settled, traced
 from ditdial.sampling.pixel_pipeline import flow_matched_betas

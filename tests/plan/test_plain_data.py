@@ -12,7 +12,7 @@ from ditdial import Calibration, Mode, Schedule
 from ditdial.plain import json_files
 
 PLAIN = (
-    *("mode", "choice", "schedule", "plan", "budget", "frontier"),
+    *("mode", "choice", "schedule", "plan", "facts", "budget", "frontier"),
     *("report", "seconds", "calibration", "reference_schedule", "damage"),
 )
 

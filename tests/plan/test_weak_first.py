@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ditdial.plan.controller import Facts
+from ditdial.plan.facts import Facts
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.plan import Plan
 from ditdial.plan.schedule import Segment

@@ -73,10 +73,11 @@ class LTXBackbone(Backbone):
 
     def check_call(self, call: Call, mode: Mode) -> None:
         super().check_call(call, mode)
-        if mode.patch_scale[0] == 1 or call.get("video_coords") is None:
+        coordinates = call.get("video_coords")
+        if mode.patch_scale[0] == 1 or coordinates is None or coordinates.is_meta:
             return
         _, height, width = self.grid(None, call)
-        if (call["video_coords"][0, 0, :: height * width].diff() <= 0).any():
+        if (coordinates[0, 0, :: height * width].diff() <= 0).any():
             raise ValueError(
                 "video_coords name frames at times that do not rise (given frames among them, say) "
                 f"and mode {mode.name!r} joins frames; legal: patchK"

@@ -19,7 +19,7 @@ from diffusers.configuration_utils import ConfigMixin
 from torch import Tensor, nn
 
 from ditdial.host.pipelines import holds, levels_of, steps_of, transformers
-from ditdial.plan.controller import Passes
+from ditdial.plan.facts import Passes
 
 GUIDED = ("apply_cfg", "do_classifier_free_guidance", "do_true_cfg")
 """What pipelines call the fact that guidance is on: at a step, or in the run."""

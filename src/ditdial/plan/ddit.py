@@ -24,7 +24,8 @@ from ditdial.ops.differences import derivative, roughness
 from ditdial.plain.checks import one_of, require
 from ditdial.plain.kinds import check_kind, checked_fields
 from ditdial.plan.choice import Choice
-from ditdial.plan.controller import Controller, Decision, Facts, Run
+from ditdial.plan.controller import Controller, Decision, Run
+from ditdial.plan.facts import Facts
 from ditdial.plan.frontier import legal_shares
 from ditdial.plan.mode import FULL, Mode
 

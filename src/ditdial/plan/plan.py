@@ -9,7 +9,7 @@ from typing import Any
 from ditdial.plain import figures, json_files
 from ditdial.plain.tables import Table
 from ditdial.plan.choice import Choice
-from ditdial.plan.controller import Facts
+from ditdial.plan.facts import Facts
 from ditdial.plan.mode import Mode
 from ditdial.plan.report import CACHES
 from ditdial.plan.schedule import Schedule, Segment

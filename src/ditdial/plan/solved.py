@@ -24,7 +24,8 @@ from ditdial.plain.tables import Table
 from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.choice import Choice
-from ditdial.plan.controller import BudgetController, Facts
+from ditdial.plan.controller import BudgetController
+from ditdial.plan.facts import Facts
 from ditdial.plan.frontier import CHEAPEST, ROUNDING, Frontier, legal_shares
 from ditdial.plan.mode import Mode
 from ditdial.plan.schedule import Schedule

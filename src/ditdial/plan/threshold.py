@@ -13,8 +13,8 @@ from dataclasses import replace
 from typing import Any
 
 from ditdial.plain.checks import require
-from ditdial.plan.controller import Facts
 from ditdial.plan.ddit import DDiTController, DDiTRun
+from ditdial.plan.facts import Facts
 from ditdial.plan.frontier import legal_shares
 
 UNREACHED = 0.005

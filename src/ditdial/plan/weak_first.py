@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 
 from ditdial.plan.budget import Budget
 from ditdial.plan.choice import Choice
-from ditdial.plan.controller import BudgetController, Facts
+from ditdial.plan.controller import BudgetController
+from ditdial.plan.facts import Facts
 from ditdial.plan.frontier import ROUNDING, legal_shares
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule

@@ -10,7 +10,8 @@ from torch import Tensor
 from ditdial.plan.budget import Budget
 from ditdial.plan.calibration import Calibration
 from ditdial.plan.choice import Choice
-from ditdial.plan.controller import BudgetController, Controller, Facts, Passes, Run
+from ditdial.plan.controller import BudgetController, Controller, Run
+from ditdial.plan.facts import Facts, Passes
 from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.report import CallRecord
 from ditdial.plan.schedule import Schedule

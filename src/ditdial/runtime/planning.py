@@ -15,7 +15,8 @@ from ditdial.host.step_caches import has_step_cache
 from ditdial.ops.patching import Triple
 from ditdial.plain.checks import whole
 from ditdial.plan.budget import Budget
-from ditdial.plan.controller import Controller, Facts, Passes
+from ditdial.plan.controller import Controller
+from ditdial.plan.facts import Facts, Passes
 from ditdial.plan.plan import MOST_STEPS, Plan
 from ditdial.plan.solved import Offers, SolvedBudget
 from ditdial.plan.weak_first import WeakFirstBudget

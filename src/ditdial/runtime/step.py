@@ -17,7 +17,7 @@ from ditdial.host.device import Stopwatch
 from ditdial.host.parametrization import parametrization
 from ditdial.layers.wiring import Wiring
 from ditdial.plain.checks import warn
-from ditdial.plan.controller import Facts
+from ditdial.plan.facts import Facts
 from ditdial.plan.mode import FULL, Mode
 from ditdial.runtime.costs import CallFacts, Costs
 from ditdial.runtime.forward_pass import ForwardPass
