@@ -182,7 +182,7 @@ class Backbone(ABC):
         """
         for name, told in (("reference_tokens", reference_tokens), ("token_times", token_times)):
             if told:
-                raise ValueError(f"{name} = {told}; legal for {self.model_class}: {type(told)()}")
+                raise ValueError(f"{name} = {told} of {self.model_class}; legal: {type(told)()}")
         return grid, text_tokens
 
     def grid(self, model: Model, call: Call) -> Triple:

@@ -13,7 +13,7 @@ from ditdial.host.device import device_name
 from ditdial.host.pipelines import later_steps, levels_of, steps_of
 from ditdial.host.step_caches import has_step_cache
 from ditdial.ops.patching import Triple
-from ditdial.plain.checks import whole
+from ditdial.plain.checks import require, whole
 from ditdial.plan.budget import Budget
 from ditdial.plan.controller import Controller
 from ditdial.plan.facts import Facts, Passes
@@ -21,6 +21,9 @@ from ditdial.plan.plan import MOST_STEPS, Plan
 from ditdial.plan.solved import Offers, SolvedBudget
 from ditdial.plan.weak_first import WeakFirstBudget
 from ditdial.runtime.engine import Engine
+
+MOST_TOKENS = 10**9
+"""Of given pictures, more than any model takes."""
 
 
 @dataclass(frozen=True)
@@ -94,11 +97,16 @@ class Planning:
         engine, backbone = self.engine, self.engine.wiring.backbone
         usual_grid, usual_text = backbone.default_size(self.model)
         text = usual_text if text_tokens is None else text_tokens
+        whole("reference_tokens", more.get("reference_tokens", 0), 0, MOST_TOKENS)
+        both: Any = (text, text) if type(text) is int else text
+        pair = isinstance(both, tuple | list) and [type(each) for each in both] == [int, int]
+        legal = "a whole number, or two: of the prompt, and of the guidance branch's"
+        require(pair and min(both) >= 0, "text_tokens", text, legal)
         shape, other = (
             engine.shape(
                 self.model, backbone.planned_size(grid or usual_grid, each, self.pipe, **more)
             )
-            for each in ((text, text) if isinstance(text, int) else text)
+            for each in both
         )
         passes = {} if isinstance(guidance, bool) else _passes(guidance, levels)
         facts = Facts(
