@@ -256,8 +256,8 @@ def test_an_edit_model_that_is_given_no_picture_keeps_its_budget(drawn):
         ({"strength": 1.5}, r"strength = 1\.5; legal: above 0, up to 1"),
         ({"guidance": [2] * 9}, r"guidance = .*; legal: True, False, or the number of passes"),
         ({"guidance": [4] * 10}, r"guidance = .*; legal: True, False, or the number of passes"),
-        ({"reference_tokens": 8}, r"reference_tokens = 8; legal for SD3Transformer2DModel: 0"),
-        ({"token_times": True}, r"token_times = True; legal for SD3Transformer2DModel: False"),
+        ({"reference_tokens": 8}, r"reference_tokens = 8 of SD3Transformer2DModel; legal: 0"),
+        ({"token_times": True}, r"token_times = True of SD3Transformer2DModel; legal: False"),
     ],
 )
 def test_facts_that_a_plan_cannot_be_told_are_refused(facts, message):
