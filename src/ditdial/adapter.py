@@ -179,12 +179,18 @@ def _read(folder: Path) -> Adapter:
         raise FileNotFoundError(f"{str(folder)!r} has no {WEIGHTS}")
     tensors, _ = tensor_files.load(weights)
     tensor_files.check_numbers(repr(str(weights)), tensors)
-    schedule, measured = config.get("schedule"), folder / CALIBRATION
+    try:
+        method = method_from_config(config["method"], config["settings"])
+        schedule = config.get("schedule")
+        schedule = None if schedule is None else Schedule.from_dict(schedule)
+    except ValueError as error:
+        raise ValueError(f"{str(folder / CONFIG)!r}: {error}") from error
+    measured = folder / CALIBRATION
     return Adapter(
-        method=method_from_config(config["method"], config["settings"]),
+        method=method,
         base=config["base"],
         tensors=tensors,
-        schedule=Schedule.from_dict(schedule) if schedule else None,
+        schedule=schedule,
         notes=config["notes"],
         calibration=Calibration.load(measured) if measured.is_file() else None,
     )

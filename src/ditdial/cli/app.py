@@ -31,6 +31,9 @@ USER_ERRORS = (ValueError, OSError, ImportError, FloatingPointError)
 CHATTY = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao.torchao_quantizer")
 """Loggers that warn when diffusers imports torchao, which it does wherever torchao is installed."""
 
+LONGEST = 2000
+"""Characters of an error that are shown: a file may have anything in the place of a number."""
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -75,4 +78,5 @@ def error_text(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         named = "" if error.filename is None else f": {str(error.filename)!r}"
         text = f"{error.strerror}{named}"
-    return on_one_line(text)
+    line = on_one_line(text)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"

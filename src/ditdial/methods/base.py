@@ -103,6 +103,14 @@ class Method(ABC):
     def build(self, model: nn.Module, backbone: Backbone) -> NewModules:
         """New parameters for a base, initialised from it."""
 
+    def check_loaded(self, new: NewModules) -> None:
+        """Refuse numbers of an adapter that nothing can be computed with.
+
+        Raises:
+            ValueError: naming the tensor and what is legal.
+        """
+        return
+
     @abstractmethod
     def to_config(self) -> dict[str, Any]:
         """Plain data; the class's constructor takes it back."""

@@ -35,10 +35,7 @@ from ditdial.methods.projections import MarkedProjections, legal_scale
 from ditdial.methods.routers import LEVELS, Routers, slot_tables, slots_of, token_router_macs
 from ditdial.ops.gates import gate, logistic_noise, open_mask, with_constant
 from ditdial.ops.patching import RESIZES, Triple
-from ditdial.ops.widths import (
-    features_of,
-    shared_out,
-)
+from ditdial.ops.widths import check_range, features_of, shared_out
 from ditdial.plan.mode import FULL, Mode
 
 
@@ -161,6 +158,12 @@ class DyDiT(Method):
 
     def build(self, model: nn.Module, backbone: Backbone) -> NewModules:
         return RoutedModules(self, model, backbone)
+
+    def check_loaded(self, new: Any) -> None:
+        for routers in new.routers.values():
+            check_range("token_shares", routers.token_shares, 1)
+        for name, slots in new.named_buffers(recurse=False):
+            check_range(name, slots, (new.heads if name.startswith("heads") else new.groups) - 1)
 
     def to_config(self) -> dict[str, Any]:
         return asdict(self)

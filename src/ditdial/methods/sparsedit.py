@@ -197,7 +197,8 @@ class SparseDiT(Method):
         Raises:
             ValueError: a plan of another depth, or one that the class cannot run.
         """
-        streamed, planned = backbone.streamed, len(self.roles)
+        streamed = backbone.streamed
+        planned = self.pool + self.modules * sum(self.group) + self.top
         if streamed is None:
             raise ValueError(
                 f"method 'sparsedit' does not know where tokens of {backbone.model_class} meet; "

@@ -80,3 +80,14 @@ def shared_out(shares: list[float], mean: float) -> list[float]:
         if not over:
             return [1.0 if place in capped else factor * x for place, x in enumerate(shares)]
         capped |= over
+
+
+def check_range(name: str, numbers: Tensor, most: int) -> None:
+    """Refuse shares or positions that are out of range.
+
+    Raises:
+        ValueError: naming them, and the first that is.
+    """
+    wrong = numbers[(numbers < 0) | (numbers > most)]
+    if len(wrong):
+        raise ValueError(f"{name} holds {wrong[0].item()}; legal: 0..{most}")

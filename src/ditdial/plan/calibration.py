@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ditdial.plain import json_files
-from ditdial.plain.checks import one_of
+from ditdial.plain.checks import one_of, require
 from ditdial.plan.budget import CRITERIA
 from ditdial.plan.choice import Choice
 from ditdial.plan.damage import between_points, path_damage, widths
@@ -100,7 +100,9 @@ class Calibration:
 
     def __post_init__(self) -> None:
         for name in ("base", "method", "data", "provenance"):
-            object.__setattr__(self, name, json_files.plain(getattr(self, name)))
+            value = getattr(self, name)
+            require(isinstance(value, Mapping), name, value, "names with their values")
+            object.__setattr__(self, name, json_files.plain(value))
         if len(set(self.choices)) != len(self.choices) or not self.choices:
             raise ValueError(f"choices = {self.names}; legal: at least one, all different")
         object.__setattr__(self, "reference", as_choices(self.reference, self.choices))

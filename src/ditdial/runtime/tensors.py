@@ -75,6 +75,8 @@ class Tensors:
         tensors = cls._started(model, backbone, method)
         for adapter in adapters:
             tensors._load(adapter)
+            for single in adapter.method.singles:
+                single.check_loaded(tensors.new.of(single.name))
         return tensors
 
     @classmethod
