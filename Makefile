@@ -14,7 +14,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check -c const
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-wheel test-extras records lint house types docs \
+.PHONY: help demo test test-slow test-fuzz test-wheel test-extras records lint house types docs \
   architecture extras wheel wheel-check bench clean
 
 help:  ## list the targets
@@ -30,6 +30,9 @@ test: $(INSTALLED_ECOSYSTEM)  ## run the tests that need neither a GPU, the netw
 
 # Each runs a test that takes minutes and writes benchmarks/records/NAME.json, see scripts/records.py.
 test-slow: $(INSTALLED_ECOSYSTEM)  ## run the tests that take minutes; writes a record
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/records.py run $@
+
+test-fuzz: $(INSTALLED_ECOSYSTEM)  ## try ten thousand odd files and commands; writes a record
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/records.py run $@
 
 test-wheel: $(INSTALLED_RELEASE)  ## run wheel-check; writes a record

@@ -120,3 +120,51 @@ def test_a_folder_replaces_neither_a_file_nor_a_link(tmp_path, kind):
     with pytest.raises(NotADirectoryError, match="place"), files.writing_folder(place):
         pass
     assert sorted(os.listdir(tmp_path)) == ["place", "target"]
+
+
+def fill(folder, *names, error=None):
+    with files.filling(folder, ("a", "b", "c")) as partial:
+        for name in names:
+            (partial / name).write_text(f"new {name}")
+        if error is not None:
+            raise error
+
+
+def test_the_files_of_a_folder_are_replaced_together_and_others_stay(tmp_path):
+    folder = tmp_path / "folder"
+    fill(folder, "a", "b")
+    assert sorted(os.listdir(folder)) == ["a", "b"]
+    (folder / "card").write_text("mine")
+    (folder / "c").symlink_to(folder / "card")
+    (folder / "b").write_text("old")
+    before = folder.stat().st_ino
+    fill(folder, "b", "c")
+    assert sorted(os.listdir(folder)) == ["b", "c", "card"]  # a was not written again
+    assert (folder / "card").read_text() == "mine"
+    assert (folder / "b").read_text() == "new b"
+    assert not (folder / "c").is_symlink()
+    assert folder.stat().st_ino == before  # somebody may be in it
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_stays_as_it_was_where_its_filling_ends_badly(tmp_path, there):
+    folder = tmp_path / "folder"
+    if there:
+        fill(folder, "a")
+    with pytest.raises(KeyboardInterrupt):
+        fill(folder, "b", error=KeyboardInterrupt())
+    assert os.listdir(tmp_path) == ["folder"] * there
+    assert not there or os.listdir(folder) == ["a"]
+
+
+def test_a_device_and_what_is_no_text_are_refused_by_name(tmp_path):
+    with pytest.raises(ValueError, match=r"'/dev/zero': thing of more than \d+ bytes"):
+        files.read("/dev/zero", "thing")
+    (tmp_path / "mine").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="mine': 'utf-8' codec"):
+        files.read(tmp_path / "mine", "thing")
+    with pytest.raises(FileNotFoundError, match=r"thing '.*mine/below' does not exist"):
+        files.read(tmp_path / "mine" / "below", "thing")
+    with pytest.raises(IsADirectoryError, match=tmp_path.name):
+        files.read(tmp_path, "thing")

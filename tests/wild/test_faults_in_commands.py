@@ -143,6 +143,40 @@ def test_an_evaluation_of_no_pictures_is_refused(elsewhere):
     assert not list(elsewhere.iterdir())
 
 
+NUMBERS = {
+    "sample": ["--seed", "--steps", "--labels", "--guidance-scale", "--budget", "--tau"],
+    "eval": ["--steps", "--images", "--sets", "--guidance-scale", "--weak-fraction"],
+    "calibrate": ["--steps", "--images", "--bands", "--guidance-scale"],
+    "demo": ["--images"],
+    "cost": ["--steps", "--scale", "--weak-fraction", "--guide-fraction", "--low-rank"],
+}
+PLACES = {
+    "sample": ("out",),
+    "eval": ("--output", "out"),
+    "calibrate": ("--output", "out"),
+    "demo": ("--output", "out"),
+    "cost": ("--model", "dit-xl-2-256"),
+}
+HARMLESS = ("--scale", "--low-rank", "--guidance-scale")
+"""What a closed form, or one more multiplication, takes of any size."""
+
+
+@pytest.mark.parametrize("value", ["-1", "999999999999999999999999", "nan", "inf"])
+@pytest.mark.parametrize(
+    ("name", "option"), [(name, option) for name, options in NUMBERS.items() for option in options]
+)
+def test_a_number_out_of_range_is_named_before_any_work(elsewhere, name, option, value):
+    outcome = bounded(
+        lambda: command(name, *PLACES[name], f"{option}={value}"), memory=2**29, seconds=10
+    )
+    assert outcome.kind == "done", outcome
+    if outcome.value["code"] or option not in HARMLESS:
+        assert_refused(outcome.value)
+        words = (option, option.strip("-").replace("-", "_"), value)
+        assert any(word in outcome.value["err"] for word in words), outcome
+        assert not list(elsewhere.iterdir())
+
+
 # JSON and weights
 
 
@@ -198,6 +232,30 @@ def test_a_calibration_of_an_adapter_of_the_hub_makes_no_folder_of_its_name(
     outcome = command("calibrate", *facts)
     assert outcome["code"] in (0, 2), outcome
     assert not (elsewhere / "owner").exists()
+
+
+@pytest.mark.parametrize("name", ["sample", "eval", "calibrate"])
+def test_a_revision_of_an_adapter_of_the_hub_is_the_one_that_is_read(
+    elsewhere, monkeypatch, tmp_path, name
+):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    folders = {"main": broken, "v1": reference_adapter()}
+    hub.keep(monkeypatch, tmp_path / "cache", "owner/name", folders)
+    numbers = {"sample": ("--labels", "1"), "eval": ("--images", "4", "--sets", "1")}
+    asked = (name, *PLACES[name], *numbers.get(name, ("--images", "1")), "--steps", "2")
+    asked += ("--adapter", "owner/name")
+    assert_refused(command(*asked), "config.json")
+    assert_refused(command(*asked, "--revision", "v2"), "owner/name", "v2")
+    assert not list(elsewhere.iterdir())
+    outcome = command(*asked, "--revision", "v1")
+    assert outcome["code"] == 0, outcome
+
+
+def test_a_revision_of_a_folder_is_refused(elsewhere):
+    for adapter in ("lora", str(reference_adapter())):
+        asked = ("sample", "out", "--adapter", adapter, "--revision", "v1", *QUICK)
+        assert_refused(command(*asked), "revision = 'v1'", adapter)
 
 
 def test_an_adapter_of_the_hub_is_read_from_the_cache(elsewhere, monkeypatch, tmp_path):

@@ -10,7 +10,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.wild.bounded import bounded
 
-from ditdial import Adapter, Calibration, FlexiDiT, elastify
+from ditdial import (
+    Adapter,
+    Calibration,
+    DDiT,
+    DyDiT,
+    FlexiDiT,
+    PPFlow,
+    SparseDiT,
+    elastify,
+)
 from ditdial.adapter import CONFIG, WEIGHTS
 from ditdial.measure.provenance import write_results
 from ditdial.training.config import load_recipe
@@ -154,6 +163,100 @@ def test_an_adapter_is_not_saved_as_whole_numbers(adapter, tmp_path):
     with pytest.raises(ValueError, match="int32"):
         adapter.save_pretrained(tmp_path / "adapter", dtype=torch.int32)
     assert not (tmp_path / "adapter").exists()
+
+
+METHODS = {
+    "flexidit": (FlexiDiT, {"scales": (2,), "rank": 2}),
+    "shared": (FlexiDiT, {"scales": (2,), "recipe": "shared"}),
+    "ddit": (DDiT, {"scales": (2,), "rank": 2}),
+    "ppflow": (PPFlow, {}),
+    "experts": (DyDiT, {"recipe": "td-lora", "rank": 2, "scales": (2,)}),
+    "sparsedit": (
+        SparseDiT,
+        {"pool": 0, "modules": 1, "group": (1, 0, 1, 0), "top": 0, "stages": ((0.5, 3),)}
+        | {"recipe": "lora"},
+    ),
+}
+
+
+def large(settings):
+    """Each number in the settings of a method, made large."""
+    for name, value in settings.items():
+        if type(value) is int and value:
+            yield name, 10**7
+        elif isinstance(value, list) and value and type(value[0]) is int:
+            yield name, [10**4, *value[1:]]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_no_number_of_a_config_takes_memory_before_it_is_refused(make_model, tmp_path, name):
+    method, settings = METHODS[name]
+    adapter = elastify(make_model(), method(**settings)).adapter()
+    folder = adapter.save_pretrained(tmp_path / "adapter")
+    config, model = json.loads((folder / CONFIG).read_text()), make_model()
+    tried = list(large(config["settings"]))
+    for field, value in tried:
+        changed = {**config, "settings": {**config["settings"], field: value}}
+        (folder / CONFIG).write_text(json.dumps(changed))
+        outcome = bounded(lambda: elastify(model, folder) and None, memory=2**28, seconds=10)
+        unused = outcome.kind == "done" and field in ("rank", "underlying", "experts")
+        assert unused or (outcome.kind, outcome.error) == ("error", "ValueError"), (field, outcome)
+    assert tried or name == "ppflow"
+
+
+def test_positions_are_no_weights_and_stay_whole(make_model, tmp_path):
+    adapter = elastify(make_model(), DyDiT()).adapter()
+    folder = adapter.save_pretrained(tmp_path / "adapter", dtype=torch.float16)
+    stored = load_file(folder / WEIGHTS)
+    assert {stored[f"elastic.heads_{block}"].dtype for block in (0, 1)} == {torch.int64}
+    assert {stored[name].dtype for name in stored if name.startswith("base.")} == {torch.float16}
+    elastify(make_model(), folder)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "number"),
+    [
+        ("elastic.heads_0", 2),
+        ("elastic.channels_1", -1),
+        ("elastic.routers.width50.token_shares", 1.5),
+    ],
+)
+def test_positions_and_shares_out_of_range_are_refused(make_model, tmp_path, tensor, number):
+    adapter = elastify(make_model(), DyDiT()).adapter()
+    folder = adapter.save_pretrained(tmp_path / "adapter")
+    tensors = load_file(folder / WEIGHTS)
+    tensors[tensor].view(-1)[0] = number
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=rf"{tensor.rpartition('.')[2]} holds {number}; legal: 0"):
+        elastify(make_model(), folder)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_what_could_not_be_loaded_again_is_not_saved(adapter, again, tmp_path, value):
+    folder = adapter.save_pretrained(tmp_path / "adapter")
+    next(iter(again.tensors.values())).data.view(-1)[0] = value
+    with pytest.raises(ValueError, match="holds NaN or infinite values"):
+        again.save_pretrained(folder)
+    assert Adapter.from_pretrained(folder).notes == {"take": "first"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.bool])
+def test_a_dtype_that_loses_weights_is_refused(adapter, tmp_path, dtype):
+    with pytest.raises(ValueError, match=f"dtype = {dtype} .*legal: None, or one of 16 bits"):
+        adapter.save_pretrained(tmp_path / "adapter", dtype=dtype)
+
+
+def test_numbers_too_large_for_a_dtype_are_not_saved_as_infinity(adapter, tmp_path):
+    next(iter(adapter.tensors.values())).data.view(-1)[0] = 1e6
+    with pytest.raises(ValueError, match="holds NaN or infinite values"):
+        adapter.save_pretrained(tmp_path / "adapter", dtype=torch.float16)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_a_calibration_in_a_folder_that_is_not_there_has_its_usual_name(adapter, tmp_path):
+    path = small_calibration(adapter).save(tmp_path / "new" / "folder")
+    assert path == tmp_path / "new" / "folder" / "calibration.json"
+    assert Calibration.load(tmp_path / "new" / "folder") == small_calibration(adapter)
 
 
 DEEP = "[" * 100_000

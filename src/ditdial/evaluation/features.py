@@ -161,7 +161,7 @@ class Dinov2Features(nn.Module):
             from transformers import Dinov2Model
         except ImportError as error:
             raise ImportError("DINOv2 features need: pip install 'ditdial[eval]'") from error
-        network = Dinov2Model.from_pretrained(source, dtype=torch.float32)
+        network = Dinov2Model.from_pretrained(source, dtype=torch.float32, use_safetensors=True)
         self.network = network.eval().requires_grad_(False)
         self.num_features: int = self.network.config.hidden_size
         mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ditdial.plain.checks import require, whole
 from ditdial.plain.kinds import checked_fields
-from ditdial.plan.choice import Choice
+from ditdial.plan.choice import Choice, is_number
 from ditdial.plan.mode import FULL
 
 
@@ -22,7 +25,7 @@ class Seconds:
             model once per branch.
 
     Raises:
-        ValueError: seconds that are not above zero, or none of full mode.
+        ValueError: seconds that are no numbers above zero, or none of full mode; or no device.
     """
 
     device: str
@@ -32,9 +35,11 @@ class Seconds:
 
     @checked_fields
     def __post_init__(self) -> None:
+        require(isinstance(self.device, str), "device", self.device, "a device's name")
+        whole("rows", self.rows, 1, sys.maxsize)
         for name in ("alone", "together"):
             found = getattr(self, name)
-            if found is not None and (FULL.name not in found or min(found.values()) <= 0):
+            if not ((name == "together" and found is None) or _are_seconds(found)):
                 raise ValueError(f"seconds {name} = {found}; legal: > 0, with those of full mode")
 
     def of(self, step: Choice, *, guided: bool) -> float:
@@ -45,3 +50,10 @@ class Seconds:
         if self.together is not None and guide == mode and step.gain == 1:
             return self.together[mode]
         return self.alone[mode] + self.alone[guide]
+
+
+def _are_seconds(found: object) -> bool:
+    """Whether something has the seconds of modes, full mode among them."""
+    if not isinstance(found, Mapping) or FULL.name not in found:
+        return False
+    return all(is_number(each) and 0 < each < math.inf for each in found.values())
