@@ -221,7 +221,7 @@ class Built:
     @property
     def has_strength(self) -> bool:
         """Whether a run may begin in the middle."""
-        return "strength" in self.takes and "LTXCondition" not in self.name
+        return "strength" in self.takes  # of LTX's condition pipeline it is ``denoise_strength``
 
     @property
     def reads_words(self) -> bool:
@@ -314,8 +314,8 @@ class Built:
             "max_sequence_length": TEXT,
         }
         known |= self.family.call
-        if not self.has_strength:
-            known["strength"] = 1.0
+        if "denoise_strength" in self.takes and strength < 1:
+            known |= {"strength": 1.0, "latents": embeddings(8, 3, height // 4, width // 4)}
         return {name: value for name, value in known.items() if name in self.takes}
 
     def _scales(self, guided: bool) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from ditdial.ops.patching import Triple
 class FluxFamily(PackedBackbone):
     """Double blocks, then single blocks over text and picture; two calls per step with true CFG.
 
-    Sequences with reference pictures (Kontext) run in full mode.
+    Reference pictures (Kontext) stand behind the one to make.
     """
 
     patches = Patches(embed="x_embedder", output="proj_out", output_layout="Cthw", fixed=(1, 2, 2))
