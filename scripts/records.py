@@ -44,8 +44,8 @@ class Target:
 TARGETS = (
     Target(
         name="test-slow",
-        command="python -m pytest -m slow tests/cli tests/ecosystem tests/methods tests/runtime "
-        "tests/training tests/wild",
+        command="python -m pytest -n 2 -m slow tests/cli tests/ecosystem tests/methods "
+        "tests/runtime tests/training tests/wild",
         paths=(
             "src/ditdial",
             "tests/conftest.py",
@@ -62,7 +62,7 @@ TARGETS = (
     ),
     Target(
         name="test-fuzz",
-        command="python -m pytest -m fuzz tests/fuzz",
+        command="python -m pytest -n 2 -m fuzz tests/fuzz",
         paths=(
             "src/ditdial",
             "tests/conftest.py",

@@ -369,7 +369,7 @@ def test_routed_modes_see_what_is_fused_and_unloaded_between_two_looks(merge):
 
 def drawn(orders, *seed):
     """Some of the orders, others for each case but the same each time; all if so many are asked."""
-    count = int(os.environ.get("DITDIAL_LORA_ORDERS", "10"))
+    count = int(os.environ.get("DITDIAL_LORA_ORDERS", "4"))
     return random.Random(str(seed)).sample(orders, min(count, len(orders)))
 
 

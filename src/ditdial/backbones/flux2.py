@@ -30,8 +30,8 @@ class Flux2Backbone(FluxFamily):
     """Ids are whole numbers ``(time, row, column, word)``; reference pictures have other times.
 
     The guided pipeline (klein) calls twice per step; FLUX.2 dev is distilled and opens no
-    `cache_context`. Reference pictures stand behind the one to make; those whose keys and values are
-    kept stand before it, and run in full mode.
+    `cache_context`. Reference pictures stand behind the one to make; those whose keys and values
+    are kept stand before it, and run in full mode.
     """
 
     model_class = "Flux2Transformer2DModel"
