@@ -269,8 +269,9 @@ def _find(
     try:
         found = snapshot_download(text, revision=revision, token=token, allow_patterns=wanted)
     except OSError as error:  # every error of the hub and of the network
+        asked = "" if revision is None else f", revision {revision!r}"
         raise FileNotFoundError(
-            f"adapter {text!r} is no folder here, and the hub has not got it: {error}"
+            f"adapter {text!r}{asked} is no folder here, and the hub has not got it: {error}"
         ) from error
     return Path(found) / inside
 

@@ -147,6 +147,17 @@ def test_the_files_of_a_folder_are_replaced_together_and_others_stay(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
+def test_nothing_is_replaced_where_a_folder_is_in_the_place_of_a_file(tmp_path):
+    folder = tmp_path / "folder"
+    fill(folder, "a")
+    (folder / "b").mkdir()
+    (folder / "a").write_text("old")
+    with pytest.raises(IsADirectoryError, match="folder/b"):
+        fill(folder, "a", "b")
+    assert (folder / "a").read_text() == "old"
+    assert sorted(os.listdir(folder)) == ["a", "b"]
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_folder_stays_as_it_was_where_its_filling_ends_badly(tmp_path, there):
     folder = tmp_path / "folder"

@@ -72,7 +72,12 @@ CASES = [(field.split(".")[0], field) for field in FIELDS if not field.startswit
 CASES += [(kind, field) for field in FIELDS if field.startswith("adapter.") for kind in KINDS]
 CASES += [("base", name) for name in ("task", "output", "seed", "data", "optim", "loop", "base")]
 MARKED = [
-    pytest.param(*case, marks=[pytest.mark.slow] if case[0] in KINDS[1:] else []) for case in CASES
+    # A path may be that of a folder full of files, all of which are looked at.
+    pytest.param(
+        *case,
+        marks=[pytest.mark.slow] if case[0] in KINDS[1:] or case[1] == "data.path" else [],
+    )
+    for case in CASES
 ]
 
 

@@ -20,8 +20,11 @@ from ditdial.cli.arguments import (
 )
 from ditdial.cli.tables import say
 from ditdial.plain import figures, files
+from ditdial.plain.checks import whole
 
 USUAL_SCALE = 2.0
+MOST_SEED = 2**62
+"""The generators of torch take a little more."""
 
 if TYPE_CHECKING:
     from ditdial.handle import Handle
@@ -55,6 +58,7 @@ def sample(
     given = read_schedule(schedule)
     if given is not None and tau is not None:
         raise ValueError("--schedule and --tau are both given; legal: one of them")
+    whole("seed", seed, 0, MOST_SEED)
     output_folder(output)
     pipe, handle = elastic(model, adapter, revision)
     _choose(handle, given, tau, budget)

@@ -73,8 +73,7 @@ def writing(path: str | Path) -> Iterator[Path]:
     path = Path(path).expanduser()
     partial = _beside(path)
     with _named(path, partial):
-        if path.is_dir() and not path.is_symlink():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        _check_no_folder(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         made = os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         mode = os.fstat(made).st_mode
@@ -100,7 +99,7 @@ def filling(folder: str | Path, names: Collection[str]) -> Iterator[Path]:
         names: that the files may have; a file of these names that is not written again goes.
 
     Raises:
-        OSError: as from `writing_folder`.
+        OSError: as from `writing_folder`, or a folder is in the place of one of the files.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -109,6 +108,8 @@ def filling(folder: str | Path, names: Collection[str]) -> Iterator[Path]:
         return
     partial = _beside(folder / "file")
     with _named(folder, partial):
+        for name in names:
+            _check_no_folder(folder / name)
         partial.mkdir()
         try:
             yield partial
@@ -180,6 +181,11 @@ def _named(path: Path, partial: Path) -> Iterator[None]:
         if error.errno is None or not (told is None or str(told).startswith(str(partial))):
             raise
         raise type(error)(error.errno, error.strerror, str(path)) from error
+
+
+def _check_no_folder(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 def _flush_all(folder: Path) -> None:

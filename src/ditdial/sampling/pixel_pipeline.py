@@ -18,6 +18,9 @@ from ditdial.plain.checks import require, whole
 from ditdial.plain.kinds import check_kind
 from ditdial.plan.plan import MOST_STEPS
 
+MOST_SCALE = 10_000
+"""Far beyond it predictions leave the range of their numbers."""
+
 BELOW = 1e-4
 """Share by which levels lie lower than even ones: far more than float32 rounds, nothing to see."""
 
@@ -204,8 +207,10 @@ class PixelDiTPipeline(DiffusionPipeline):
         check_kind("generator", generator, torch.Generator | list[torch.Generator] | None)
         if isinstance(generator, list):
             require(len(generator) == len(labels), "generator", generator, "one for each label")
-        if not 0 <= scale < float("inf"):
-            raise ValueError(f"guidance_scale = {scale}; legal: a number >= 0")
+        if not 0 <= scale <= MOST_SCALE:
+            raise ValueError(
+                f"guidance_scale = {scale}; legal: a number >= 0, at most {MOST_SCALE}"
+            )
         whole("num_inference_steps", steps, 1, MOST_STEPS)
         if seeds is not None and len(seeds) != len(labels):
             raise ValueError(
