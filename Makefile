@@ -32,8 +32,8 @@ test: $(INSTALLED_ECOSYSTEM)  ## run the tests that need neither a GPU, the netw
 test-slow: $(INSTALLED_ECOSYSTEM)  ## run the tests that take minutes; writes a record
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/records.py run $@
 
-test-fuzz: $(INSTALLED_ECOSYSTEM)  ## try ten thousand odd files and commands; writes a record
-	OMP_NUM_THREADS=1 $(BIN)/python scripts/records.py run $@
+test-fuzz: $(INSTALLED_ECOSYSTEM)  ## try ten thousand odd files and commands
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m fuzz tests/fuzz
 
 test-wheel: $(INSTALLED_RELEASE)  ## run wheel-check; writes a record
 	$(BIN)/python scripts/records.py run $@

@@ -61,17 +61,6 @@ TARGETS = (
         ),
     ),
     Target(
-        name="test-fuzz",
-        command="python -m pytest -n 2 -m fuzz tests/fuzz",
-        paths=(
-            "src/ditdial",
-            "tests/conftest.py",
-            "tests/fuzz",
-            "tests/wild/bounded.py",
-            "constraints.txt",
-        ),
-    ),
-    Target(
         name="test-wheel",
         command="make --no-print-directory wheel-check",
         paths=("src/ditdial", "pyproject.toml", "constraints.txt", "scripts/check_wheel.py"),
