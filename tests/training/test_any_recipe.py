@@ -75,7 +75,7 @@ MARKED = [
     # A path may be that of a folder full of files, all of which are looked at.
     pytest.param(
         *case,
-        marks=[pytest.mark.slow] if case[0] in KINDS[1:] or case[1] == "data.path" else [],
+        marks=[pytest.mark.fuzz] if case[0] in KINDS[1:] or case[1] == "data.path" else [],
     )
     for case in CASES
 ]
@@ -141,7 +141,7 @@ def test_each_value_is_used_or_refused_by_its_name(recipe_of, kind, field):
     assert not outcome.value
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.parametrize(("kind", "field"), CASES, ids=lambda part: part)
 def test_each_value_that_is_not_refused_trains(recipe_of, tmp_path, kind, field):
     path, overrides = recipe_of(kind)

@@ -165,7 +165,7 @@ def test_a_budget_holds_in_every_pipeline(cell):
     check_or_refusal(cell)
 
 
-@pytest.mark.slow
+@pytest.mark.fuzz
 @pytest.mark.parametrize("cell", CELLS, ids=str)
 def test_a_budget_holds_in_every_pipeline_at_every_strength(cell):
     check_or_refusal(cell)
