@@ -312,12 +312,12 @@ class Composition:
     Args:
         adapters: of the method, or each of another part of it. Parts without one start from the
             base's weights.
-        schedule: to begin with.
+        schedule: that one of the adapters begins with.
     """
 
     method: Method
     adapters: tuple[Adapter, ...]
-    schedule: Schedule
+    schedule: Schedule | None
 
     @classmethod
     def of(cls, sources: Sequence[Adapter | Method]) -> Composition:
@@ -343,4 +343,4 @@ class Composition:
         # Only the part that has retrained the base's weights says where they may be used.
         told = trained if len(methods) > 1 else adapters
         schedule = next((x.schedule for x in told if x.schedule is not None), None)
-        return cls(method, adapters, schedule or method.default_schedule)
+        return cls(method, adapters, schedule)

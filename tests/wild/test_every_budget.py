@@ -134,8 +134,8 @@ def assert_as_planned(handle, sizes, budget):
     return facts | {"levels": levels}
 
 
-def check(cell):
-    """Run one cell."""
+def check(cell, elastic=elastic):
+    """Run one cell, of a pipeline that is made elastic in some way."""
     built, steps = Built(cell.name), STEPS[cell.strength]
     pipe = built.pipe()
     handle, sizes = elastic(pipe), Sizes()

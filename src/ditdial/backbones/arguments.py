@@ -159,8 +159,9 @@ class Arguments:
         Raises:
             ValueError: naming the argument and the mode.
         """
-        # Between blocks of a sparse mode tokens change grids.
-        for name in (*self.base_only, *(self.residuals if mode.is_sparse else ())):
+        # Between blocks of a sparse mode tokens change grids; a smaller latent has another one.
+        moved = mode.is_sparse or mode.is_low_band
+        for name in (*self.base_only, *(self.residuals if moved else ())):
             if call.get(name) is not None:
                 raise ValueError(
                     f"{name} holds something for each base token, and mode {mode.name!r} has other "

@@ -12,6 +12,7 @@ from ditdial.backbones.blocks import DOUBLE_BLOCKS, SINGLE_BLOCKS
 from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention
 from ditdial.backbones.patches import Patches
+from ditdial.backbones.sizes import Sizes
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import TransformerShape
@@ -32,6 +33,7 @@ class AuraFlowBackbone(Backbone):
     model_class = "AuraFlowTransformer2DModel"
     patches = Patches(embed="pos_embed", output="proj_out")
     times = Times(scale=1.0)
+    sizes = Sizes(one="its bases were trained for one number of pixels each")
     facts = (
         "num_mmdit_layers",
         "num_single_dit_layers",

@@ -25,6 +25,7 @@ from ditdial.backbones.forward import Embed, Forward, Project
 from ditdial.backbones.layers import Layers, Packed, named
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import Routed, RoutedBlock
+from ditdial.backbones.sizes import Sizes, fitting
 from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
 from ditdial.cost.blocks import Block, Term
@@ -65,6 +66,7 @@ class Backbone(ABC):
         patches: where it makes tokens of patches and patches of tokens.
         arguments: what the arguments of its calls mean.
         times: how it is told the time.
+        sizes: how its calls are made for pictures of another size.
         rotary: submodule that makes the rotary phases of image tokens, if their grid is the only
             thing it depends on.
         rewired: methods of the model and what replaces them in modes that make their own tokens,
@@ -92,6 +94,7 @@ class Backbone(ABC):
     patches: Patches
     arguments: Arguments = Arguments()
     times: Times = Times()
+    sizes: Sizes = Sizes()
     rotary: str | None = None
     rewired: tuple[tuple[str, Rewired], ...] = ()
     facts: tuple[str, ...] = ()
@@ -369,6 +372,7 @@ class Backbone(ABC):
         Raises:
             ValueError: naming the mode, the grid and the largest legal scale.
         """
+        grid, mode = fitting(grid, mode), mode.inside
         if any(k > max(side, 1) for k, side in zip(mode.patch_scale, grid, strict=True)):
             t, h, w = grid
             raise ValueError(
@@ -392,9 +396,3 @@ class Backbone(ABC):
         # Contiguous as a convolution's: other strides in the first block cost one more graph.
         volume = tokens.transpose(1, 2).contiguous()
         return volume.unflatten(2, coarse_grid(forward.grid, mode.patch_scale))
-
-
-def pair(size: int | list[int] | tuple[int, ...], patch: int) -> tuple[int, int]:
-    """Base tokens per axis of a latent side or pair of sides."""
-    height, width = (size, size) if isinstance(size, int) else tuple(size)[-2:]
-    return height // patch, width // patch

@@ -10,6 +10,7 @@ from ditdial.backbones.arguments import Call
 from ditdial.backbones.base import Model
 from ditdial.backbones.flux import FluxFamily
 from ditdial.backbones.forward import Forward
+from ditdial.backbones.sizes import MaskedIdSizes
 from ditdial.cost.linears import linear_macs
 from ditdial.ops.patching import group
 from ditdial.plan.mode import Mode
@@ -27,6 +28,7 @@ class ChromaBackbone(FluxFamily):
         FluxFamily.arguments,
         condition=("encoder_hidden_states", "attention_mask", "txt_ids", "joint_attention_kwargs"),
     )
+    sizes = MaskedIdSizes()
     facts = (
         "num_layers",
         "num_single_layers",

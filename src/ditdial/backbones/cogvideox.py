@@ -15,10 +15,12 @@ from ditdial.backbones.blocks import BlockList
 from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention, feed_forward
 from ditdial.backbones.patches import Patches
+from ditdial.backbones.sizes import RotarySizes
 from ditdial.cost.linears import linear_macs
 from ditdial.ops.patching import Triple
 from ditdial.ops.positions import group_centres, real_rotary_centres, sincos_3d, table_centres
 from ditdial.plan.mode import Mode
+from ditdial.plan.spectrum import WAN_VAE
 
 
 class CogVideoXBackbone(Backbone):
@@ -31,6 +33,7 @@ class CogVideoXBackbone(Backbone):
     model_class = "CogVideoXTransformer3DModel"
     patches = Patches(embed="patch_embed", output="proj_out", output_layout="Cthw")
     facts = (*COMMON_FACTS, "patch_size_t", "text_embed_dim", "use_rotary_positional_embeddings")
+    sizes = RotarySizes(one="its bases were trained at one size", channels=2, spectrum=WAN_VAE)
     axes = "thw"
     block_lists = (
         BlockList(

@@ -21,6 +21,7 @@ from ditdial.backbones.blocks import BlockList
 from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention, feed_forward
 from ditdial.backbones.patches import Patches
+from ditdial.backbones.sizes import SizedByTarget
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.ops.patching import Triple
@@ -55,6 +56,7 @@ class CogView4Backbone(Backbone):
         conditional_first=None,
     )
     times = CogView4Times()
+    sizes = SizedByTarget()
     rotary = "rope"
     facts = (*COMMON_FACTS, "text_embed_dim")
     block_lists = (

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from ditdial.backbones.arguments import Arguments, Branches, Call
-from ditdial.backbones.base import Model, pair
+from ditdial.backbones.base import Model
 from ditdial.backbones.blocks import BlockList
 from ditdial.backbones.layers import Packed, embedders
 from ditdial.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import Routed
+from ditdial.backbones.sizes import Sizes, pair
 from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
@@ -43,6 +44,7 @@ class DiTBackbone(PatchEmbedBackbone):
     patches = Patches(embed="pos_embed", output="proj_out_2")
     arguments = LabelledArguments(condition=("class_labels",), conditional_first=True)
     times = Times(layers=embedders("transformer_blocks.0.norm1.emb"))
+    sizes = Sizes(one="its bases were trained at one size each", square=True)
     facts = (
         "num_layers",
         "num_attention_heads",

@@ -11,6 +11,7 @@ from ditdial.backbones.layers import attention, embedders, feed_forward
 from ditdial.backbones.packed_ids import PackedBackbone
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import JOINT, SINGLE, Routed
+from ditdial.backbones.sizes import IdSizes, Sizes
 from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
@@ -30,6 +31,7 @@ class FluxFamily(PackedBackbone):
         conditional_first=None,
     )
     times = Times(scale=1.0, own_sigmas=True)
+    sizes: Sizes = IdSizes()
     facts = (
         "num_layers",
         "num_single_layers",

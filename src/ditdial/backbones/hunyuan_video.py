@@ -15,11 +15,13 @@ from ditdial.backbones.blocks import DOUBLE_BLOCKS, SINGLE_BLOCKS
 from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention, feed_forward
 from ditdial.backbones.patches import Patches
+from ditdial.backbones.sizes import Sizes
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.ops.patching import Triple
 from ditdial.ops.positions import real_rotary_centres
 from ditdial.plan.mode import Mode
+from ditdial.plan.spectrum import WAN_VAE
 
 REFINED_ONCE = r"^time_text_embed|norm_out"
 
@@ -37,6 +39,7 @@ class HunyuanVideoBackbone(Backbone):
         conditional_first=None,
     )
     times = Times(own_sigmas=True)
+    sizes = Sizes(flat_masks=1, spectrum=WAN_VAE)
     rotary = "rope"
     facts = (
         *COMMON_FACTS,

@@ -10,13 +10,14 @@ from typing import Any
 from torch import nn
 
 from ditdial.backbones.arguments import Arguments
-from ditdial.backbones.base import COMMON_FACTS, BlockHook, Model, pair
+from ditdial.backbones.base import COMMON_FACTS, BlockHook, Model
 from ditdial.backbones.blocks import CROSS_BLOCKS, BlockList
 from ditdial.backbones.forward import forward_of
 from ditdial.backbones.layers import embedders
 from ditdial.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import Routed
+from ditdial.backbones.sizes import Sizes, pair
 from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
@@ -30,6 +31,7 @@ class LatteBackbone(PatchEmbedBackbone):
     patches = Patches(embed="pos_embed", output="proj_out")
     arguments = Arguments(condition=("encoder_hidden_states", "encoder_attention_mask"))
     times = Times(layers=embedders("adaln_single.emb"))
+    sizes = Sizes(one="its base was trained at one size", square=True)
     facts = (*COMMON_FACTS, "caption_channels", "video_length")
     block_lists = (
         replace(CROSS_BLOCKS, attention=(("attn1", "spatial"), ("attn2", "cross"))),

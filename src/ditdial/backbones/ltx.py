@@ -18,6 +18,7 @@ from ditdial.backbones.blocks import CROSS_BLOCKS
 from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention, feed_forward
 from ditdial.backbones.patches import Patches
+from ditdial.backbones.sizes import VolumeSizes
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import TransformerShape
@@ -49,6 +50,7 @@ class LTXBackbone(Backbone):
     patches = Patches(embed="proj_in", output="proj_out", output_layout="Cthw")
     arguments = Arguments(condition=("encoder_hidden_states", "encoder_attention_mask"))
     times = LTXTimes(own_sigmas=True)
+    sizes = VolumeSizes()
     rotary = "rope"
     facts = (*COMMON_FACTS, "patch_size_t", "caption_channels")
     axes = "thw"

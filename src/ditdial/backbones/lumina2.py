@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ditdial.backbones.arguments import Arguments, Call
-from ditdial.backbones.base import Model, pair
+from ditdial.backbones.base import Model
 from ditdial.backbones.forward import Forward, Project
 from ditdial.backbones.layers import attention
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.refined import RefinedBackbone, refined_lists
+from ditdial.backbones.sizes import pair
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import TransformerShape

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ditdial.cost.linears import matrix_sizes
 from ditdial.host.loras import innermost
 from ditdial.host.weights import values
 from ditdial.ops.patching import Triple, from_base, to_grouped
@@ -53,6 +54,22 @@ class Patches:
         x = latent[:, :, : T * t, : H * h, : W * w].reshape(B, C, T, t, H, h, W, w)
         inside = {"C": 1, "t": 3, "h": 5, "w": 7}
         return x.permute(0, 2, 4, 6, *(inside[axis] for axis in self.embed_layout)).flatten(4)
+
+    def latents(self, vectors: Tensor, size: Triple) -> Tensor:
+        """The inverse of `vectors`: base patch vectors -> latents ``(B, C, frames, H, W)``."""
+        B, T, H, W, _ = vectors.shape
+        t, h, w = size
+        order = {"C": -1, "t": t, "h": h, "w": w}
+        x = vectors.unflatten(4, [order[axis] for axis in self.embed_layout])
+        at = {axis: 4 + place for place, axis in enumerate(self.embed_layout)}
+        x = x.permute(0, at["C"], 1, at["t"], 2, at["h"], 3, at["w"])
+        return x.reshape(B, -1, T * t, H * h, W * w)
+
+    def channels(self, model: Any) -> tuple[int, int]:
+        """Of what is embedded, and of what is predicted."""
+        first, last = self.layers(model)
+        count = math.prod(self.size(model))
+        return matrix_sizes(first)[0] // count, matrix_sizes(last)[1] // count
 
     def by_channel(self, vectors: Tensor, size: Triple) -> Tensor:
         """Base patch vectors ``(..., c)`` -> ``(..., C, p)``, ``p`` numbers of each channel."""

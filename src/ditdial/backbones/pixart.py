@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from ditdial.backbones.arguments import Arguments
-from ditdial.backbones.base import COMMON_FACTS, Model, pair
+from ditdial.backbones.base import COMMON_FACTS, Model
 from ditdial.backbones.blocks import CROSS_BLOCKS
 from ditdial.backbones.layers import Packed, embedders
 from ditdial.backbones.patch_embed import SELF_ATTENTION_AND_FEED_FORWARD, PatchEmbedBackbone
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import Routed
+from ditdial.backbones.sizes import SizedByResolution, pair
 from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
@@ -22,6 +23,7 @@ class PixArtBackbone(PatchEmbedBackbone):
     patches = Patches(embed="pos_embed", output="proj_out")
     arguments = Arguments(condition=("encoder_hidden_states", "encoder_attention_mask"))
     times = Times(layers=embedders("adaln_single.emb"))
+    sizes = SizedByResolution(one="its bases were trained for one number of pixels each")
     facts = (*COMMON_FACTS, "caption_channels")
     block_lists = (CROSS_BLOCKS,)
     low_rank = (("transformer_blocks", SELF_ATTENTION_AND_FEED_FORWARD),)

@@ -15,6 +15,7 @@ from ditdial.backbones.blocks import BlockList
 from ditdial.backbones.forward import Forward
 from ditdial.backbones.layers import attention, feed_forward
 from ditdial.backbones.patches import Patches
+from ditdial.backbones.sizes import ShapeSizes
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
 from ditdial.cost.shape import TransformerShape
@@ -52,6 +53,7 @@ class QwenImageBackbone(Backbone):
         conditional_first=None,
     )
     times = QwenImageTimes(scale=1.0, own_sigmas=True)
+    sizes = ShapeSizes()
     rotary = "pos_embed"
     facts = (*COMMON_FACTS, "joint_attention_dim")
     block_lists = (

@@ -10,15 +10,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ditdial.backbones.arguments import Arguments, Call
-from ditdial.backbones.base import COMMON_FACTS, BlockHook, Model, pair
+from ditdial.backbones.base import COMMON_FACTS, BlockHook, Model
 from ditdial.backbones.blocks import CROSS_BLOCKS
 from ditdial.backbones.forward import forward_of
 from ditdial.backbones.layers import attention
 from ditdial.backbones.patch_embed import PatchEmbedBackbone
 from ditdial.backbones.patches import Patches
+from ditdial.backbones.sizes import Sizes, pair
 from ditdial.backbones.times import Times
 from ditdial.cost.blocks import Block, Term
 from ditdial.cost.linears import linear_macs
@@ -40,6 +41,11 @@ class SanaTimes(Times):
         if call.get("guidance") is None:
             return low, high
         return low * self.scale, high * self.scale
+
+    def told(self, call: Call, level: float, grid: Triple, small: Triple) -> Tensor:
+        """The time of a call, of a smaller picture at another noise level."""
+        time = super().told(call, level, grid, small)
+        return time if call.get("guidance") is None else time / self.scale
 
     def set_timesteps(self, scheduler: Any, steps: int, grid: Triple, pipe: Any) -> None:
         """As the pipelines do; those of Sprint have a time of their own for two steps alone."""
@@ -63,6 +69,7 @@ class SanaBackbone(PatchEmbedBackbone):
         residuals=("controlnet_block_samples",),
     )
     times = SanaTimes()
+    sizes = Sizes(one="its bases were trained for one number of pixels each")
     facts = (*COMMON_FACTS, "caption_channels", "mlp_ratio", "guidance_embeds")
     block_lists = (replace(CROSS_BLOCKS, attention=(("attn2", "cross"),)),)
     low_rank = (("transformer_blocks", attention("attn1")),)

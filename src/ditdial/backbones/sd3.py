@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ditdial.backbones.arguments import Arguments, Call
-from ditdial.backbones.base import COMMON_FACTS, Model, pair
+from ditdial.backbones.base import COMMON_FACTS, Model
 from ditdial.backbones.blocks import DOUBLE_BLOCKS
 from ditdial.backbones.layers import Packed, attention, embedders, feed_forward
 from ditdial.backbones.patch_embed import PatchEmbedBackbone
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import JOINT, Routed
+from ditdial.backbones.sizes import pair
 from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs

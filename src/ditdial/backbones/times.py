@@ -74,6 +74,28 @@ class Times:
         """The inverse of `level_of`."""
         return (1 - level if self.rises else level) * self.scale
 
+    def told(self, call: Call, level: float, grid: Triple, small: Triple) -> Tensor:
+        """The time of a call, of a smaller picture at another noise level.
+
+        Args:
+            level: of all its rows.
+            grid, small: base grids of the two pictures.
+
+        Raises:
+            ValueError: tokens have different times (some frames are given), of which the level is
+                that of one.
+        """
+        time = torch.as_tensor(call[self.argument])
+        dtype = time.dtype if time.dtype.is_floating_point else torch.float32
+        if time.ndim > 1 and time.shape[1] == math.prod(grid):
+            if (time != time.flatten()[0]).any():
+                raise ValueError(
+                    f"{self.argument} has different times for the tokens of a picture (first "
+                    "frames are given); legal with them: modes of the latent's own size"
+                )
+            time = time[:, : math.prod(small)]
+        return torch.full_like(time, self.time_of(level), dtype=dtype)
+
     def width(self, model: Any) -> int:
         """Width of what `vector` returns.
 

@@ -15,6 +15,7 @@ from ditdial.backbones.forward import Embed, Forward
 from ditdial.backbones.layers import attention, feed_forward
 from ditdial.backbones.patches import Patches
 from ditdial.backbones.routed import Routed
+from ditdial.backbones.sizes import Sizes
 from ditdial.backbones.streamed import Streamed
 from ditdial.backbones.times import Times
 from ditdial.cost.linears import linear_macs
@@ -22,6 +23,7 @@ from ditdial.cost.shape import TransformerShape
 from ditdial.ops.patching import Triple
 from ditdial.ops.positions import real_rotary_centres
 from ditdial.plan.mode import Mode
+from ditdial.plan.spectrum import WAN_VAE
 
 
 class WanBackbone(Backbone):
@@ -33,6 +35,7 @@ class WanBackbone(Backbone):
         condition=("encoder_hidden_states", "encoder_hidden_states_image"), conditional_first=None
     )
     times = Times(layers=("condition_embedder.timesteps_proj", "condition_embedder.time_embedder"))
+    sizes = Sizes(flat_masks=4, spectrum=WAN_VAE)
     rotary = "rope"
     facts = (*COMMON_FACTS, "ffn_dim", "text_dim")
     axes = "thw"

@@ -76,6 +76,7 @@ class TransformerShape:
 
     Attributes:
         known: what modes cost that cost the same at all noise levels, as far as somebody has asked.
+        smaller: the shapes of low bands, likewise.
     """
 
     grid: Grid
@@ -88,10 +89,19 @@ class TransformerShape:
     updates: tuple[Updates, ...] = ()
     kept: Callable[[Mode, float | None], Sequence[Kept]] | None = None
     known: dict[Mode, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    smaller: dict[Mode, TransformerShape] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def tokens(self, mode: Mode) -> int:
         """Tokens of one picture in a mode."""
+        if mode.is_low_band:
+            return self.at(mode).tokens(mode.inside)
         return math.prod(coarse_grid(self.grid, mode.patch_scale))
+
+    def at(self, mode: Mode) -> TransformerShape:
+        """The shape of the smaller latent that a mode gives the model."""
+        return replace(self, grid=(self.grid[0], *mode.small(self.grid[1:])))
 
     @property
     def text_once(self) -> float:
@@ -113,6 +123,10 @@ class TransformerShape:
         Raises:
             ValueError: a sparse mode, and blocks without roles.
         """
+        if mode.is_low_band:
+            if mode not in self.smaller:
+                self.smaller[mode] = self.at(mode)
+            return self.smaller[mode].macs(mode.inside, level, kept)
         if mode.is_routed:
             return self._macs(mode, level, kept)
         if mode not in self.known:
@@ -123,6 +137,8 @@ class TransformerShape:
         self, mode: Mode, level: float | None = None, kept: Sequence[Kept] | None = None
     ) -> float:
         """Those of all blocks alone: the accounting of the FlexiDiT and DyDiT papers."""
+        if mode.is_low_band:
+            return self.at(mode).block_macs(mode.inside, level, kept)
         found = self._blocks(mode, level, kept)
         return sum(block.macs(tokens, share) for block, tokens, share in found)
 

@@ -1,33 +1,37 @@
-"""What a model's prediction says about the clean latent.
-
-With clean signal scale ``a`` and noise scale ``s`` a latent is ``z = a x0 + s e``. Flow matching
-has ``a = 1 - s`` and predicts ``e - x0``; variance-preserving models have ``a^2 + s^2 = 1`` and
-predict the noise ``e``, the velocity ``a e - s x0``, or the clean latent itself.
-"""
+"""How a pipeline's model was trained to predict, as its scheduler tells it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
-KINDS = ("flow_prediction", "epsilon", "v_prediction", "sample")
+from ditdial.ops.noising import KINDS, Scales
 
 
 @dataclass(frozen=True)
 class Parametrization:
-    """How a model was trained to predict.
+    """What the noise levels of a model mean.
 
     Args:
-        kind: one of `KINDS`.
+        kind: what it predicts; one of `ditdial.ops.noising.KINDS`.
         scales: noise level (the network's time in [0, 1]) -> ``(a, s)``, for latents as the model
             is given them.
+        level_of: the noise level of a ratio ``a / s``; that of the least noise that the model knows
+            where there is less.
     """
 
     kind: str
     scales: Callable[[float], tuple[float, float]]
+    level_of: Callable[[float], float]
+
+    def at(self, level: float) -> Scales:
+        """What latents of a noise level are made of."""
+        return Scales(self.kind, *self.scales(level))
 
     def clean(self, level: float, latent: Tensor, prediction: Tensor) -> Tensor:
         """The clean latent that a prediction implies.
@@ -35,14 +39,12 @@ class Parametrization:
         Args:
             prediction: of the latent's shape; channels of a learned variance are already cut off.
         """
-        a, s = self.scales(level)
-        if self.kind == "flow_prediction":
-            return latent - s * prediction
-        if self.kind == "epsilon":
-            return (latent - s * prediction) / max(a, 1e-4)  # a is about 0.006 at pure noise
-        if self.kind == "v_prediction":
-            return a * latent - s * prediction
-        return prediction
+        return self.at(level).clean(latent, prediction)
+
+
+def straight_level(ratio: float) -> float:
+    """The noise level s of ``(1 - s) / s = ratio``."""
+    return 1 / (1 + ratio)
 
 
 def parametrization(pipe: Any) -> Parametrization:
@@ -57,24 +59,30 @@ def parametrization(pipe: Any) -> Parametrization:
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None:
         raise ValueError(
-            "predicted clean latents need a pipeline's scheduler; legal for a bare model: the "
-            "latents themselves"
+            "what predictions mean stands in a pipeline's scheduler, and this model is in none; "
+            "legal for a bare model: signal='latent', and modes of the latent's own size"
         )
     kind = scheduler.config.get("prediction_type")
     if is_flow_scheduler(scheduler):
-        return Parametrization("flow_prediction", lambda level: (1 - level, level))
+        return Parametrization("flow_prediction", lambda level: (1 - level, level), straight_level)
     if kind not in KINDS or not hasattr(scheduler, "alphas_cumprod"):
         raise ValueError(
             f"scheduler {type(scheduler).__name__} predicts {kind!r}; legal: a flow-matching "
             f"scheduler, or one with alphas_cumprod that predicts {', '.join(KINDS[1:])}"
         )
-    kept, count = scheduler.alphas_cumprod, scheduler.config.num_train_timesteps
+    kept = scheduler.alphas_cumprod.double().cpu().numpy()
+    count, times = scheduler.config.num_train_timesteps, np.arange(len(kept))
 
     def scales(level: float) -> tuple[float, float]:
-        share = float(kept[min(max(round(level * count), 0), len(kept) - 1)])
-        return share**0.5, (1 - share) ** 0.5
+        # Between two times of the table as between any two of its entries.
+        share = float(np.interp(level * count, times, kept))
+        return math.sqrt(share), math.sqrt(1 - share)
 
-    return Parametrization(kind, scales)
+    def level_of(ratio: float) -> float:
+        share = ratio**2 / (1 + ratio**2)  # falls with the time
+        return float(np.interp(-share, -kept, times)) / count
+
+    return Parametrization(kind, scales, level_of)
 
 
 def is_flow_scheduler(scheduler: Any) -> bool:

@@ -7,6 +7,7 @@ its own, band by band of noise levels.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +29,7 @@ from ditdial.plan.reference_schedule import as_choices, check_stretches
 from ditdial.plan.schedule import Schedule, Segment
 from ditdial.plan.seconds import Seconds
 from ditdial.runtime.engine import Engine
+from ditdial.runtime.low_band import one_high_band
 
 NOISE_POINTS = 101
 """Entries of the table from noise level to ``u``: ten of 1000 training steps apart."""
@@ -114,7 +116,8 @@ def calibrate(
     _check(engine, model, choices)
     reference = as_choices(measuring.reference, choices)
     told = parametrization(pipe)
-    errors = Errors(choices, reference, measuring.guidance_scale, told)
+    mixed = functools.partial(one_high_band, engine.wiring)
+    errors = Errors(choices, reference, measuring.guidance_scale, told, mixed)
     onlooker = Onlooker(engine, pipe, errors)
     clock = Clock(engine, pipe, modes_of(choices), measuring.rounds)
     finals: list[Tensor] = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,12 +120,14 @@ class Errors:
         reference: what errors are differences to, in the words of the choices.
         scale: guidance scale of the pipeline.
         told: what a prediction says about the clean latent.
+        mixed: predictions of a choice's branches as guidance is given them.
     """
 
     choices: Sequence[Choice]
     reference: Schedule
     scale: float
     told: Parametrization
+    mixed: Callable[[Choice, Tensor, Tensor], tuple[Tensor, Tensor]]
     sums: dict[float, Tensor] = field(default_factory=dict)
     rows: dict[float, int] = field(default_factory=dict)
 
@@ -153,7 +155,7 @@ class Errors:
         own = c[choice.mode]
         if g is None:
             return own
-        guide = (c if choice.weak_guidance else g)[choice.guide_mode]
+        own, guide = self.mixed(choice, own, (c if choice.weak_guidance else g)[choice.guide_mode])
         return own + choice.gain * (self.scale - 1) * (own - guide)
 
     def _error(self, level: float, difference: Tensor) -> Tensor:

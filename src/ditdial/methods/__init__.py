@@ -14,12 +14,13 @@ from ditdial.methods.combined import Combined
 from ditdial.methods.ddit import DDiT
 from ditdial.methods.dydit import DyDiT
 from ditdial.methods.flexidit import FlexiDiT
+from ditdial.methods.low_band import LowBand
 from ditdial.methods.ppflow import PPFlow
 from ditdial.methods.sparsedit import SparseDiT
 from ditdial.plain.checks import did_you_mean
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (FlexiDiT, DDiT, PPFlow, DyDiT, SparseDiT, Combined)
+    method.name: method for method in (FlexiDiT, DDiT, PPFlow, DyDiT, SparseDiT, LowBand, Combined)
 }
 """Methods by name."""
 
@@ -45,6 +46,7 @@ __all__ = [
     "DDiT",
     "DyDiT",
     "FlexiDiT",
+    "LowBand",
     "Method",
     "PPFlow",
     "SparseDiT",

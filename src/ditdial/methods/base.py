@@ -66,6 +66,10 @@ class Method(ABC):
         """What a fresh method runs with."""
         return Schedule.constant(FULL)
 
+    def schedule_for(self, model: nn.Module, backbone: Backbone) -> Schedule:
+        """What a fresh method runs with on a model; its `default_schedule` on most."""
+        return self.default_schedule
+
     def priced(
         self, shape: TransformerShape, model: nn.Module, backbone: Backbone
     ) -> TransformerShape:

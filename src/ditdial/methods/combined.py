@@ -1,4 +1,4 @@
-"""Several methods on one model: patch size, token grids and routed width in one forward pass.
+"""Several methods on one model: patch size, token grids, routed width and size of the latent.
 
 Each changes another thing, so that a mode such as ``patch2_grid3_width50`` is made of theirs: the
 patch-size method makes and ends its tokens, SparseDiT thins them between the blocks, DyDiT narrows
@@ -25,6 +25,7 @@ from ditdial.methods.base import Method
 from ditdial.methods.ddit import DDiT
 from ditdial.methods.dydit import DyDiT
 from ditdial.methods.flexidit import FlexiDiT
+from ditdial.methods.low_band import LowBand
 from ditdial.methods.ppflow import PPFlow
 from ditdial.methods.sparsedit import SparseDiT
 from ditdial.ops.patching import Triple
@@ -36,6 +37,7 @@ KINDS: dict[str, tuple[type[Method], ...]] = {
     "patch size": (FlexiDiT, DDiT, PPFlow),
     "token grid": (SparseDiT,),
     "width": (DyDiT,),
+    "size of the latent": (LowBand,),
 }
 """What methods change; a combination has at most one of each kind."""
 
@@ -103,23 +105,31 @@ class Combined(Method):
     def modes(self) -> tuple[Mode, ...]:
         """Of each part alone, and all that are made of them."""
         modes = [mode for part in self.parts for mode in part.modes]
-        patches, grids, widths = (
+        bands, patches, grids, widths = (
             (FULL, *dict.fromkeys(each for each in own if not each.is_full))
-            for own in zip(*((m.patch, m.grid, m.routing) for m in modes), strict=True)
+            for own in zip(*((m.band, m.patch, m.grid, m.routing) for m in modes), strict=True)
         )
-        return tuple(
+        made = (
             Mode(
                 patch.patch_scale,
                 token_grid=grid.token_grid,
                 width=width.width,
                 token_keep=width.token_keep,
+                low_band=band.low_band,
             )
-            for patch, grid, width in itertools.product(patches, grids, widths)
-        )[1:]
+            for band, patch, grid, width in itertools.product(bands, patches, grids, widths)
+        )
+        return tuple(mode for mode in made if self.has(mode) and not mode.is_full)
 
     def has(self, mode: Mode) -> bool:
-        """Whether each part of a mode is one of the method that changes it."""
-        own = (mode.patch, mode.grid, mode.routing)
+        """Whether each part of a mode is one of the method that changes it.
+
+        Low bands stay by themselves: what other methods have trained, they have on latents of the
+        base's size.
+        """
+        if mode.is_low_band and mode != mode.band:
+            return False
+        own = (mode.band, mode.patch, mode.grid, mode.routing)
         return all(x.is_full or any(part.has(x) for part in self.parts) for x in own)
 
     @property

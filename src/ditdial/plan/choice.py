@@ -66,6 +66,16 @@ class Choice:
         return self.guidance == "weak" and self.guide_mode.is_coarser_than(self.mode)
 
     @property
+    def mixes_sizes(self) -> bool:
+        """Whether the branches run at two sizes, of which one has no high band of its own."""
+        return self.mode.low_band != self.guide_mode.low_band
+
+    @property
+    def reads_conditional(self) -> bool:
+        """Whether the guidance branch is made from the conditional one of its step."""
+        return self.weak_guidance or self.gain != 1 or self.mixes_sizes
+
+    @property
     def modes(self) -> set[Mode]:
         """The modes that the step needs."""
         return {self.mode, self.guide_mode}

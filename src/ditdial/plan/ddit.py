@@ -276,7 +276,7 @@ class DDiTRun(Run):
         size = values[-1].flatten(1).float().square().mean(dim=1).sqrt()
         moved = derivative(values, levels) / size.view(-1, *[1] * (values[-1].ndim - 1))
         found = {
-            mode: roughness(moved, mode.patch_scale, self.controller.rho).tolist()
+            mode: roughness(moved, mode.covers, self.controller.rho).tolist()
             for mode in self.controller.coarse
         }
         return [{mode: values[i] for mode, values in found.items()} for i in range(count)]

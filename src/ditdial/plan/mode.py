@@ -5,12 +5,16 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+BAND = r"band(\d+(?:p\d+)?)(?:x(\d+(?:p\d+)?))?"
 PATCH = r"patch(\d+)(?:x(\d+)x(\d+))?"
 GRID = r"grid(\d+)(?:x(\d+))?"
-KINDS = ("patch", "grid", "width", "keep")
-NAME = re.compile(rf"(?:{PATCH})?(?:_?{GRID})?(?:_?width(\d+))?(?:_?keep(\d+))?")
+KINDS = ("band", "patch", "grid", "width", "keep")
+NAME = re.compile(rf"(?:{BAND})?(?:_?{PATCH})?(?:_?{GRID})?(?:_?width(\d+))?(?:_?keep(\d+))?")
+
+MOST_RATIO = 64.0
+"""Of a latent's sides to those of its low band."""
 
 
 @dataclass(frozen=True)
@@ -26,21 +30,25 @@ class Mode:
             whole percents; 1 leaves in everything.
         token_keep: share of the tokens that enter the feed-forwards, in the mean over the blocks
             and in whole percents; None leaves that to the token routers.
+        low_band: how many times shorter the sides of the latent are that the model is given
+            (LowBand), height and width alike or one by one; 1 for the latent itself.
 
     Raises:
-        ValueError: a scale or grid that is not of whole numbers of at least 1; a share out of
-            range.
+        ValueError: a scale or grid that is not of whole numbers of at least 1; a share or a ratio
+            out of range.
     """
 
     patch_scale: tuple[int, int, int] = (1, 1, 1)
     width: float = 1.0
     token_keep: float | None = None
     token_grid: tuple[int, int] | None = None
+    low_band: tuple[float, float] = (1.0, 1.0)
     name: str = field(init=False, compare=False)
-    """``full``, ``patch2``, ``patch2x1x1``, ``grid8``, ``grid8x6``, ``patch2_width50_keep80``; the
-    inverse of `parse`, and a legal module key."""
+    """``full``, ``patch2``, ``patch2x1x1``, ``grid8``, ``grid8x6``, ``patch2_width50_keep80``,
+    ``band2``, ``band1p5``, ``band2_patch2``; the inverse of `parse`, and a legal module key."""
     parts: tuple[str, ...] = field(init=False, compare=False, repr=False)
-    """Names of what it is made of: ``patch2``, ``grid8``, ``width50_keep80``; none in full mode."""
+    """Names of what it is made of: ``band2``, ``patch2``, ``grid8``, ``width50_keep80``; none in
+    full mode."""
 
     def __init__(
         self,
@@ -49,6 +57,7 @@ class Mode:
         width: float = 1.0,
         token_keep: float | None = None,
         token_grid: int | tuple[int, int] | None = None,
+        low_band: float | tuple[float, float] = 1,
     ) -> None:
         scale = (1, patch_scale, patch_scale) if isinstance(patch_scale, int) else patch_scale
         whole = isinstance(scale, tuple | list) and all(type(k) is int and k >= 1 for k in scale)
@@ -71,8 +80,12 @@ class Mode:
                 f"token_keep = {token_keep!r} with width = {width}; legal: None, or whole percents "
                 "in (0, 1] with a width below 1 (whose token routers it uses)"
             )
+        ratios = _ratios(low_band)
         t, h, w = scale
         parts = []
+        if ratios != (1, 1):
+            each = [f"{ratio:g}".replace(".", "p") for ratio in ratios]
+            parts.append(f"band{each[0]}" if each[0] == each[1] else f"band{each[0]}x{each[1]}")
         if (t, h, w) != (1, 1, 1):
             parts.append(f"patch{h}" if t == 1 and h == w else f"patch{t}x{h}x{w}")
         if grid is not None:
@@ -86,13 +99,14 @@ class Mode:
         object.__setattr__(self, "width", round(100 * width) / 100)
         object.__setattr__(self, "token_keep", token_keep)
         object.__setattr__(self, "token_grid", grid)
+        object.__setattr__(self, "low_band", ratios)
         object.__setattr__(self, "name", "_".join(parts) or "full")
         object.__setattr__(self, "parts", tuple(parts))
 
     @property
     def is_full(self) -> bool:
         """Whether this is the base network, exactly as it came."""
-        return self.has_base_patch and not self.is_routed and not self.is_sparse
+        return not self.parts
 
     @property
     def has_base_patch(self) -> bool:
@@ -108,6 +122,35 @@ class Mode:
     def is_sparse(self) -> bool:
         """Whether some blocks see fewer tokens than others."""
         return self.token_grid is not None
+
+    @property
+    def is_low_band(self) -> bool:
+        """Whether the model is given a smaller latent."""
+        return self.low_band != (1, 1)
+
+    def small(self, sides: tuple[int, int]) -> tuple[int, int]:
+        """Height and width of the smaller latent, of a latent's; both in base tokens."""
+        height, width = (
+            math.ceil(side / each) for side, each in zip(sides, self.low_band, strict=True)
+        )
+        return height, width
+
+    @property
+    def covers(self) -> tuple[int, int, int]:
+        """Base patches per axis that one token stands for, at most."""
+        t, *sides = self.patch_scale
+        height, width = (k * math.ceil(each) for k, each in zip(sides, self.low_band, strict=True))
+        return t, height, width
+
+    @property
+    def band(self) -> Mode:
+        """The mode of its smaller latent, otherwise in full mode."""
+        return Mode(low_band=self.low_band)
+
+    @property
+    def inside(self) -> Mode:
+        """The mode that a latent of its size is run in, once it is made smaller."""
+        return replace(self, low_band=1) if self.is_low_band else self
 
     @property
     def patch(self) -> Mode:
@@ -128,6 +171,7 @@ class Mode:
         """Whether it does at most as much along every axis, and less along one."""
         pairs: list[tuple[float, float]] = []
         pairs += zip(self.patch_scale, other.patch_scale, strict=True)
+        pairs += zip(self.low_band, other.low_band, strict=True)
         own, theirs = (
             (math.inf,) * 2 if x.token_grid is None else x.token_grid for x in (self, other)
         )
@@ -150,8 +194,9 @@ class Mode:
         meant = cls._meant(text) if mode is None else mode
         near = "" if meant is None else f" (did you mean {meant.name!r}?)"
         raise ValueError(
-            f"unknown mode {name!r}; legal: 'full', 'patchK' ('patchTxHxW'), 'gridK' ('gridHxW'), "
-            f"'widthP', 'keepP' in percent, all but the first joined by '_' in this order{near}"
+            f"unknown mode {name!r}; legal: 'full', 'bandR' ('bandHxW', 'band1p5' for 1.5), "
+            "'patchK' ('patchTxHxW'), 'gridK' ('gridHxW'), 'widthP', 'keepP' in percent, all but "
+            f"the first joined by '_' in this order{near}"
         )
 
     @classmethod
@@ -166,19 +211,21 @@ class Mode:
         match = NAME.fullmatch(name)
         if not name or not match:
             return None
-        scale, rows, columns, height, across, width, keep = match.groups()
+        tall, wide, scale, rows, columns, height, across, width, keep = match.groups()
+        ratios = [float(each.replace("p", ".")) for each in (tall or "1", wide or tall or "1")]
         return cls(
             (int(scale), int(rows), int(columns)) if rows else int(scale or 1),
             token_grid=(int(height), int(across or height)) if height else None,
             width=int(width) / 100 if width else 1.0,
             token_keep=int(keep) / 100 if keep else None,
+            low_band=(ratios[0], ratios[1]),
         )
 
     @classmethod
     def _meant(cls, name: str) -> Mode | None:
         """The mode that a name was probably meant for: words put right, parts in their order."""
         parts = {}
-        for word, numbers in re.findall(r"([a-z]+)[^a-z0-9]*((?:\d+x?)*)", name.lower()):
+        for word, numbers in re.findall(r"([a-z]+)[^a-z0-9]*((?:\d+(?:p\d+)?x?)*)", name.lower()):
             parts |= dict.fromkeys(difflib.get_close_matches(word, ("full", *KINDS), n=1), numbers)
         kinds = [kind for kind in KINDS if kind in parts]
         joined = "_".join(f"{kind}{parts[kind]}" for kind in kinds) or "full" * ("full" in parts)
@@ -195,7 +242,25 @@ def coarseness(mode: Mode) -> tuple[float, float, str]:
     """A key that sorts modes from the finest to the coarsest."""
     kept = 1.0 if mode.token_keep is None else mode.token_keep
     sparse = math.inf if mode.token_grid is None else math.prod(mode.token_grid)
-    return math.prod(mode.patch_scale) / mode.width / kept, -sparse, mode.name
+    coarse = math.prod(mode.patch_scale) * math.prod(mode.low_band)
+    return coarse / mode.width / kept, -sparse, mode.name
+
+
+def _ratios(low_band: float | tuple[float, float]) -> tuple[float, float]:
+    """Of height and width.
+
+    Raises:
+        ValueError: no numbers, or out of range.
+    """
+    both = low_band if isinstance(low_band, tuple | list) else (low_band, low_band)
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) for x in both)
+    legal = len(both) == 2 and numbers and all(1 <= x <= MOST_RATIO for x in both)
+    if not legal or any(abs(100 * x - round(100 * x)) > 1e-6 for x in both):
+        raise ValueError(
+            f"low_band = {low_band!r}; legal: a number from 1 to {MOST_RATIO:g} of at most two "
+            "decimals, or two (height, width)"
+        )
+    return round(float(both[0]), 2), round(float(both[1]), 2)
 
 
 def _is_share(share: object) -> bool:

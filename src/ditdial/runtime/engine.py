@@ -147,7 +147,7 @@ class Engine:
             RuntimeError: the weights or arguments of the call do not allow a coarse mode.
         """
         caller, wiring = self.position.caller(model), self.wiring
-        with self.lock, wiring.state.set_aside():
+        with self.lock, wiring.state.set_aside(), self.position.called_by(caller.pipe):
             size = wiring.backbone.size(model, call)
             # The grid comes first: seams, checks and costs all count in it.
             wiring.state.grid, shape = size[0], self.shape(model, size)

@@ -6,6 +6,7 @@ Everything that a mode needs is checked and made ready outside any compiled regi
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from ditdial.backbones.arguments import Call
 from ditdial.host import step_caches
 from ditdial.host.loras import unfuse_disabled
+from ditdial.host.parametrization import parametrization
 from ditdial.host.weights import onloaded
 from ditdial.layers.residuals import of_present_tokens
 from ditdial.layers.state import TextKey
@@ -24,6 +26,7 @@ from ditdial.plan.mode import Mode
 from ditdial.runtime.chooser import Chooser
 from ditdial.runtime.compiled import Compiled
 from ditdial.runtime.costs import Costs
+from ditdial.runtime.low_band import LowBand
 from ditdial.runtime.position import Position
 from ditdial.runtime.surgery import Surgery
 
@@ -55,7 +58,13 @@ class ForwardPass:
 
         Args:
             branch: of a batched call, if its rows run by themselves.
+
+        Raises:
+            ValueError, RuntimeError: a mode that the call, its pipeline or what was put on the
+                model does not allow.
         """
+        if mode.is_low_band:
+            return self._in_low_band(model, call, mode, branch)
         # New tensors that no hook brings back are fetched first: the steps below read them.
         with onloaded(self.surgery.silent if self.surgery.away else ()):
             wiring = self.surgery.wiring
@@ -83,6 +92,24 @@ class ForwardPass:
             if narrow is not None and not self.compiled.at_work:
                 self.costs.kept[mode] = narrow.kept()
             return output
+
+    def _in_low_band(self, model: nn.Module, call: Call, mode: Mode, branch: str) -> Any:
+        """The same in a mode whose latent is smaller: a call of its own size inside this one."""
+        low, high = self.position.levels(call, self.position.run)
+        if low != high:
+            raise ValueError(
+                f"noise levels of a batch go from {low} to {high}, and the latents of mode "
+                f"{mode.name!r} are made smaller for one; legal: rows of one noise level"
+            )
+        smaller = LowBand(
+            wiring=self.surgery.wiring,
+            model=model,
+            call=call,
+            mode=mode,
+            told=parametrization(self.position.at_work),
+            level=high,
+        )
+        return smaller.run(functools.partial(self.run, model, branch=branch))
 
     def _cache_state(self, model: nn.Module, mode: Mode, branch: str) -> Any:
         """The state of a step cache that belongs to a mode and branch."""
@@ -185,6 +212,12 @@ class ForwardPass:
             raise RuntimeError(
                 "a call inside a larger graph has one mode at all noise levels; legal: a schedule "
                 "of one mode, handle.using(mode), or to compile the model itself"
+            )
+        if mode.is_low_band:
+            raise RuntimeError(
+                f"mode {mode.name!r} makes latents smaller for the noise level of a call, which is "
+                "not read inside a larger graph; legal there: modes of the latent's own size, or "
+                "to compile the model itself"
             )
         if mode.is_routed:
             raise RuntimeError(

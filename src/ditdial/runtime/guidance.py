@@ -22,6 +22,7 @@ from ditdial.layers.packing import Layout, Part
 from ditdial.layers.wiring import Wiring
 from ditdial.plan.choice import Choice
 from ditdial.plan.mode import Mode
+from ditdial.runtime.low_band import one_high_band
 
 Forward = Callable[..., Any]
 """``forward(call, mode, branch="")`` runs the stock forward, on all rows or those of a branch."""
@@ -71,11 +72,12 @@ def run_batch(
     guide = arguments.rows(call, branches.guidance)
     if segment.weak_guidance:
         guide = arguments.give_condition(guide, conditional)
-    if packed and not same:
+    if packed and not same and not segment.mixes_sizes:
         c, g = _packed(wiring, forward, (conditional, guide), segment)
     else:
         c = _sample(wiring, forward, conditional, segment.mode, CONDITIONAL)
         g = _sample(wiring, forward, guide, segment.guide_mode, GUIDANCE)
+        c, g = one_high_band(wiring, segment, c, g)
     if segment.gain != 1:
         g = torch.lerp(c, g, segment.gain)
     return arguments.answer(call, _interleave(branches, c, g))
@@ -93,11 +95,12 @@ def run_guidance(
         RuntimeError: the choice needs the conditional call, and there was none before this one.
     """
     arguments = wiring.backbone.arguments
-    if segment.gain == 1 and not segment.weak_guidance:
+    if not segment.reads_conditional:
         return forward(call, segment.guide_mode)
     if conditional is None:
         raise RuntimeError(
-            "weak-model guidance and a gain need the conditional prediction first, but this "
+            "weak-model guidance, a gain and branches of two sizes need the conditional prediction "
+            "first, but this "
             "pipeline called the guidance branch before it; legal: guidance 'cfg' with gain 1"
         )
     if segment.gain == 0:
@@ -105,6 +108,7 @@ def run_guidance(
     if segment.weak_guidance:
         call = arguments.give_condition(call, conditional.call)
     g = _sample(wiring, forward, call, segment.guide_mode)
+    _, g = one_high_band(wiring, segment, conditional.sample, g, fixed=True)
     return arguments.answer(call, torch.lerp(conditional.sample, g, segment.gain))
 
 

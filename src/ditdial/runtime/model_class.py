@@ -24,7 +24,7 @@ from ditdial.backbones.forward import WIRING
 from ditdial.host.device_map import dispatch, offloads, without_places
 from ditdial.host.pickling import MADE_OF, pickled_as
 from ditdial.layers.swap import check_forward, rebind_hooks
-from ditdial.methods import Method
+from ditdial.methods import LowBand, Method
 from ditdial.plain.checks import did_you_mean
 from ditdial.plan.execution import Execution
 from ditdial.plan.mode import Mode
@@ -70,7 +70,7 @@ def make_elastic(
         _check_method(model, backbone, single)
     for loaded in adapters:
         check_base(loaded, backbone.identity(model))
-    schedule = schedule or composition.schedule
+    schedule = schedule or composition.schedule or method.schedule_for(model, backbone)
     check_modes(model, backbone, method, schedule.modes, "schedule")
     previous = engine_of(model)
     if previous is None:
@@ -118,6 +118,12 @@ def _check_method(model: nn.Module, backbone: Backbone, method: Method) -> None:
         raise ValueError(
             f"method {method.name!r} adapts feed-forward layers, and those of "
             f"{backbone.model_class} are not linear; legal: a method that adapts attention too"
+        )
+    why = backbone.sizes.why_one(model)
+    if isinstance(method, LowBand) and why and not method.force:
+        raise ValueError(
+            f"method {method.name!r} runs noisy steps on a smaller latent, and of "
+            f"{backbone.model_class} {why}; legal: LowBand(force=True), for a base that knows it"
         )
     if method.conditions and not backbone.conditioning:
         raise ValueError(

@@ -7,7 +7,9 @@ call does, and of several calls that take turns each has its own.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +58,7 @@ class Position:
         count: of the runs so far.
         run: the one that the last call belonged to.
         context: of the present call.
+        at_work: the pipeline that makes the present call; None for a bare model.
         warned: that weak guidance was asked for in vain.
         bare: place of the calls that no pipeline makes, in each thread.
     """
@@ -66,6 +69,7 @@ class Position:
     count: int = 0
     run: SamplingRun = field(init=False)
     context: Context | None = None
+    at_work: Any = None
     warned: bool = False
     bare: threading.local = field(default_factory=threading.local)
 
@@ -73,7 +77,7 @@ class Position:
         self.run = self.new_run()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k != "bare"}
+        return {k: v for k, v in self.__dict__.items() if k != "bare"} | {"at_work": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ |= state | {"bare": threading.local()}
@@ -87,6 +91,15 @@ class Position:
         """Who makes the present call."""
         pipe = self.pipe_of(model)
         return caller_of(model, pipe) or Caller(pipe)
+
+    @contextlib.contextmanager
+    def called_by(self, pipe: Any) -> Iterator[None]:
+        """A pipeline makes the present call."""
+        before, self.at_work = self.at_work, pipe
+        try:
+            yield
+        finally:
+            self.at_work = before
 
     def place(self, caller: Caller) -> Place:
         """Where the calls of a caller stand."""

@@ -223,7 +223,7 @@ class Step:
     def _remember(self, output: Any, branches: Branches | None) -> None:
         """Keep the step's conditional call for its guidance call, and let a controller learn."""
         segments, choosing = [group.segment for group in self.run.groups], self.run.choosing
-        needed = any(segment.weak_guidance or segment.gain != 1 for segment in segments)
+        needed = any(segment.reads_conditional for segment in segments)
         remembers = needed and self._by_branch
         if not (remembers or choosing.learns):
             return

@@ -12,7 +12,11 @@ from diffusers.pipelines.pipeline_utils import DiffusionPipeline, ImagePipelineO
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from ditdial.host.parametrization import Parametrization, is_flow_scheduler
+from ditdial.host.parametrization import (
+    Parametrization,
+    is_flow_scheduler,
+    straight_level,
+)
 from ditdial.ops.flow import path_norm, velocity
 from ditdial.plain.checks import require, whole
 from ditdial.plain.kinds import check_kind
@@ -177,7 +181,7 @@ class PixelDiTPipeline(DiffusionPipeline):
             norm = ((1 - level) ** 2 + level**2) ** 0.5
             return (1 - level) / norm, level / norm
 
-        return Parametrization("v_prediction", scales)
+        return Parametrization("v_prediction", scales, straight_level)
 
     def _labels(self, class_labels: Any) -> Tensor:
         """Class numbers ``(B,)``; see `__call__`."""

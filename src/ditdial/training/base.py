@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from torch import Tensor, nn
@@ -39,6 +40,9 @@ class BaseSettings:
     Args:
         position_scale: patches of the final model that one patch of this one covers per axis.
         level_mean, level_std: noise levels are drawn as ``sigmoid(mean + std * normal)``.
+        small_sizes: sides in pixels at which the model sees pictures too, shrunk from
+            ``data.image_size``.
+        small_share: share of each batch that is shrunk, in equal parts for these sizes.
     """
 
     num_layers: Annotated[int, AtMost(1000)]
@@ -51,6 +55,8 @@ class BaseSettings:
     level_std: Level = 1.0
     position_scale: Annotated[int, AtMost(64)] = 1
     init_from: str = ""
+    small_sizes: tuple[int, ...] = ()
+    small_share: float = 0.25
 
     def __post_init__(self) -> None:
         for name in (
@@ -64,6 +70,13 @@ class BaseSettings:
         require(0 <= self.label_dropout < 1, "base.label_dropout", self.label_dropout, "[0, 1)")
         require(self.level_std > 0, "base.level_std", self.level_std, "> 0")
         require(self.position_scale >= 1, "base.position_scale", self.position_scale, ">= 1")
+        object.__setattr__(self, "small_sizes", tuple(self.small_sizes))
+        legal = f"multiples of base.patch_size = {self.patch_size}, all different"
+        for size in self.small_sizes:
+            whole = type(size) is int and size >= 1 and size % self.patch_size == 0
+            once = self.small_sizes.count(size) == 1
+            require(whole and once, "base.small_sizes", self.small_sizes, legal)
+        require(0 < self.small_share < 1, "base.small_share", self.small_share, "(0, 1)")
         check_numbers(self, "base")
         width = self.num_attention_heads * self.attention_head_dim
         legal = f"with {self.num_attention_heads} heads a width, their product, that 4 divides"
@@ -84,6 +97,12 @@ class BaseTask:
         size, channels = recipe.data.image_size, recipe.data.channels
         legal = f"a divisor of data.image_size = {size}"
         require(size % settings.patch_size == 0, "base.patch_size", settings.patch_size, legal)
+        for small in settings.small_sizes:
+            legal = f"sides below data.image_size = {size}"
+            require(small < size, "base.small_sizes", settings.small_sizes, legal)
+        rows, least = self._rows(recipe.loop.batch_size), len(settings.small_sizes) + 1
+        legal = f"at least one picture of each of {least} sizes in a batch"
+        require(all(rows), "loop.batch_size", recipe.loop.batch_size, legal)
         tokens = (size // settings.patch_size) ** 2
         positions = tokens * settings.num_attention_heads * settings.attention_head_dim
         require_memory(8 * positions, "data.image_size", size, f"positions of {tokens} patches")
@@ -118,12 +137,25 @@ class BaseTask:
     def loss(
         self, model: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
     ) -> Tensor:
-        """Mean squared error against the unit-variance flow target."""
+        """Mean squared error against the unit-variance flow target, over pictures of all sizes."""
+        settings, rows = self.settings, self._rows(len(images))
+        sides = (self.recipe.data.image_size, *settings.small_sizes)
+        loss = images.new_zeros(())
+        for side, own, classes in zip(sides, images.split(rows), labels.split(rows), strict=True):
+            shrunk = own if side == sides[0] else resized(own, side)
+            null = settings.num_classes
+            batch = noisy_batch(shrunk, classes, generator, settings, null_label=null)
+            prediction = model(batch.x, timestep=batch.times, class_labels=batch.labels).sample
+            each = (prediction.float() - batch.target).square().mean()
+            loss = loss + each * (len(own) / len(images))
+        return loss
+
+    def _rows(self, count: int) -> list[int]:
+        """Pictures of a batch at their own size, and at each small one."""
         settings = self.settings
-        null = settings.num_classes
-        batch = noisy_batch(images, labels, generator, settings, null_label=null)
-        prediction = model(batch.x, timestep=batch.times, class_labels=batch.labels).sample
-        return (prediction.float() - batch.target).square().mean()
+        small = settings.small_sizes
+        each = round(count * settings.small_share / len(small)) if small else 0
+        return [count - each * len(small), *([each] * len(small))]
 
     def export(self, folder: Path, facts: dict[str, object]) -> None:
         """Save the stock model, with the data's statistics beside it."""
@@ -136,6 +168,11 @@ class BaseTask:
             **facts,
         }
         json_files.write(folder / "training.json", card)
+
+
+def resized(images: Tensor, side: int) -> Tensor:
+    """Pictures ``(B, C, S, S)`` at another side, as those who prepare pictures do it."""
+    return F.interpolate(images, size=(side, side), mode="bicubic", antialias=True)
 
 
 def zero_modulation(model: Any) -> None:
