@@ -9,8 +9,12 @@ import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from tests.backbones.tiny import CASES
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from ditdial import FULL, LowBand, Mode, elastify
+from ditdial import FULL, LowBand, Mode, Schedule, elastify
+from ditdial.runtime.model_class import engine_of
 
 TIME = 700.0
 FLOW = FlowMatchEulerDiscreteScheduler()
@@ -216,3 +220,111 @@ def test_phases_of_an_uneven_share_are_refused(name, grid):
     _, handle = elastic(CASES[name].model())
     with handle.using(BAND), pytest.raises(ValueError, match="no even share"):
         handle.model(**CASES[name].call(1, grid, TIME))
+
+
+@pytest.mark.parametrize("name", [x for x in CASES if x not in REFUSED])
+@torch.no_grad()
+def test_a_ratio_that_leaves_the_size_is_the_stock_model(name):
+    case = CASES[name]
+    call = case.call(2, case.grids[0], TIME)
+    _, handle = elastic(case.model(), ratios=(1.01,))
+    with handle.using(Mode(low_band=1.01)):
+        found = stacked(handle.model(**call, return_dict=False)[0])
+    with handle.using(FULL):
+        expected = stacked(handle.model(**call, return_dict=False)[0])
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", [x for x, case in CASES.items() if case.counts_on_meta and x not in REFUSED]
+)
+@torch.no_grad()
+def test_a_pass_costs_what_torch_counts(name):
+    case = CASES[name]
+    _, handle = elastic(case.model())
+    grid = case.grids[0]
+    call = case.call(1, grid, TIME)
+    engine = engine_of(handle.model)
+    forward, counted = engine.passes.compiled.run, []
+
+    def run(model, call):
+        with FlopCounterMode(display=False) as counter:
+            output = forward(model, call)
+        counted.append(counter.get_total_flops() / 2)
+        return output
+
+    engine.passes.compiled.run = run
+    with handle.using(BAND), sdpa_kernel(SDPBackend.MATH):
+        handle.model(**call)
+    shape = engine.shape(handle.model, handle.backbone.size(handle.model, call))
+    assert counted == [shape.macs(BAND)]
+    assert handle.report().calls[-1].macs == counted[0]
+    assert shape.tokens(BAND) == shape.at(BAND).tokens(FULL)
+
+
+@torch.no_grad()
+def test_a_compiled_model_has_a_graph_for_each_size():
+    torch._dynamo.reset()
+    case = CASES["sd3"]
+    pipe, handle = elastic(case.model())
+    handle.schedule = Schedule.weak_first(0.5, BAND)
+    calls = [case.call(1, (1, 8, 8), time) for time in (900.0, 800.0, 300.0, 200.0)]
+    expected = [handle.model(**call).sample for call in calls]
+    counter = CompileCounterWithBackend("eager")
+    handle.model.compile(backend=counter, fullgraph=True)
+    for _ in range(2):
+        for call, wanted in zip(calls, expected, strict=True):
+            torch.testing.assert_close(handle.model(**call).sample, wanted)
+    assert counter.frame_count == 2
+    assert pipe.transformer is handle.model  # the pipeline, which tells what is predicted, lives
+
+
+def test_a_graph_around_the_model_is_refused():
+    torch._dynamo.reset()
+    case = CASES["sd3"]
+    _, handle = elastic(case.model())
+    handle.schedule = Schedule.constant(BAND)
+    around = torch.compile(lambda call: handle.model(**call).sample, backend="eager")
+    whole = torch.compile(lambda call: handle.model(**call).sample, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match="legal there: modes of the latent's own size"):
+        whole(case.call(1, (1, 8, 8), TIME))
+    with torch.no_grad():
+        around(case.call(1, (1, 8, 8), TIME))
+
+
+def test_rows_of_several_noise_levels_are_refused():
+    case = CASES["sd3"]
+    _, handle = elastic(case.model())
+    call = case.call(2, (1, 8, 8), TIME) | {"timestep": torch.tensor([900.0, 800.0])}
+    with handle.using(BAND), pytest.raises(ValueError, match="rows of one noise level"):
+        handle.model(**call)
+
+
+def test_gradients_reach_the_latent_through_the_band():
+    case = CASES["sd3"]
+    _, handle = elastic(case.model())
+    call = case.call(1, (1, 8, 8), TIME)
+    call["hidden_states"].requires_grad_()
+    with handle.using(BAND):
+        handle.model(**call).sample.square().sum().backward()
+    assert call["hidden_states"].grad.abs().min() > 0
+
+
+@torch.no_grad()
+def test_half_precision_in_half_precision_out():
+    case = CASES["flux"]
+    _, handle = elastic(case.model().bfloat16())
+    call = {
+        k: v.bfloat16() if torch.is_tensor(v) and v.is_floating_point() else v
+        for k, v in case.call(1, (1, 8, 8), TIME).items()
+    }
+    with handle.using(BAND):
+        found = handle.model(**call).sample
+    assert found.dtype == torch.bfloat16
+    _, exact = elastic(case.model().bfloat16().float())
+    call = {
+        k: v.float() if torch.is_tensor(v) and v.is_floating_point() else v for k, v in call.items()
+    }
+    with exact.using(BAND):
+        right = exact.model(**call).sample
+    assert (found.float() - right).abs().max() < 0.1 * right.abs().max()

@@ -63,6 +63,7 @@ class State(Forward):
 
     Attributes:
         running: the engine has started the present pass.
+        asked: the mode that was asked for; ``mode`` is what of it runs at the size of the latent.
         run: number of the present run; what was computed in another may be stale.
         merging: weights with the mode's low-rank updates added in are used where there are any.
         layout: of a packed batch, else None.
@@ -74,6 +75,7 @@ class State(Forward):
     """
 
     running: bool = False
+    asked: Mode = FULL
     run: int = 0
     merging: bool = False
     layout: Layout | None = None
@@ -118,13 +120,13 @@ class State(Forward):
         if not self.running:
             yield
             return
-        now, rest = self.snapshot(), (self.text, self.merging, self.unit, self.run)
+        now, rest = self.snapshot(), (self.text, self.merging, self.unit, self.run, self.asked)
         self.layout = None
         try:
             yield
         finally:
             self._return_to(now)
-            self.text, self.merging, self.unit, self.run = rest
+            self.text, self.merging, self.unit, self.run, self.asked = rest
             self.running = True
 
     def each(self, run: Callable[[Any], Any], pieces: Iterable[Any]) -> list[Any]:

@@ -50,13 +50,15 @@ class Graphs:
     functions: dict[tuple[Mode, ...], Callable[..., Any]] = field(default_factory=dict)
 
     def at(self, model: nn.Module, modes: tuple[Mode, ...]) -> Callable[..., Any]:
-        """The function of some modes, for the present grid."""
-        if modes not in self.functions:
-            own = _with_own_code(self.forward, "_".join(mode.name for mode in modes))
+        """The function of some modes, for the present grid; a low band has one of its own."""
+        band = self.wiring.state.asked.band
+        key = modes if band.is_full else (band, *modes)
+        if key not in self.functions:
+            own = _with_own_code(self.forward, "_".join(mode.name for mode in key))
             # Compiled before it is bound: torch wraps what is no function in one of its own, the
             # same for all.
-            self.functions[modes] = own if self.compile is None else self.compile(own)
-        return functools.partial(self.functions[modes], model, _counted(self.wiring, modes))
+            self.functions[key] = own if self.compile is None else self.compile(own)
+        return functools.partial(self.functions[key], model, _counted(self.wiring, modes))
 
 
 def unseen(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -63,8 +63,12 @@ class ForwardPass:
             ValueError, RuntimeError: a mode that the call, its pipeline or what was put on the
                 model does not allow.
         """
+        self.surgery.wiring.state.asked = mode
         if mode.is_low_band:
             return self._in_low_band(model, call, mode, branch)
+        return self._run(model, call, mode, branch)
+
+    def _run(self, model: nn.Module, call: Call, mode: Mode, branch: str) -> Any:
         # New tensors that no hook brings back are fetched first: the steps below read them.
         with onloaded(self.surgery.silent if self.surgery.away else ()):
             wiring = self.surgery.wiring
@@ -109,10 +113,12 @@ class ForwardPass:
             told=parametrization(self.position.at_work),
             level=high,
         )
-        return smaller.run(functools.partial(self.run, model, branch=branch))
+        return smaller.run(functools.partial(self._run, model, branch=branch))
 
     def _cache_state(self, model: nn.Module, mode: Mode, branch: str) -> Any:
-        """The state of a step cache that belongs to a mode and branch."""
+        """The state of a step cache that belongs to a mode, or to its size, and a branch."""
+        asked = self.surgery.wiring.state.asked
+        mode = asked if asked.is_low_band else mode
         alone = self.chooser.is_alone(mode)
         context, stock = self.position.context, self.surgery.stock
         return step_caches.state(model, stock, context, mode, branch, alone=alone)
@@ -121,7 +127,8 @@ class ForwardPass:
         """Refuse a mode that this call, or what was put on the model, does not allow."""
         if not mode.is_full:
             self._check_coarse(model, call, mode)
-        self.check_cache_dit(model, mode, branch)
+        asked = self.surgery.wiring.state.asked
+        self.check_cache_dit(model, asked if asked.is_low_band else mode, branch)
 
     def _check_coarse(self, model: nn.Module, call: Call, mode: Mode) -> None:
         backbone, misfit = self.surgery.wiring.backbone, self.surgery.misfit
