@@ -32,7 +32,8 @@ BACKBONE_COLUMNS = (
     Column("patch", "patch size\nalong", name=True),
     Column("sparse", "token\ngrid", _mark, name=True),
     Column("routed", "width", _mark, name=True),
-    Column("packed", "packed\nguidance", _mark, name=True),
+    Column("low_band", "low\nband", _mark, name=True),
+    Column("packed", "packed", _mark, name=True),
     Column("trained", "trained\nhere", _mark, name=True),
 )
 
@@ -82,6 +83,7 @@ def backbones(as_json: AsJson = False) -> None:
             "patch": list(backbone.axes),
             "sparse": backbone.streamed is not None,
             "routed": bool(backbone.routed),
+            "low_band": not backbone.sizes.one,
             "packed": backbone.packed is not None,
             "trained": name in TRAINED_CLASSES,
             "models": [key for key, model in MODELS.items() if model.model_class == name],
@@ -94,7 +96,8 @@ def backbones(as_json: AsJson = False) -> None:
     print_table(rows, BACKBONE_COLUMNS)
     say(
         "\npatch size, token grid, width: modes that run, once an adapter has been trained\n"
-        "packed guidance: branches of different modes may share one call\n"
+        "low band: modes that need none, since the class's bases know several sizes\n"
+        "packed: guidance branches of different modes may share one call\n"
         "trained here: by `ditdial train`, in pixel space"
     )
 
@@ -110,7 +113,11 @@ def _classes(method: type[Method]) -> list[str]:
     from ditdial.backbones import BACKBONES
 
     def runs(backbone: type[Backbone]) -> bool:
-        needs = {"token grid": backbone.streamed is not None, "width": bool(backbone.routed)}
+        needs = {
+            "token grid": backbone.streamed is not None,
+            "width": bool(backbone.routed),
+            "latent size": not backbone.sizes.one,
+        }
         return needs.get(_changes(method), True)
 
     return [name for name, backbone in BACKBONES.items() if runs(backbone)]

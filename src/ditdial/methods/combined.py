@@ -37,7 +37,7 @@ KINDS: dict[str, tuple[type[Method], ...]] = {
     "patch size": (FlexiDiT, DDiT, PPFlow),
     "token grid": (SparseDiT,),
     "width": (DyDiT,),
-    "size of the latent": (LowBand,),
+    "latent size": (LowBand,),
 }
 """What methods change; a combination has at most one of each kind."""
 
@@ -49,9 +49,9 @@ class Combined(Method):
     """Configuration.
 
     Args:
-        parts: two or three methods (or their ``name`` and ``settings``, as configs hold them), at
-            most one that changes the patch size, one token grids, one the width. They are kept in
-            this order.
+        parts: two methods or more (or their ``name`` and ``settings``, as configs hold them), at
+            most one that changes the patch size, one token grids, one the width, one the latent's
+            size. They are kept in this order.
 
     Raises:
         ValueError: another number of parts, two of a kind, or a DyDiT that has coarse patches of

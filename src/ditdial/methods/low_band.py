@@ -44,7 +44,7 @@ class LowBand(Method):
     force: bool = False
 
     name = "low-band"
-    paper = "none; resolution of the latent as SPEED (2605.18736) lowers it, inside each call"
+    paper = "none (cf. SPEED, arXiv 2605.18736)"
     recipes = ()
 
     @checked_fields

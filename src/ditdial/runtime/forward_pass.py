@@ -52,27 +52,31 @@ class ForwardPass:
     execution: Execution = field(default_factory=Execution)
 
     def run(
-        self, model: nn.Module, call: Call, mode: Mode, branch: str = step_caches.ALL_ROWS
+        self,
+        model: nn.Module,
+        call: Call,
+        mode: Mode,
+        branch: str = step_caches.ALL_ROWS,
+        *,
+        asked: Mode | None = None,
     ) -> Any:
         """The stock forward in a mode (of all rows, unless the state has a packed layout).
 
         Args:
             branch: of a batched call, if its rows run by themselves.
+            asked: the mode of which this one is what runs at the size of the latent.
 
         Raises:
             ValueError, RuntimeError: a mode that the call, its pipeline or what was put on the
                 model does not allow.
         """
-        self.surgery.wiring.state.asked = mode
         if mode.is_low_band:
             return self._in_low_band(model, call, mode, branch)
-        return self._run(model, call, mode, branch)
-
-    def _run(self, model: nn.Module, call: Call, mode: Mode, branch: str) -> Any:
         # New tensors that no hook brings back are fetched first: the steps below read them.
         with onloaded(self.surgery.silent if self.surgery.away else ()):
             wiring = self.surgery.wiring
             state, new = wiring.state, wiring.new
+            state.asked = mode if asked is None else asked
             # `state.modes` and whatever is made ready below read the mode from the state.
             state.mode, state.makes_tokens = mode, new.makes_tokens(mode)
             state.device = wiring.backbone.arguments.device(call)
@@ -113,7 +117,7 @@ class ForwardPass:
             told=parametrization(self.position.at_work),
             level=high,
         )
-        return smaller.run(functools.partial(self._run, model, branch=branch))
+        return smaller.run(functools.partial(self.run, model, branch=branch, asked=mode))
 
     def _cache_state(self, model: nn.Module, mode: Mode, branch: str) -> Any:
         """The state of a step cache that belongs to a mode, or to its size, and a branch."""
