@@ -262,3 +262,46 @@ def test_removed_again_the_pipeline_is_the_stock_one():
     assert not torch.equal(case.draw(pipe), stock)
     handle.remove()
     assert torch.equal(case.draw(pipe), stock)
+
+
+FEW = [
+    pytest.param("flux", {}, id="guidance-distilled"),
+    pytest.param("flux", {"scheduler": {"shift": 1.0}}, id="turbo"),
+    pytest.param("sd3", {}, id="guided"),
+]
+
+
+@pytest.mark.parametrize("steps", [4, 8])
+@pytest.mark.parametrize(("name", "facts"), FEW)
+def test_few_steps_have_few_costs_and_the_plan_tells_them(name, facts, steps):
+    case = PIPES[name]
+    pipe = case.pipe()
+    if facts:
+        pipe.scheduler = type(pipe.scheduler)(**facts["scheduler"])
+    handle = elastify(pipe, LowBand())
+    guided = name == "sd3"
+    plan = handle.plan(steps, guidance=guided, grid=case.grid, text_tokens=case.text)
+    # The default: pure noise is low, the last step is not.
+    assert plan.steps[0].mode == BAND
+    assert plan.steps[-1].mode == FULL
+    assert plan.budgets[0] == 1
+    assert list(plan.budgets) == sorted(set(plan.budgets), reverse=True)
+    assert len(plan.budgets) == (2 if guided else 1) * steps + 1
+    assert "budgets of so few steps buy" in str(plan)
+    assert plan.to_dict()["budgets"] == list(plan.budgets)
+    for share in plan.budgets[1::3]:
+        handle.budget = max(share + 1e-9, usual_least(handle))
+        found = handle.plan(steps, guidance=guided, grid=case.grid, text_tokens=case.text)
+        right = max(x for x in plan.budgets if x <= handle.budget)
+        assert found.ratio == pytest.approx(right)
+        case.draw(pipe, num_inference_steps=steps, guided=guided)
+        assert handle.report().ratio == pytest.approx(found.ratio, rel=1e-3)
+    many = handle.plan(20, guidance=guided, grid=case.grid, text_tokens=case.text)
+    assert many.budgets == ()
+
+
+def usual_least(handle):
+    """The least budget that is legal at the model's usual size."""
+    with pytest.raises(ValueError, match=r"budget = 0\.001") as refusal:
+        handle.budget = 0.001
+    return float(str(refusal.value).split("legal: ")[1].split(" ")[0])

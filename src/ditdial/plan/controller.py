@@ -58,6 +58,15 @@ class Run(ABC):
         return
 
 
+FEW_STEPS = 8
+"""Runs with so many steps have so few costs that a plan tells them."""
+
+MOST_SHARES = 40
+
+NEXT = 1e-6
+"""By how much a share is below one that is too dear for it."""
+
+
 class Controller(ABC):
     """Chooses modes while sampling."""
 
@@ -94,3 +103,20 @@ class BudgetController(Controller):
     @abstractmethod
     def within(self, share: float) -> BudgetController:
         """The same with another budget."""
+
+    def shares(self, facts: Facts) -> tuple[float, ...]:
+        """Shares of the full cost that budgets of a run of few steps buy, the dearest first.
+
+        Returns:
+            At most `MOST_SHARES` of them; with none where the run has more than `FEW_STEPS`.
+        """
+        if not 0 < len(facts.levels) <= FEW_STEPS:
+            return ()
+        full, least = sum(facts.cost(Choice(), level) for level in facts.levels), self.least(facts)
+        share, found = 1.0, []
+        while share >= max(least, 0.0) and len(found) < MOST_SHARES:
+            schedule = self.within(share).begin(facts)
+            costs = (facts.cost(schedule.at(level), level) for level in facts.levels)
+            found.append(sum(costs) / full)
+            share = min(share, found[-1]) - NEXT
+        return tuple(dict.fromkeys(found))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,9 @@ def _prompts(segment: Segment, *, guided: bool, together: bool) -> list[tuple[st
         return [(own, null)]
     return [(own,), (own if segment.weak_guidance else null,)]
 
+
+SHOWN = 9
+"""Costs that a plan lists in its table."""
 
 MOST_STEPS = 10_000
 """Of one run; the schedulers of diffusers know a thousand timesteps."""
@@ -59,6 +62,8 @@ class Plan:
             guidance branch's.
         step_cache: whether a step cache is on the model; what it will skip is not known, and
             counted as if it ran.
+        budgets: shares of the full cost that budgets of such a run buy, the dearest first, where
+            its steps are few.
     """
 
     steps: tuple[PlanStep, ...]
@@ -69,6 +74,7 @@ class Plan:
     grid: tuple[int, int, int] | None = None
     text_tokens: int | tuple[int, int] | None = None
     step_cache: bool = False
+    budgets: tuple[float, ...] = ()
 
     @classmethod
     def bind(
@@ -105,6 +111,7 @@ class Plan:
         grid: tuple[int, int, int] | None = None,
         text_tokens: int | tuple[int, int] | None = None,
         step_cache: bool = False,
+        budgets: tuple[float, ...] = (),
     ) -> Plan:
         """Bind a schedule to a run.
 
@@ -115,7 +122,7 @@ class Plan:
             together: whether branches of the same mode share one call.
             budget: the share of the full cost that the run is allowed.
             grid, text_tokens: that the costs are of, for the record.
-            step_cache: whether one is on, for the record.
+            step_cache, budgets: as in the class, for the record.
 
         Raises:
             ValueError: no timesteps.
@@ -143,6 +150,7 @@ class Plan:
             grid=grid,
             text_tokens=text_tokens,
             step_cache=step_cache,
+            budgets=budgets,
         )
 
     @property
@@ -173,6 +181,7 @@ class Plan:
             "grid": None if self.grid is None else list(self.grid),
             "text_tokens": self.text_tokens,
             "step_cache": self.step_cache,
+            "budgets": list(self.budgets),
         }
         schedule = self.schedule.to_dict()
         return {**totals, "budget": self.budget, **assumed, "steps": steps, "schedule": schedule}
@@ -201,9 +210,17 @@ class Plan:
             f"{figures.share(self.ratio)} of the full cost{asked}, {figures.macs(self.macs)} for "
             "one picture"
         )
-        below = (total, self._assumed(), *(CACHES,) * self.step_cache)
+        below = (total, self._assumed(), *self._offered(), *(CACHES,) * self.step_cache)
         headings = ("step", "level", "mode", "guide", "MACs", "of full")
         return Table(headings=headings, rows=rows, below=below, least=(4, 6, 8, 8, 12, 8))
+
+    def _offered(self) -> Iterator[str]:
+        """What budgets of so few steps buy."""
+        if len(self.budgets) > SHOWN:
+            least, most = (figures.share(each) for each in (self.budgets[-1], self.budgets[0]))
+            yield f"budgets of so few steps buy {len(self.budgets)} costs, {least} to {most}"
+        elif self.budgets:
+            yield f"budgets of so few steps buy {', '.join(map(figures.share, self.budgets))}"
 
     def _assumed(self) -> str:
         """What the costs are of, as far as that is told."""

@@ -15,7 +15,7 @@ from ditdial.host.step_caches import has_step_cache
 from ditdial.ops.patching import Triple
 from ditdial.plain.checks import require, whole
 from ditdial.plan.budget import Budget
-from ditdial.plan.controller import Controller
+from ditdial.plan.controller import BudgetController, Controller
 from ditdial.plan.facts import Facts, Passes
 from ditdial.plan.plan import MOST_STEPS, Plan
 from ditdial.plan.solved import Offers, SolvedBudget
@@ -127,7 +127,16 @@ class Planning:
             grid=grid or usual_grid,
             text_tokens=text,
             step_cache=has_step_cache(self.model),
+            budgets=self._dial.shares(facts) if engine.chooser.modes else (),
         )
+
+    @property
+    def _dial(self) -> BudgetController:
+        """What spends a budget of FLOPs."""
+        chooser = self.engine.chooser
+        if chooser.calibration is not None:
+            return self._solved(Budget(1.0))
+        return WeakFirstBudget(share=1.0, coarse=chooser.modes)
 
     def offers(
         self,
