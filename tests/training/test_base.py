@@ -11,10 +11,12 @@ from ditdial.training.base import (
     BaseTask,
     grow,
     place_at_centres,
+    resized,
     set_train_mode,
     zero_modulation,
 )
 from ditdial.training.config import load_recipe
+from ditdial.training.objectives import noisy_batch
 
 SAME = {"atol": 1e-5, "rtol": 1e-4}
 
@@ -169,8 +171,56 @@ def test_coarse_to_fine_through_recipes(base_recipe, make_model, tmp_path):
         ("base.patch_size=5", "base.patch_size = 5 .*legal: a divisor of data.image_size = 16"),
         ("base.depth=3", r"\[base\] has no key 'depth'; legal keys: attention_head_dim"),
         ("base.init_from=/nowhere/at/all", "nowhere"),
+        ("base.small_sizes=[6]", r"small_sizes = \(6,\) .*legal: multiples of base.patch_size = 4"),
+        ("base.small_sizes=[8, 8]", "legal: multiples of .*, all different"),
+        ("base.small_sizes=[16]", "legal: sides below data.image_size = 16"),
+        ("base.small_sizes=8", r"small_sizes = 8 .*legal: a list of sides, as \[16\]"),
+        ("base.small_share=1.0", r"base.small_share = 1.0 .*legal: \(0, 1\)"),
     ],
 )
 def test_illegal_settings_are_named(base_recipe, override, words):
     with pytest.raises((ValueError, OSError), match=words):
         BaseTask(load_recipe(base_recipe, [override]))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["base.small_share=0.01"], "loop.batch_size = .*; legal: at least one picture of each"),
+        (["base.position_scale=2"], "base.position_scale = 2 .*legal: 1 beside base.small_sizes"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_rest_are_named(base_recipe, overrides, words):
+    with pytest.raises(ValueError, match=words):
+        BaseTask(load_recipe(base_recipe, ["base.small_sizes=[8]", *overrides]))
+
+
+def test_a_batch_is_seen_at_all_sizes(base_recipe, perturb):
+    """The loss is the mean over pictures; shrunk ones are smooth, as large ones are not."""
+    overrides = ["base.small_sizes=[8, 12]", "base.small_share=0.5"]
+    task = BaseTask(load_recipe(base_recipe, overrides))
+    perturb(task.module)
+    images, labels = torch.randn(16, 1, 16, 16), torch.zeros(16, dtype=torch.long)
+    seen = []
+    task.module.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    loss = task.loss(task.module, images, labels, torch.Generator().manual_seed(0))
+    assert [tuple(x.shape) for x in seen] == [(8, 1, 16, 16), (4, 1, 8, 8), (4, 1, 12, 12)]
+    assert loss.isfinite()
+    small = resized(images, 8)
+    assert small.std() < 0.7 * images.std()
+    constant = torch.full((1, 1, 16, 16), 0.3)
+    torch.testing.assert_close(resized(constant, 8), torch.full((1, 1, 8, 8), 0.3))
+
+
+def test_one_size_is_as_before(base_recipe, perturb):
+    """Without other sizes the loss has the same randomness as it always had."""
+    task = BaseTask(load_recipe(base_recipe))
+    perturb(task.module)
+    images, labels = torch.randn(8, 1, 16, 16), torch.zeros(8, dtype=torch.long)
+    found = task.loss(task.module, images, labels, torch.Generator().manual_seed(0))
+    settings = task.settings
+    batch = noisy_batch(
+        images, labels, torch.Generator().manual_seed(0), settings, null_label=settings.num_classes
+    )
+    prediction = task.module(batch.x, timestep=batch.times, class_labels=batch.labels).sample
+    torch.testing.assert_close(found, (prediction - batch.target).square().mean())

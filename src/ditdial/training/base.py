@@ -70,12 +70,17 @@ class BaseSettings:
         require(0 <= self.label_dropout < 1, "base.label_dropout", self.label_dropout, "[0, 1)")
         require(self.level_std > 0, "base.level_std", self.level_std, "> 0")
         require(self.position_scale >= 1, "base.position_scale", self.position_scale, ">= 1")
+        some = isinstance(self.small_sizes, list | tuple)
+        require(some, "base.small_sizes", self.small_sizes, "a list of sides, as [16]")
         object.__setattr__(self, "small_sizes", tuple(self.small_sizes))
         legal = f"multiples of base.patch_size = {self.patch_size}, all different"
         for size in self.small_sizes:
             whole = type(size) is int and size >= 1 and size % self.patch_size == 0
             once = self.small_sizes.count(size) == 1
             require(whole and once, "base.small_sizes", self.small_sizes, legal)
+        alone = not self.small_sizes or self.position_scale == 1
+        legal = "1 beside base.small_sizes, whose positions are those of the stock model"
+        require(alone, "base.position_scale", self.position_scale, legal)
         require(0 < self.small_share < 1, "base.small_share", self.small_share, "(0, 1)")
         check_numbers(self, "base")
         width = self.num_attention_heads * self.attention_head_dim
