@@ -1,4 +1,4 @@
-"""Where the low band pays: error by level, and quality over cost beside methods that change the run.
+"""Where the low band pays: error by level, and quality over cost beside rivals that change the run.
 
     python benchmarks/low_band_reference.py --data <folder or hub id> [--images 400] [--steps 12]
 
@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ditdial.evaluation.rivals import DraftAndRefine, ProgressiveResolution
 from torch import Tensor
 
 from ditdial import FULL, LowBand, Mode, PixelDiTPipeline, Schedule, elastify
-from ditdial.evaluation.rivals import DraftAndRefine, ProgressiveResolution
 from ditdial.evaluation.runner import as_row
 from ditdial.handle import Handle
 from ditdial.measure.provenance import write_results

@@ -164,3 +164,54 @@ def test_fewer_sparse_tokens_are_coarser():
         for j, b in enumerate(order):
             assert a.is_coarser_than(b) == (i > j)
     assert not Mode(token_grid=(8, 6)).is_coarser_than(Mode(token_grid=(6, 8)))
+
+
+@pytest.mark.parametrize("ratio", [2, 1.5, 2.25, (2, 1), (1, 3), (1.1, 4)])
+def test_names_of_low_bands(ratio):
+    mode = Mode(low_band=ratio)
+    assert Mode.parse(mode.name) == mode
+    assert "." not in mode.name
+    assert copy.deepcopy(mode) == mode == pickle.loads(pickle.dumps(mode))
+    assert mode.is_low_band
+    assert not mode.is_full
+    assert mode.parts == (mode.name,)
+    assert mode.inside == FULL
+    assert mode.band == mode
+    both = Mode(2, low_band=ratio)
+    assert Mode.parse(both.name) == both
+    assert (both.inside, both.band) == (Mode(2), mode)
+
+
+def test_low_bands_are_written_short_and_a_ratio_of_1_is_none():
+    names = [Mode(low_band=x).name for x in (2, 2.0, 1.5, (2, 1), (2.5, 2.5), 1, (1, 1))]
+    assert names == ["band2", "band2", "band1p5", "band2x1", "band2p5", "full", "full"]
+    assert Mode(low_band=1) == FULL
+
+
+@pytest.mark.parametrize("ratio", [0.5, 0, -2, 65, 1.234, "2", None, True, (2,), (2, 0.5), 1e9])
+def test_illegal_ratios_are_named(ratio):
+    with pytest.raises(ValueError, match=r"low_band = .*; legal: a number from 1 to 64"):
+        Mode(low_band=ratio)
+
+
+def test_a_small_grid_is_rounded_up():
+    assert Mode(low_band=2).small((7, 8)) == (4, 4)
+    assert Mode(low_band=1.5).small((64, 45)) == (43, 30)
+    assert Mode(low_band=(2, 1)).small((7, 5)) == (4, 5)
+    assert FULL.small((7, 5)) == (7, 5)
+
+
+def test_smaller_latents_are_coarser():
+    assert Mode(low_band=2).is_coarser_than(FULL)
+    assert Mode(low_band=4).is_coarser_than(Mode(low_band=2))
+    assert not Mode(low_band=2).is_coarser_than(Mode(low_band=2))
+    assert not Mode(low_band=(2, 1)).is_coarser_than(Mode(low_band=(1, 2)))
+    assert not Mode(low_band=2).is_coarser_than(Mode(2))
+    assert Mode(low_band=1.5).covers == (1, 2, 2)
+    assert Mode(2, low_band=4).covers == (1, 8, 8)
+
+
+@pytest.mark.parametrize("name", ["band", "band1", "band2.5", "band0p5", "band2x", "patch2_band2"])
+def test_names_that_no_low_band_has(name):
+    with pytest.raises(ValueError, match=r"unknown mode|low_band = "):
+        Mode.parse(name)

@@ -59,8 +59,8 @@ def parametrization(pipe: Any) -> Parametrization:
     scheduler = getattr(pipe, "scheduler", None)
     if scheduler is None:
         raise ValueError(
-            "what predictions mean stands in a pipeline's scheduler, and this model is in none; "
-            "legal for a bare model: signal='latent', and modes of the latent's own size"
+            "to know what predictions mean, calls need a pipeline's scheduler; legal for a bare "
+            "model: signal='latent', and modes of the latent's own size"
         )
     kind = scheduler.config.get("prediction_type")
     if is_flow_scheduler(scheduler):

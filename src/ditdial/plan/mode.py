@@ -194,9 +194,9 @@ class Mode:
         meant = cls._meant(text) if mode is None else mode
         near = "" if meant is None else f" (did you mean {meant.name!r}?)"
         raise ValueError(
-            f"unknown mode {name!r}; legal: 'full', 'bandR' ('bandHxW', 'band1p5' for 1.5), "
-            "'patchK' ('patchTxHxW'), 'gridK' ('gridHxW'), 'widthP', 'keepP' in percent, all but "
-            f"the first joined by '_' in this order{near}"
+            f"unknown mode {name!r}; legal: 'full', 'patchK' ('patchTxHxW'), 'gridK' ('gridHxW'), "
+            "'widthP', 'keepP' in percent, all but the first joined by '_' in this order; in front "
+            f"of them or alone 'bandR' ('bandHxW', 'band1p5' for 1.5){near}"
         )
 
     @classmethod

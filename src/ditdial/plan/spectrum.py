@@ -3,7 +3,8 @@
 A latent of side N has the power ``A w^-b`` at w waves per side (SPEED, 2605.18736, which fits A and
 b to latents of one side N0; at another, a wave of as many per side is as strong per number: ``A (N
 / N0)^2 w^-b``). At a noise level the band below w is worth making alone while what is above it is
-drowned: while the best prediction there would differ from none by less than a share d.
+drowned: while of the latent's power at w waves, P being that of the clean latent there, the clean
+signal has at most ``d / (1 + P)``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 from dataclasses import dataclass
 
 CAREFUL = 0.01
-"""Share d by which the waves above the band may be missed; the rule's authors use up to 0.2."""
+"""The d of the rule; its authors use up to 0.2."""
 
 
 @dataclass(frozen=True, kw_only=True)
