@@ -69,7 +69,7 @@ def elastify(
     require(execution is None or isinstance(execution, Execution), "execution", execution, legal)
     model, pipe = _resolve(target, component)
     parts = [_loaded(source, revision, token) for source in _sources(adapter)]
-    engine = make_elastic(model, parts, schedule=schedule, execution=execution)
+    engine = make_elastic(model, parts, schedule=schedule, execution=execution, pipe=pipe)
     return _handle(model, engine, pipe)
 
 

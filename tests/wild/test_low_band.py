@@ -149,6 +149,36 @@ def test_a_schedule_from_the_spectrum_is_there_at_once():
     assert 1 > stops[0] > stops[1] > stops[2] == 0
 
 
+def test_a_plan_says_that_a_rule_chose_until_something_is_measured():
+    case = PIPES["sd3"]
+    pipe = case.pipe()
+    handle = elastify(pipe, LowBand())
+    told = "chosen by a rule, not by measured errors"
+    assert told in str(handle.plan(10))
+    assert handle.plan(10).to_dict()["by_rule"] is True
+    handle.schedule = Schedule.constant(BAND)
+    assert told not in str(handle.plan(10))
+    handle.budget = 0.9
+    assert told in str(handle.plan(10))
+    handle.calibrate(lambda n: case.draw(pipe, guided=False), guidance_scale=1)
+    assert told in str(handle.plan(10))  # that budget's plans are as they were
+    handle.budget = 0.9
+    assert told not in str(handle.plan(10))
+    handle.schedule = Schedule.constant()
+    assert told not in str(handle.plan(10))
+
+
+def test_the_rule_is_told_in_the_levels_of_the_pipeline():
+    """Of variance-preserving schedulers, a level is the share of the training steps."""
+    pipe = PIPES["pixart-sigma"].pipe()
+    handle = elastify(pipe, LowBand(force=True))
+    model, backbone = pipe.transformer, handle.backbone
+    switch = LowBand(force=True).schedule_for(model, backbone, None).segments[0].stop
+    stop = handle.schedule.segments[0].stop
+    share = pipe.scheduler.alphas_cumprod[round(stop * 1000)].item()
+    assert (share / (1 - share)) ** 0.5 == pytest.approx((1 - switch) / switch, rel=0.02)
+
+
 @pytest.mark.parametrize("name", sorted(PIPES))
 def test_bases_of_one_size_are_refused_unless_forced(name):
     case = PIPES[name]

@@ -38,13 +38,15 @@ Predictions = dict[Mode, Tensor]
 def observed(engine: Engine, schedule: Schedule, *observers: Observer) -> Iterator[None]:
     """Run a schedule for a while, with observers of every call; then all is as it was."""
     chooser = engine.chooser
-    before = chooser.schedule, chooser.controller, chooser.budget, engine.observers
+    kept = dict(vars(chooser))
+    observers_before = engine.observers
     chooser.use(schedule)
     engine.observers = [*engine.observers, *observers]
     try:
         yield
     finally:
-        chooser.schedule, chooser.controller, chooser.budget, engine.observers = before
+        vars(chooser).update(kept)
+        engine.observers = observers_before
 
 
 @contextlib.contextmanager

@@ -66,8 +66,12 @@ class Method(ABC):
         """What a fresh method runs with."""
         return Schedule.constant(FULL)
 
-    def schedule_for(self, model: nn.Module, backbone: Backbone) -> Schedule:
-        """What a fresh method runs with on a model; its `default_schedule` on most."""
+    def schedule_for(self, model: nn.Module, backbone: Backbone, pipe: Any) -> Schedule:
+        """What a fresh method runs with on a model; its `default_schedule` on most.
+
+        Args:
+            pipe: that the model is part of; None for a bare one.
+        """
         return self.default_schedule
 
     def priced(

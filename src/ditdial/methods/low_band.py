@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ditdial.backbones.base import Backbone
+from ditdial.host.parametrization import parametrization, straight_level
 from ditdial.layers.new_modules import NewModules
 from ditdial.methods.base import Method
 from ditdial.ops.patching import Triple
@@ -67,18 +68,24 @@ class LowBand(Method):
     def trains_base(self) -> bool:
         return False
 
-    def schedule_for(self, model: nn.Module, backbone: Backbone) -> Schedule:
+    def schedule_for(self, model: nn.Module, backbone: Backbone, pipe: Any) -> Schedule:
         """The default: a rule from the spectrum of latents of the model's usual size.
 
         The smallest latents come first, each down to the noise level at which more than its band
         begins to matter (`ditdial.plan.spectrum`); full mode below.
+
+        Raises:
+            ValueError: a pipeline that does not tell what its model predicts.
         """
+        level_of = straight_level if pipe is None else parametrization(pipe).level_of
         spectrum, (_, height, width) = backbone.sizes.spectrum, backbone.default_size(model)[0]
         _, h, w = backbone.patches.size(model)
         side = ((height * h) * (width * w)) ** 0.5
         segments, start = [], 1.0
         for mode in sorted(self.modes, key=lambda mode: -_shrinking(mode)):
-            stop = round(spectrum.switch(side, _shrinking(mode)), 3)
+            switch = spectrum.switch(side, _shrinking(mode))
+            # The rule counts levels as flow matching does: noise over noise and signal.
+            stop = round(level_of((1 - switch) / switch), 3) if switch else 0.0
             if stop < start:
                 segments.append(Segment(start=start, stop=stop, mode=mode))
                 start = stop

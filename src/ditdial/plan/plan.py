@@ -25,6 +25,8 @@ def _prompts(segment: Segment, *, guided: bool, together: bool) -> list[tuple[st
     return [(own,), (own if segment.weak_guidance else null,)]
 
 
+RULE = "chosen by a rule, not by measured errors; handle.calibrate(...) measures them"
+
 SHOWN = 9
 """Costs that a plan lists in its table."""
 
@@ -64,6 +66,7 @@ class Plan:
             counted as if it ran.
         budgets: shares of the full cost that budgets of such a run buy, the dearest first, where
             its steps are few.
+        by_rule: whether a rule chose the modes, nothing being measured of this model.
     """
 
     steps: tuple[PlanStep, ...]
@@ -75,6 +78,7 @@ class Plan:
     text_tokens: int | tuple[int, int] | None = None
     step_cache: bool = False
     budgets: tuple[float, ...] = ()
+    by_rule: bool = False
 
     @classmethod
     def bind(
@@ -112,6 +116,7 @@ class Plan:
         text_tokens: int | tuple[int, int] | None = None,
         step_cache: bool = False,
         budgets: tuple[float, ...] = (),
+        by_rule: bool = False,
     ) -> Plan:
         """Bind a schedule to a run.
 
@@ -122,7 +127,7 @@ class Plan:
             together: whether branches of the same mode share one call.
             budget: the share of the full cost that the run is allowed.
             grid, text_tokens: that the costs are of, for the record.
-            step_cache, budgets: as in the class, for the record.
+            step_cache, budgets, by_rule: as in the class, for the record.
 
         Raises:
             ValueError: no timesteps.
@@ -151,6 +156,7 @@ class Plan:
             text_tokens=text_tokens,
             step_cache=step_cache,
             budgets=budgets,
+            by_rule=by_rule,
         )
 
     @property
@@ -182,6 +188,7 @@ class Plan:
             "text_tokens": self.text_tokens,
             "step_cache": self.step_cache,
             "budgets": list(self.budgets),
+            "by_rule": self.by_rule,
         }
         schedule = self.schedule.to_dict()
         return {**totals, "budget": self.budget, **assumed, "steps": steps, "schedule": schedule}
@@ -210,7 +217,8 @@ class Plan:
             f"{figures.share(self.ratio)} of the full cost{asked}, {figures.macs(self.macs)} for "
             "one picture"
         )
-        below = (total, self._assumed(), *self._offered(), *(CACHES,) * self.step_cache)
+        notes = (*(RULE,) * self.by_rule, *(CACHES,) * self.step_cache)
+        below = (total, self._assumed(), *self._offered(), *notes)
         headings = ("step", "level", "mode", "guide", "MACs", "of full")
         return Table(headings=headings, rows=rows, below=below, least=(4, 6, 8, 8, 12, 8))
 

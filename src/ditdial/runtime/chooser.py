@@ -29,6 +29,7 @@ class Chooser:
         budget: that the controller was made for.
         calibration: what each choice of modes loses at each noise level, if that was measured.
         forced: the mode of all calls, whatever their noise level.
+        by_rule: whether the schedule or the budget's plans come of a rule, nothing being measured.
     """
 
     modes: tuple[Mode, ...]
@@ -37,6 +38,7 @@ class Chooser:
     budget: float | Budget | None = None
     calibration: Calibration | None = None
     forced: Mode | None = None
+    by_rule: bool = False
 
     def use(self, choice: Schedule | Controller | None) -> None:
         """Leave the next runs to a schedule or a controller; None: to the schedule as it is.
@@ -45,7 +47,7 @@ class Chooser:
         """
         if isinstance(choice, Schedule):
             self.schedule, choice = choice, None
-        self.controller, self.budget = choice, None
+        self.controller, self.budget, self.by_rule = choice, None, False
 
     def begin(self) -> Choosing:
         """For a run that is about to begin."""

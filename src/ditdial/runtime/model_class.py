@@ -27,7 +27,7 @@ from ditdial.layers.swap import check_forward, rebind_hooks
 from ditdial.methods import LowBand, Method
 from ditdial.plain.checks import did_you_mean
 from ditdial.plan.execution import Execution
-from ditdial.plan.mode import Mode
+from ditdial.plan.mode import FULL, Mode
 from ditdial.plan.schedule import Schedule
 from ditdial.runtime.compiled import unseen
 from ditdial.runtime.engine import Engine
@@ -51,12 +51,14 @@ def make_elastic(
     *,
     schedule: Schedule | None = None,
     execution: Execution | None = None,
+    pipe: Any = None,
 ) -> Engine:
     """Make a model elastic, in place; an elastic one is first restored.
 
     Args:
         sources: trained adapters, and methods that start from the base's weights.
         schedule: replaces the adapters' default.
+        pipe: that the model is part of; None for a bare one.
 
     Raises:
         ValueError: unsupported class, adapter of another base, mode that does not fit, parts that
@@ -70,7 +72,8 @@ def make_elastic(
         _check_method(model, backbone, single)
     for loaded in adapters:
         check_base(loaded, backbone.identity(model))
-    schedule = schedule or composition.schedule or method.schedule_for(model, backbone)
+    told = schedule or composition.schedule
+    schedule = told or method.schedule_for(model, backbone, pipe)
     check_modes(model, backbone, method, schedule.modes, "schedule")
     previous = engine_of(model)
     if previous is None:
@@ -86,6 +89,7 @@ def make_elastic(
         raise
     own = (adapter.calibration for adapter in adapters if adapter.method == method)
     engine.chooser.schedule, engine.chooser.calibration = schedule, next(own, None)
+    engine.chooser.by_rule = told is None and schedule.modes != {FULL}
     install(model, engine)
     return engine
 

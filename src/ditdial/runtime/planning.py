@@ -17,6 +17,7 @@ from ditdial.plain.checks import require, whole
 from ditdial.plan.budget import Budget
 from ditdial.plan.controller import BudgetController, Controller
 from ditdial.plan.facts import Facts, Passes
+from ditdial.plan.mode import FULL
 from ditdial.plan.plan import MOST_STEPS, Plan
 from ditdial.plan.solved import Offers, SolvedBudget
 from ditdial.plan.weak_first import WeakFirstBudget
@@ -128,6 +129,7 @@ class Planning:
             text_tokens=text,
             step_cache=has_step_cache(self.model),
             budgets=self._dial.shares(facts) if engine.chooser.modes else (),
+            by_rule=engine.chooser.by_rule,
         )
 
     @property
@@ -178,6 +180,7 @@ class Planning:
             if len(schedule.modes) == 1:  # whatever the levels
                 controller = None
         chooser.controller, chooser.schedule, chooser.budget = controller, schedule, budget
+        chooser.by_rule = chooser.calibration is None and schedule.modes != {FULL}
 
     def _solved(self, budget: Budget) -> SolvedBudget:
         calibration = self.engine.chooser.calibration
