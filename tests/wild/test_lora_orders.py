@@ -11,7 +11,6 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import os
 import random
 import warnings
 from dataclasses import replace
@@ -24,6 +23,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from tests.backbones.pipes import PIPES
 from tests.backbones.tiny import CASES
+from tests.fuzz.drawn import drawn
 from tests.methods.test_combined import shake
 from torch import nn
 
@@ -432,24 +432,19 @@ def test_routed_modes_see_what_is_fused_and_unloaded_between_two_looks(merge):
     check_all("flux", "combined", [order], [(merge, True)])
 
 
-def drawn(orders, *seed):
-    """Some of the orders, others for each case but the same each time; all if so many are asked."""
-    count = int(os.environ.get("DITDIAL_LORA_ORDERS", "4"))
-    return random.Random(str(seed)).sample(orders, min(count, len(orders)))
-
-
-# All 487 orders of a case take minutes: DITDIAL_LORA_ORDERS=487 pytest -m fuzz FILE -k CASE.
+DRAWN = 2
+"""Orders of each case; all 487 take minutes: DITDIAL_FUZZ=all pytest -m fuzz FILE -k CASE."""
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize("way", WAYS, ids=["apart", "apart drawn", "merged drawn"])
 @pytest.mark.parametrize(("name", "method"), DEEP)
 def test_orders_of_every_method(name, method, way):
-    check_all(name, method, drawn(ORDERS, name, method, way), [way])
+    check_all(name, method, drawn(ORDERS, DRAWN, name, method, way), [way])
 
 
 @pytest.mark.fuzz
 @pytest.mark.parametrize(("name", "method"), OTHERS)
 def test_orders_of_every_class(name, method):
     short = [order for order in ORDERS if len(order) < LONGEST]
-    check_all(name, method, drawn(short, name, method), WAYS)
+    check_all(name, method, drawn(short, DRAWN, name, method), WAYS)
