@@ -28,11 +28,11 @@ demo: $(INSTALLED)  ## run the reference model at several budgets; writes out/de
 test: $(INSTALLED_ECOSYSTEM)  ## run the tests that need neither a GPU, the network nor minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
 
-test-fuzz: $(INSTALLED_ECOSYSTEM)  ## try ten thousand odd files and commands, and all orders, cells and fields
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m fuzz
-
 # Each runs a test that takes minutes and writes benchmarks/records/NAME.json, see scripts/records.py.
 test-slow: $(INSTALLED_ECOSYSTEM)  ## run the tests that take minutes; writes a record
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/records.py run $@
+
+test-fuzz: $(INSTALLED_ECOSYSTEM)  ## try thousands of odd files, commands, orders, cells and fields; writes a record
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/records.py run $@
 
 test-wheel: $(INSTALLED_RELEASE)  ## run wheel-check; writes a record

@@ -61,6 +61,21 @@ TARGETS = (
         ),
     ),
     Target(
+        name="test-fuzz",
+        command="python -m pytest -n 2 -m fuzz tests/fuzz tests/training tests/wild",
+        paths=(
+            "src/ditdial",
+            "tests/conftest.py",
+            "tests/elastic_models.py",
+            "tests/backbones",
+            "tests/fuzz",
+            "tests/methods",
+            "tests/training",
+            "tests/wild",
+            "constraints.txt",
+        ),
+    ),
+    Target(
         name="test-wheel",
         command="make --no-print-directory wheel-check",
         paths=("src/ditdial", "pyproject.toml", "constraints.txt", "scripts/check_wheel.py"),

@@ -142,8 +142,8 @@ def readers(
 
         return use
 
-    def made(kind: Any, use: Any, data: Any, name: str, count: int) -> Reader:
-        return Reader(kind(data), use, frozenset({name, *keys_of(data)}), count)
+    def made(kind: Any, use: Any, data: Any, name: str, count: int, *more: str) -> Reader:
+        return Reader(kind(data), use, frozenset({name, *more, *keys_of(data)}), count)
 
     json_files = mutations.json_files
     tiny = {name: value for name, value in model.config.items() if name != "_name_or_path"}
@@ -151,7 +151,10 @@ def readers(
         "calibration": made(
             json_files, elastic(adapter, CALIBRATION), calibration.to_dict(), CALIBRATION, 1000
         ),
-        "schedule": made(json_files, plan, schedule.to_dict(), "schedule.json", 1800),
+        # What its modes do not fit is the handle's setting of that name.
+        "schedule": made(
+            json_files, plan, schedule.to_dict(), "schedule.json", 1800, "schedule asks for"
+        ),
         "recipe": made(mutations.toml_files, recipe, RECIPE, "recipe.toml", 1400),
         "report": made(json_files, report, REPORT, "r.json", 500),
         "results": made(json_files, report, RESULTS, "r.json", 500),

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from tests.fuzz import mutations
 from tests.fuzz.commands import GOOD, OPTIONS, assert_ended_well, lay_out
 from tests.fuzz.conftest import METHODS
+from tests.fuzz.drawn import part
 from tests.fuzz.limits import within_limits
 from tests.fuzz.readers import Reader
 from tests.wild.bounded import command
@@ -33,7 +34,7 @@ READERS = (
 )
 COMMANDS = 400
 SHORT = 40
-"""A short run tries one input of so many; a long one 10,000 of files and commands together."""
+"""A short run tries one input of so many; with DITDIAL_FUZZ=all, 10,000 files and commands."""
 
 LINES = mutations.arguments(GOOD, OPTIONS)
 
@@ -75,9 +76,8 @@ def test_an_odd_file_is_used_or_refused_by_name(read_by, name):
 @pytest.mark.parametrize("name", READERS)
 def test_many_odd_files_are_used_or_refused_by_name(read_by, name):
     reader = read_by[name]
-    try_all(
-        reader.contents, reader.inputs, lambda content: assert_works_or_is_refused(reader, content)
-    )
+    count = part(reader.inputs, 3)
+    try_all(reader.contents, count, lambda content: assert_works_or_is_refused(reader, content))
 
 
 def assert_a_command_ends_well(words: list[str]) -> None:
@@ -92,7 +92,7 @@ def test_an_odd_command_ends_well():
 
 @pytest.mark.fuzz
 def test_many_odd_commands_end_well():
-    try_all(LINES, COMMANDS, assert_a_command_ends_well)
+    try_all(LINES, part(COMMANDS, 2), assert_a_command_ends_well)
 
 
 PROCESSES = 200
@@ -130,18 +130,18 @@ def most_memory() -> float:
 
 
 @pytest.mark.fuzz
-@pytest.mark.parametrize("part", range(SLICES))
-def test_odd_commands_end_well_alone(part, most_memory):
+@pytest.mark.parametrize("place", range(SLICES))
+def test_odd_commands_end_well_alone(place, most_memory):
     """In processes of their own: nothing is written beside the folder, and memory is bounded."""
     seen: list[list[str]] = []
 
     def check(words: list[str]) -> None:
         seen.append(words)
-        if len(seen) % SLICES != part:
+        if len(seen) % SLICES != place:
             return
         outcome, memory = run_alone(words)
         assert_ended_well(words, outcome)
         assert "Traceback" not in outcome["err"], (words, outcome)
         assert memory < most_memory, words
 
-    try_all(LINES, PROCESSES, check)
+    try_all(LINES, part(PROCESSES, 5), check)

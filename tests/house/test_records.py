@@ -121,10 +121,11 @@ def test_the_command_fails_where_a_record_is_missing(repository):
         assert f"{target.name}: there is no record; run: make {target.name}" in done.stdout
 
 
-def test_every_slow_test_is_run_and_covered():
-    target = next(target for target in records.TARGETS if target.name == "test-slow")
+@pytest.mark.parametrize("marker", ["slow", "fuzz"])
+def test_every_long_test_is_run_and_covered(marker):
+    target = next(target for target in records.TARGETS if target.name == f"test-{marker}")
     for file in sorted((records.ROOT / "tests").rglob("test_*.py")):
-        if "pytest.mark.slow" in file.read_text() and file != Path(__file__).resolve():
+        if f"pytest.mark.{marker}" in file.read_text() and file != Path(__file__).resolve():
             folder = file.relative_to(records.ROOT).parent.as_posix()
             assert folder in target.paths
             assert folder in target.command.split()

@@ -271,6 +271,13 @@ def test_illegal_settings(options, message):
         DyDiT(**options)
 
 
+def test_a_whole_number_is_as_good_a_bias(make_model):
+    handle = elastify(make_model(), DyDiT(head_bias=15, token_bias=35))
+    biases = [v for k, v in handle.adapter().tensors.items() if k.endswith("_bias")]
+    assert biases
+    assert all(bias.dtype == torch.float32 for bias in biases)
+
+
 def test_groups_must_divide():
     with pytest.raises(ValueError, match=r"groups = 7 in transformer_blocks.0; legal: a div"):
         elastify(CASES["dit"].model(), DyDiT(groups=7))

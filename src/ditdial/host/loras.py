@@ -16,8 +16,11 @@ from torch import Tensor, nn
 INNER = "base_layer"
 """Attribute of a wrapper, part of the names of what is inside; diffusers knows wrappers by it."""
 
-Fused = Mapping[nn.Module, tuple[str, ...]]
-"""The LoRAs that each wrapper has added to the weight of its layer."""
+Fused = Mapping[nn.Module, Mapping[str, float]]
+"""The LoRAs that each wrapper has added to the weight of its layer, and the scale of each then."""
+
+CHANGING = ("fuse_lora", "unfuse_lora", "set_adapters", "unload_lora", "delete_adapters")
+"""Methods of diffusers' models that change what is fused, or the scales that PEFT unfuses at."""
 
 
 def is_wrapper(module: nn.Module) -> bool:
@@ -49,28 +52,39 @@ def stock_keys(model: nn.Module) -> dict[str, str]:
     return {stock_name(key): key for key in model.state_dict() if not key.startswith(added)}
 
 
-def fused(model: nn.Module) -> Fused:
-    """What is fused into the layers of a model, wrapper by wrapper."""
+def fused(model: nn.Module, known: Fused) -> Fused:
+    """What is fused into the layers of a model, wrapper by wrapper.
+
+    Args:
+        known: at an earlier look. PEFT keeps no scale of what is fused: a LoRA's present scale is
+            taken for one that was not there then, and may have been set since it was fused.
+    """
     wrappers = (_as_any(module) for module in model.modules() if hasattr(module, "merged_adapters"))
-    return {wrapper: tuple(wrapper.merged_adapters) for wrapper in wrappers}
+    return {
+        wrapper: {x: _scales(wrapper).get(x, 1.0) for x in wrapper.merged_adapters}
+        | {x: s for x, s in known.get(wrapper, {}).items() if x in wrapper.merged_adapters}
+        for wrapper in wrappers
+    }
 
 
 def fuse_as(now: Fused, before: Fused) -> None:
     """Fuse into weights that were just put in place what was fused into those they replace.
 
     Args:
-        now: what wrappers say, of the weights that are gone.
+        now: what is in the weights that are gone.
         before: what is in the weights that have come; nothing where a wrapper is not named.
     """
-    for wrapper, names in now.items():
-        known, layer = before.get(wrapper, ()), _as_any(wrapper)
-        if known == names:
+    for wrapper, scales in now.items():
+        known, layer = before.get(wrapper, {}), _as_any(wrapper)
+        if known.keys() == scales.keys():
             continue
         layer.merged_adapters = [*known]
-        if known:
-            layer.unmerge()
-        if names:
-            layer.merge(adapter_names=[*names])
+        if not known.keys() <= scales.keys():
+            layer.unmerge()  # at the present scales, as PEFT has done to the weights that are gone
+        missing = [name for name in scales if name not in layer.merged_adapters]
+        if missing:
+            with _scaled(layer, scales):
+                layer.merge(adapter_names=missing)
 
 
 def unfuse_disabled(model: nn.Module) -> None:
@@ -85,25 +99,46 @@ def unfuse_disabled(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def unfused(model: nn.Module) -> Iterator[bool]:
+def unfused(model: nn.Module, known: Fused) -> Iterator[bool]:
     """The weights of a model without what is fused into them, for a while; then the same bits.
+
+    Args:
+        known: as for `fused`.
 
     Yields:
         Whether anything is.
     """
-    kept: list[tuple[Any, tuple[str, ...], list[tuple[Tensor, Tensor]]]] = []
-    for wrapper, names in fused(model).items():
-        if names:
-            weights = [(x, x.data.clone()) for x in innermost(wrapper).parameters(recurse=False)]
-            kept.append((wrapper, names, weights))
-            _as_any(wrapper).unmerge()
+    kept: list[tuple[Any, list[str], list[tuple[Tensor, Tensor]]]] = []
+    for wrapper, scales in fused(model, known).items():
+        if scales:
+            layer = _as_any(wrapper)
+            weights = [(x, x.data.clone()) for x in innermost(layer).parameters(recurse=False)]
+            kept.append((layer, [*layer.merged_adapters], weights))
+            with _scaled(layer, scales):
+                layer.unmerge()
     try:
         yield bool(kept)
     finally:
-        for wrapper, names, weights in kept:
-            wrapper.merged_adapters = [*names]
+        for layer, names, weights in kept:
+            layer.merged_adapters = names
             for tensor, data in weights:
                 tensor.data.copy_(data)
+
+
+@contextlib.contextmanager
+def _scaled(wrapper: Any, scales: Mapping[str, float]) -> Iterator[None]:
+    """A wrapper with other scales, for a while."""
+    present = dict(_scales(wrapper))
+    _scales(wrapper).update({x: scale for x, scale in scales.items() if x in present})
+    try:
+        yield
+    finally:
+        _scales(wrapper).update(present)
+
+
+def _scales(wrapper: Any) -> dict[str, float]:
+    """Of each LoRA; empty for PEFT's adapters of other kinds, some of which have none."""
+    return getattr(wrapper, "scaling", {})
 
 
 def _as_any(module: nn.Module) -> Any:

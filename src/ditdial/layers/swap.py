@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import types
+from typing import Any
 
 from torch import nn
 
@@ -22,12 +23,19 @@ OURS = "_ditdial_"
 @functools.cache
 def _generated(base: type, mixin: type) -> type:
     made_of = (*base.__dict__.get(MADE_OF, (base,)), mixin)
+
+    def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
+        # PEFT makes the parts of a LoRA of the class of their layer; nothing is swapped in those.
+        return made_of[0](*args, **kwargs) if cls is made else object.__new__(cls)
+
     parts = {
         "__module__": __name__,
+        "__new__": __new__,
         "__reduce_ex__": pickled_as(_swapped, *made_of),
         MADE_OF: made_of,
     }
-    return type(f"{mixin.__name__}{base.__name__}", (mixin, base), parts)
+    made = type(f"{mixin.__name__}{base.__name__}", (mixin, base), parts)
+    return made
 
 
 def _swapped(stock: type, *mixins: type) -> type:

@@ -61,11 +61,11 @@ class Routers(nn.Module):
         inner = width // 16
         for name, slots in (("head", heads), ("channel", groups)):
             weight = torch.empty(blocks, slots - 1, time_width)
-            bias = torch.full((blocks, slots - 1), head_bias)
+            bias = torch.full((blocks, slots - 1), float(head_bias))
             self._add(name, weight, bias)
         if token_bias is not None:
             self._add("token_in", torch.empty(blocks, inner, width), torch.zeros(blocks, inner))
-            bias = torch.full((blocks, 1), token_bias)
+            bias = torch.full((blocks, 1), float(token_bias))
             self._add("token_out", torch.empty(blocks, 1, inner), bias)
         # What is known of the tokens beforehand: the share that training ended with.
         self.register_buffer("token_shares", torch.ones(blocks, LEVELS))

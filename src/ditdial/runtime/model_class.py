@@ -22,6 +22,7 @@ from ditdial.backbones import Backbone, backbone_for
 from ditdial.backbones.base import Rewired
 from ditdial.backbones.forward import WIRING
 from ditdial.host.device_map import dispatch, offloads, without_places
+from ditdial.host.loras import CHANGING
 from ditdial.host.pickling import MADE_OF, pickled_as
 from ditdial.layers.swap import check_forward, rebind_hooks
 from ditdial.methods import LowBand, Method
@@ -83,6 +84,8 @@ def make_elastic(
     try:
         engine = Engine.build(model, backbone, method, adapters)
         engine.execution = execution or Execution()
+        if previous is not None:  # the scales that LoRAs were fused at: PEFT does not keep them
+            engine.surgery.tensors.present = previous.surgery.tensors.present
     except Exception:
         if previous is not None:
             install(model, previous)
@@ -175,6 +178,7 @@ def elastic_class(
         "__reduce_ex__": pickled_as(elastic_class, stock, rewired, method),
         MADE_OF: (stock, rewired, method),
         **{name: _rewired(getattr(stock, name), coarse) for name, coarse in rewired},
+        **{x: _followed(getattr(stock, x)) for x in CHANGING if hasattr(stock, x)},
         "__module__": stock.__module__,
         # cache-dit then leaves out the copies of some classes' forward that it would put over ours.
         "_is_patched": True,
@@ -345,5 +349,23 @@ def _rewired(stock: Callable[..., Any], coarse: Rewired) -> Callable[..., Any]:
         if engine is None or not engine.wiring.state.makes_tokens:
             return own(*args)
         return coarse(self, engine.wiring.state, own, *args)
+
+    return method
+
+
+def _followed(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that changes LoRAs, followed by both versions of weights that an adapter has."""
+
+    @functools.wraps(stock)
+    def method(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        engine = engine_of(self)
+        if engine is None:
+            return stock(self, *args, **kwargs)
+        tensors = engine.surgery.tensors
+        # Before it, too: pipelines and disabled LoRAs unfuse without a method of the model.
+        tensors.keep_up(self)
+        done = stock(self, *args, **kwargs)
+        tensors.keep_up(self)
+        return done
 
     return method

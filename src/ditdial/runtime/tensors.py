@@ -6,7 +6,7 @@ exchanged back when it is restored; the stock tensors stay the same objects.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ditdial.adapter import Adapter, check_tensors
 from ditdial.backbones import Backbone
-from ditdial.host.loras import Fused, fuse_as, fused, stock_keys, unfused
+from ditdial.host.loras import Fused, fuse_as, fused, innermost, stock_keys, unfused
 from ditdial.host.weights import (
     NewParameters,
     compute_dtype,
@@ -48,6 +48,7 @@ class Tensors:
         owners: of those tensors: module and attribute.
         others: while installed the base's own weights, else the adapter's; see `exchange`.
         fused: the LoRAs that are fused into ``others``.
+        present: those that are fused into the weights in place, as far as somebody has looked.
         quantised: what somebody has put in the place of tensors of ``base`` meanwhile.
     """
 
@@ -59,6 +60,7 @@ class Tensors:
     owners: dict[str, tuple[nn.Module, str]]
     others: dict[str, Tensor] = field(default_factory=dict)
     fused: Fused = field(default_factory=dict)
+    present: Fused = field(default_factory=dict)
     quantised: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
@@ -144,7 +146,7 @@ class Tensors:
         layers = [layer for layer, _, _ in self.pairs.values()]
         holders = model.modules() if self.base else [*self.holders(), *layers]
         holders = [module for module in holders if is_offloaded([module])]
-        weights = unfused(model) if self.base else nullcontext(False)
+        weights = unfused(model, self.present) if self.base else nullcontext(False)
         with onloaded(holders), weights as changed:
             tensors = self.stored(self.method)
             if holders or changed:  # these leave again
@@ -177,8 +179,42 @@ class Tensors:
         """
         if not self.others:
             return
-        for name, other in self.others.items():
-            owner, leaf = self.owners[name]
+        self._swap(self.others)
+        loras = fused(model, self.present)
+        fuse_as(loras, self.fused)
+        self.fused = self.present = loras
+
+    def keep_up(self, model: nn.Module) -> None:
+        """Fuse LoRAs into the other version too, or take them out, as soon as it is done to this.
+
+        Later their scales may have been set, or they may be gone, while both versions have to hold
+        as much of them.
+        """
+        loras = fused(model, self.present)
+        self.present = loras
+        if not self.others or is_offloaded(model.modules()):  # `exchange` does what it can
+            return
+        names: dict[nn.Module, list[str]] = {}
+        for name, (owner, _) in self.owners.items():
+            names.setdefault(owner, []).append(name)
+        for wrapper, scales in loras.items():
+            own = names.get(innermost(wrapper), [])
+            if not own or scales.keys() == self.fused.get(wrapper, {}).keys():
+                continue
+            devices = [self.others[name].device for name in own]
+            self._swap(own)
+            fuse_as({wrapper: scales}, self.fused)
+            self._swap(own)
+            self.others |= {
+                name: self.others[name].to(device)
+                for name, device in zip(own, devices, strict=True)
+            }
+        self.fused = loras
+
+    def _swap(self, names: Iterable[str]) -> None:
+        """Put the other version of some of the base's tensors in place."""
+        for name in names:
+            other, (owner, leaf) = self.others[name], self.owners[name]
             held: Any = owner._parameters if leaf in owner._parameters else owner._buffers
             now, tensor = held[leaf], self.base[name]
             if is_ordinary(now):  # moving a buffer, or a hook that was removed, makes a new object
@@ -189,9 +225,6 @@ class Tensors:
                 held[leaf], self.quantised[name] = tensor, now
             elif name in self.quantised:
                 held[leaf] = self.quantised.pop(name)
-        loras = fused(model)
-        fuse_as(loras, self.fused)
-        self.fused = loras
 
 
 def is_new(key: str) -> bool:
