@@ -50,9 +50,14 @@ class LowBand(Method):
 
     @checked_fields
     def __post_init__(self) -> None:
+        some = isinstance(self.ratios, tuple | list)
+        require(some, "ratios", self.ratios, "a tuple of numbers or of pairs, as (2,)")
         ratios = tuple(tuple(each) if isinstance(each, list) else each for each in self.ratios)
         object.__setattr__(self, "ratios", ratios)
-        once = len(set(self.modes)) == len(ratios) > 0
+        try:
+            once = len(set(self.modes)) == len(ratios) > 0
+        except ValueError as error:
+            raise ValueError(f"ratios = {ratios}: {error}") from error
         low = all(mode.is_low_band for mode in self.modes)
         require(once and low, "ratios", ratios, "at least one, all different, each above 1")
 
