@@ -211,6 +211,8 @@ class Canvas:
         for (name, side), each in zip(sides.items(), unit, strict=True):
             whole(name, side, each, MOST_SIDE)
             require(side % each == 0, name, side, f"a multiple of {each}, whole tokens")
+        alike = sides["height"] == sides["width"] or not backbone.sizes.square
+        require(alike, "width", sides["width"], f"{sides['height']}, as height is")
         height, width = (side // each for side, each in zip(sides.values(), unit, strict=True))
         small = Mode(low_band=ratio).small((height, width))
         return cls(backbone=backbone, patch=patch, grid=(height, width), small=small, unit=unit)
