@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+)
 from tests.backbones.pipes import PIPES, PROMPTS, SEEDS
 from tests.evaluation.rival_runs import (
     ALL,
@@ -28,6 +33,7 @@ from ditdial.evaluation.rivals import DraftAndRefine, ProgressiveResolution, bic
 from ditdial.ops.low_band import band_of, from_band
 from ditdial.ops.noising import KINDS, Scales
 from ditdial.plan.spectrum import FLUX_VAE
+from ditdial.sampling.pixel_pipeline import flow_matched_betas
 
 PROGRESSIVE = ProgressiveResolution(coarse_steps=2, fine_steps=2)
 DRAFT = DraftAndRefine(draft_steps=2, refine_steps=2)
@@ -121,8 +127,6 @@ def test_guidance_off_and_on(rival):
 
 @rivals
 def test_a_pixel_pipeline_of_variance_preserving_levels(pixel, rival):
-    from ditdial.sampling.pixel_pipeline import flow_matched_betas
-
     facts = {"prediction_type": "v_prediction", "trained_betas": flow_matched_betas()}
     pixel.scheduler = DPMSolverMultistepScheduler(**facts)
     found = pictures(rival, pixel)
@@ -417,6 +421,26 @@ def test_other_refusals(rival, pixel):
     with pytest.raises(ValueError, match="width = 24 is out of range; legal: 16, as height is"):
         pictures(rival, pixel, width=24)
     assert type(pixel.scheduler) is FlowMatchEulerDiscreteScheduler
+
+
+def test_a_pipeline_that_chooses_the_size_is_refused():
+    """Before it starts where its arguments tell, or else before the second stage."""
+    pipe = PIPES["flux"].pipe()
+    names = inspect.signature(FluxKontextPipeline.__init__).parameters
+    parts = {name: part for name, part in pipe.components.items() if name in names}
+    with pytest.raises(ValueError, match="FluxKontextPipeline makes all pictures of one area"):
+        PROGRESSIVE.draw(FluxKontextPipeline(**parts), prompt="red cat", height=16, width=16)
+
+    class Wider(type(pipe)):
+        def __call__(self, height, width, latents=None, output_type="pil", generator=None,
+                     num_inference_steps=4, **call):  # fmt: skip
+            asked = {"output_type": output_type, "num_inference_steps": num_inference_steps}
+            return super().__call__(height=height, width=width + 4, **asked, **call)
+
+    wider = Wider(**parts)
+    wider.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match=r"made latents \(1, 24, 16\) where it was asked"):
+        PROGRESSIVE.draw(wider, prompt="red cat", height=16, width=16, max_sequence_length=6)
 
 
 def test_a_switch_above_the_first_level_is_refused():

@@ -24,7 +24,8 @@ from torch.nn import functional
 
 from ditdial.cost.shape import TransformerShape
 from ditdial.evaluation.autoencoders import decoded, encoded, knows
-from ditdial.evaluation.stages import Canvas, Piece, path_of, run_piece, seeded
+from ditdial.evaluation.canvas import Canvas, seeded
+from ditdial.evaluation.stages import Piece, path_of, run_piece
 from ditdial.ops.low_band import Sides, band_of, from_band, ratio_of
 from ditdial.ops.noising import Scales
 from ditdial.plain.checks import require, whole
