@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ditdial.host.parametrization import Parametrization, is_flow_scheduler, parametrization
 
+
 @dataclass(frozen=True, kw_only=True)
 class Piece:
     """A piece of a schedule.
