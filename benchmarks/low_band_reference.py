@@ -102,8 +102,10 @@ def contenders(
     def rival(how: Any) -> Draw:
         def draw(labels: list[int], seeds: list[int]) -> Tensor:
             handle.schedule = Schedule.constant()
+            side = pipe.transformer.config.sample_size
             asked = {"seeds": seeds, "guidance_scale": scale, "output_type": "pt"}
-            return how.draw(pipe, class_labels=labels, **asked).images
+            size = {"height": side, "width": side}
+            return how.draw(pipe, class_labels=labels, **asked, **size).images
 
         return draw
 
@@ -141,8 +143,7 @@ def quality(
     full: Tensor | None = None
     for facts, draw in contenders(pipe, handle, steps, scale):
         parts = [
-            draw(labels[at : at + BATCH], seeds[at : at + BATCH])
-            for at in range(0, images, BATCH)
+            draw(labels[at : at + BATCH], seeds[at : at + BATCH]) for at in range(0, images, BATCH)
         ]
         drawn = torch.cat(parts).float()
         rows.append(as_row(judge.judge(drawn, labels, sets=SETS, full=full), **facts))

@@ -366,12 +366,64 @@ def test_a_generator_works_as_in_diffusers(pixel):
             {"seeds": [1, 2], "generator": torch.Generator()},
             "seeds and generator are both given; legal: one of them",
         ),
-        ({"output_type": "latent"}, "output_type = 'latent'; legal: 'pil', 'np', 'pt'"),
+        ({"output_type": "pixels"}, "output_type = 'pixels'; legal: 'pil', 'np', 'pt', 'latent'"),
+        ({"height": 18}, "height = 18; legal: a multiple of 4, for height and width alike"),
+        ({"height": 0}, "height = 0; legal: >= 4"),
+        ({"width": 16.0}, "width = 16.0; legal: >= 4"),
+        ({"height": 16, "width": 8}, "height = 16; legal: a multiple of 4, for height and width"),
+        ({"latents": [0.0]}, "latents = .*; legal: a Tensor or None"),
+        ({"latents": torch.zeros(2, 1, 8, 8), "width": 16}, "width = 16; legal: that of the lat"),
+        *(
+            ({"latents": torch.zeros(shape)}, r"latents of shape .*\(2, 1, S, S\), S a multiple")
+            for shape in ((3, 1, 16, 16), (2, 3, 16, 16), (2, 1, 16, 12), (2, 1, 18, 18), (), (4,))
+        ),
+        ({"latents": torch.zeros(2, 1, 0, 0)}, "latents of shape"),
+        ({"latents": torch.zeros(2, 1, 8, 8, dtype=torch.int)}, "latents of .* in torch.int32"),
     ],
 )
 def test_illegal_arguments_are_named(pixel, changes, words):
     with pytest.raises(ValueError, match=words):
         pixel()(**{"class_labels": [1, 2], "num_inference_steps": 1, **changes})
+
+
+@pixel_schedulers
+def test_latents_are_the_noise_that_sampling_starts_from(pixel, name):
+    pipe = pixel(name)
+    noise = torch.cat(
+        [torch.randn(1, 1, 16, 16, generator=torch.Generator().manual_seed(s)) for s in SEEDS]
+    )
+    if name != "ddpm":  # whose steps draw from the same seeds
+        assert torch.equal(draw(pipe, latents=noise), draw(pipe))
+    assert torch.equal(draw(pipe, latents=noise, height=16, width=16), draw(pipe, latents=noise))
+    before = noise.clone()
+    other = draw(pipe, latents=noise.double().flip(-1))
+    assert not torch.allclose(other, draw(pipe, latents=noise), atol=1e-2)
+    assert torch.equal(noise, before)
+
+
+@pytest.mark.parametrize("side", [8, 16, 24])
+def test_pictures_of_another_size(pixel, side):
+    """As the stock network's own positions have it; the size that it knows changes nothing."""
+    pipe = pixel()
+    found = draw(pipe, height=side)
+    assert found.shape == (3, 1, side, side)
+    assert torch.equal(found, draw(pipe, height=side, width=side))
+    latents = torch.cat(
+        [torch.randn(1, 1, side, side, generator=torch.Generator().manual_seed(s)) for s in SEEDS]
+    )
+    assert torch.equal(found, draw(pipe, latents=latents))
+    if side == 16:
+        assert torch.equal(found, draw(pipe))
+
+
+def test_latents_come_out_as_the_solver_left_them(pixel):
+    pipe = pixel()
+    pipe.register_to_config(data_mean=0.2, data_std=0.3)
+    latents = draw(pipe, output_type="latent")
+    assert not latents.is_inference()
+    assert latents.min() < 0
+    pictures = (latents * 0.3 + 0.2).clamp(0, 1)
+    torch.testing.assert_close(pictures, draw(pipe), atol=1e-6, rtol=0)
 
 
 def test_a_scheduler_of_another_prediction_is_refused(pixel):

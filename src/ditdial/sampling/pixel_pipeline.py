@@ -25,6 +25,12 @@ from ditdial.plan.plan import MOST_STEPS
 MOST_SCALE = 10_000
 """Far beyond it predictions leave the range of their numbers."""
 
+MOST_SIDE = 2**16
+"""Rows of a picture; attention over it would take years."""
+
+OUTPUTS = ("pil", "np", "pt", "latent")
+"""Forms that pictures can be asked for in."""
+
 BELOW = 1e-4
 """Share by which levels lie lower than even ones: far more than float32 rounds, nothing to see."""
 
@@ -62,6 +68,9 @@ class PixelDiTPipeline(DiffusionPipeline):
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        height: int | None = None,
+        width: int | None = None,
+        latents: Tensor | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Sample one picture per label.
 
@@ -72,17 +81,22 @@ class PixelDiTPipeline(DiffusionPipeline):
             seeds: one seed per picture. A picture depends on its own seed only, not on the batch it
                 is in.
             generator: diffusers' usual argument, if no seeds are given.
-            output_type: ``pil``, ``np`` (``(B, H, W, C)`` in [0, 1]) or ``pt`` (``(B, C, H, W)`` in
-                [0, 1]).
+            output_type: ``pil``, ``np`` (``(B, H, W, C)`` in [0, 1]), ``pt`` (``(B, C, H, W)`` in
+                [0, 1]) or ``latent`` (the samples ``(B, C, H, W)`` as the solver left them).
+            height, width: of the pictures, whole patches, the same number twice; those of
+                ``latents`` if these are given, by default what the network was trained at.
+            latents: what sampling starts from instead of new noise, ``(B, C, height, width)``.
 
         Raises:
-            ValueError: labels, seeds, steps, scale or output type out of range.
+            ValueError: labels, seeds, steps, scale, output type, size or latents out of range.
         """
         labels = self._labels(class_labels)
         self._check(labels, guidance_scale, num_inference_steps, seeds, generator, output_type)
+        side = self._side(height, width, latents, len(labels))
         if seeds is not None:
             generator = [torch.Generator("cpu").manual_seed(int(seed)) for seed in seeds]
-        x = self._noise(len(labels), generator)
+        x = self._noise(len(labels), side, generator) if latents is None else latents
+        x = x.to(self._execution_device, torch.float32)
         labels = labels.to(x.device)
         # An elastic model looks for this name in its pipeline's `__call__` (`host.pipelines`).
         do_classifier_free_guidance = guidance_scale != 1
@@ -117,13 +131,13 @@ class PixelDiTPipeline(DiffusionPipeline):
             given = {"num_inference_steps": steps}
         scheduler.set_timesteps(**given, device=device)
 
-    def _noise(self, count: int, generator: Any) -> Tensor:
-        """Where sampling starts, ``(count, C, H, W)``, in float32.
+    def _noise(self, count: int, side: int, generator: Any) -> Tensor:
+        """Where sampling starts, ``(count, C, side, side)``, in float32.
 
         Solvers run in float32 whatever the network's precision.
         """
         config, device = self.transformer.config, self._execution_device
-        shape = (count, config.in_channels, config.sample_size, config.sample_size)
+        shape = (count, config.in_channels, side, side)
         return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
 
     def _solve(self, x: Tensor, labels: Tensor, scale: float, generator: Any) -> Tensor:
@@ -164,10 +178,11 @@ class PixelDiTPipeline(DiffusionPipeline):
 
     def _pictures(self, x: Tensor, output_type: str) -> Any:
         """Samples of the data's statistics as pictures, in the form that was asked for."""
-        statistics = self.config
-        images = (x * statistics["data_std"] + statistics["data_mean"]).clamp(0, 1)
         self.maybe_free_model_hooks()
-        if output_type == "pt":
+        statistics, images = self.config, x
+        if output_type != "latent":
+            images = (x * statistics["data_std"] + statistics["data_mean"]).clamp(0, 1)
+        if output_type in ("pt", "latent"):
             with torch.inference_mode(False):
                 return images.clone()  # to be used where gradients are recorded
         arrays = images.cpu().permute(0, 2, 3, 1).numpy()
@@ -197,6 +212,36 @@ class PixelDiTPipeline(DiffusionPipeline):
             raise ValueError(f"class_labels = {labels.tolist()}; legal: 0..{classes - 1}")
         return labels
 
+    def _side(self, height: Any, width: Any, latents: Any, count: int) -> int:
+        """Rows of the pictures, and columns; see `__call__`.
+
+        The network puts its patches together as a square.
+
+        Args:
+            count: of labels.
+        """
+        check_kind("latents", latents, Tensor | None)
+        config = self.transformer.config
+        patch, side = config.patch_size, config.sample_size
+        if latents is not None:
+            side = latents.shape[-1] if latents.ndim else 0
+            shape = (count, config.in_channels, side, side)
+            fits = latents.shape == shape and side and side % patch == 0
+            if not fits or not latents.is_floating_point():
+                raise ValueError(
+                    f"latents of shape {tuple(latents.shape)} in {latents.dtype}; legal: floating "
+                    f"numbers ({count}, {config.in_channels}, S, S), S a multiple of {patch}"
+                )
+        sides = {"height": height, "width": width}
+        given = {name: each for name, each in sides.items() if each is not None}
+        for name, each in given.items():
+            whole(name, each, patch, MOST_SIDE)
+            fixed = latents is not None and each != side
+            if fixed or each % patch or len(set(given.values())) > 1:
+                legal = f"that of the latents, {side}" if fixed else f"a multiple of {patch}"
+                raise ValueError(f"{name} = {each}; legal: {legal}, for height and width alike")
+        return next(iter(given.values()), side)
+
     def _check(
         self,
         labels: Tensor,
@@ -225,8 +270,9 @@ class PixelDiTPipeline(DiffusionPipeline):
                 raise ValueError(f"seed = {seed}; legal: -2**63..2**64 - 1")
         if seeds is not None and generator is not None:
             raise ValueError("seeds and generator are both given; legal: one of them")
-        if output_type not in ("pil", "np", "pt"):
-            raise ValueError(f"output_type = {output_type!r}; legal: 'pil', 'np', 'pt'")
+        if output_type not in OUTPUTS:
+            legal = ", ".join(map(repr, OUTPUTS))
+            raise ValueError(f"output_type = {output_type!r}; legal: {legal}")
         kind = self.scheduler.config.get("prediction_type")
         if kind != "v_prediction" and not is_flow_scheduler(self.scheduler):
             raise ValueError(
