@@ -20,10 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ditdial.evaluation.rivals import DraftAndRefine, ProgressiveResolution
 from torch import Tensor
 
 from ditdial import FULL, LowBand, Mode, PixelDiTPipeline, Schedule, elastify
+from ditdial.evaluation.rivals import DraftAndRefine, ProgressiveResolution
 from ditdial.evaluation.runner import as_row
 from ditdial.handle import Handle
 from ditdial.measure.provenance import write_results
