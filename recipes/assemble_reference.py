@@ -2,9 +2,10 @@
 
     python recipes/assemble_reference.py mnist --runs runs --data <folder or hub id>
 
-Takes <runs>/<name>-base, -classifier, -flexidit-lora, -flexidit-shared, -ddit, -ppflow, -dydit and
--sparsedit (and the -start of those that were trained in two parts), writes
-src/ditdial/reference/<name>/ in half precision, and measures the held-out set once.
+Takes <runs>/<name>-base, and as far as they are there -classifier, -flexidit-lora,
+-flexidit-shared, -ddit, -ppflow, -dydit and -sparsedit (and the -start of those that were trained
+in two parts), writes src/ditdial/reference/<name>/ in half precision, and measures the held-out set
+once. A base without a classifier of its own (mnist-two-sizes) is judged by another reference's.
 """
 
 from __future__ import annotations
@@ -48,10 +49,8 @@ def main() -> None:
     facts["base"] = _facts(card)
 
     classifier = runs / f"{name}-classifier" / "export"
-    shutil.copytree(classifier, target / "classifier", dirs_exist_ok=True)
-    card = json.loads((target / "classifier" / "training.json").read_text())
-    (target / "classifier" / "training.json").unlink()
-    facts["classifier"] = _facts(card)
+    if classifier.is_dir():
+        facts["classifier"] = _add_classifier(classifier, target, arguments.data)
 
     for method in ("flexidit-lora", "flexidit-shared", "ddit", "ppflow", "dydit", "sparsedit"):
         export = runs / f"{name}-{method}" / "export"
@@ -63,14 +62,22 @@ def main() -> None:
             facts[method] = _facts(adapter.notes.pop("training"))
             adapter.save_pretrained(target / method, dtype=torch.float16)
 
-    data = card["recipe"]["data"] | {"path": arguments.data, "split": "test"}
-    held_out = ImageData(DataConfig(**data))
-    network, _ = load_features(str(target / "classifier"))
-    save_reference_set(network, held_out.images.float() / 255, target / "real.safetensors")
     source = {key: value for key, value in provenance().items() if key not in ("command", "date")}
     (target / "training.json").write_text(
         json.dumps({"runs": facts, "machine": source}, indent=2) + "\n"
     )
+
+
+def _add_classifier(export: Path, target: Path, path: str) -> dict:
+    """Copy it, and measure the held-out set in its features."""
+    shutil.copytree(export, target / "classifier", dirs_exist_ok=True)
+    card = json.loads((target / "classifier" / "training.json").read_text())
+    (target / "classifier" / "training.json").unlink()
+    data = card["recipe"]["data"] | {"path": path, "split": "test"}
+    held_out = ImageData(DataConfig(**data))
+    network, _ = load_features(str(target / "classifier"))
+    save_reference_set(network, held_out.images.float() / 255, target / "real.safetensors")
+    return _facts(card)
 
 
 def _facts(card: dict) -> dict:
