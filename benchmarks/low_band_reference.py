@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ditdial import FULL, LowBand, Mode, PixelDiTPipeline, Schedule, elastify
-from ditdial.evaluation.rivals import DraftAndRefine, ProgressiveResolution
+from ditdial.evaluation.rivals import DraftAndRefine, ProgressiveResolution, Rival
 from ditdial.evaluation.runner import as_row
 from ditdial.handle import Handle
 from ditdial.measure.provenance import write_results
@@ -99,7 +99,7 @@ def contenders(
 
         return draw
 
-    def rival(how: Any) -> Draw:
+    def rival(how: Rival) -> Draw:
         def draw(labels: list[int], seeds: list[int]) -> Tensor:
             handle.schedule = Schedule.constant()
             side = pipe.transformer.config.sample_size
@@ -118,16 +118,21 @@ def contenders(
         schedule = Schedule.of_steps(levels, choices)
         yield {"run": "low-band", "ratio": cost, **facts}, own(schedule)
         speed = ProgressiveResolution(coarse_steps=low, fine_steps=steps - low)
-        yield {"run": speed.name, "ratio": cost, **speed.setup}, rival(speed)
+        yield {"run": speed.name, "ratio": cost, **_steps(speed)}, rival(speed)
         refine = max(1, round(passes - 12 * part))
         draft = DraftAndRefine(
             draft_steps=max(1, int((passes - refine) / part)), refine_steps=refine
         )
         made = part * draft.draft_steps + draft.refine_steps
-        yield {"run": draft.name, "ratio": made / steps, **draft.setup}, rival(draft)
+        yield {"run": draft.name, "ratio": made / steps, **_steps(draft)}, rival(draft)
         count = int(passes)
         fewer = {"run": "fewer-steps", "ratio": count / steps, "steps": count}
         yield fewer, own(Schedule.constant(), count)
+
+
+def _steps(rival: Rival) -> dict[str, int]:
+    """How many steps a rival makes on small pictures and on large ones."""
+    return dict(zip(rival.knob, rival.steps, strict=True))
 
 
 @torch.no_grad()
