@@ -83,7 +83,9 @@ def _facts(backbone: Backbone, model: Any, grid: Triple | None, text: int | None
     grid, text = grid or usual_grid, usual_text if text is None else text
     shape = backbone.shape(model, grid, text)
     scales: list[Any] = [*SCALES, (2, 1, 1)] if "t" in backbone.axes and grid[0] > 1 else [*SCALES]
-    modes = [FULL, *(Mode(scale) for scale in scales)]
+    why = backbone.sizes.why_one(model)
+    facts["low band"] = why or "runs without an adapter"
+    modes = [FULL, *(Mode(scale) for scale in scales), *[Mode(low_band=2)] * (not why)]
     cost = [
         {
             "mode": mode.name,
