@@ -16,6 +16,7 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.wild.bounded import with_own_lock
 
 from ditdial.training.base import BaseTask
 from ditdial.training.config import load_recipe
@@ -54,6 +55,7 @@ def killed(path, *, seconds=None, change=None, folder=None):
     """Whether a resumed copy of the run was killed, after some time or at some change of files."""
     child = os.fork()
     if not child:
+        with_own_lock()
         code = 1
         try:
             with open(os.devnull, "w") as nothing:

@@ -9,11 +9,14 @@ import os
 import resource
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def bounded(
     reading, writing = os.pipe()
     child = os.fork()
     if not child:
+        with_own_lock()
         os.close(reading)
         with open(os.devnull, "w") as nothing:
             os.dup2(nothing.fileno(), 1)
@@ -72,6 +76,15 @@ def bounded(
     if reason or not told:
         return Outcome("killed", text=reason or "it died without a word")
     return Outcome(**json.loads(told))
+
+
+def with_own_lock() -> None:
+    """Give a forked process a lock of its own for progress bars.
+
+    tqdm's is shared by all copies of a process, and one that is killed while it draws a bar would
+    keep it for ever.
+    """
+    tqdm.set_lock(threading.RLock())
 
 
 def _limit(memory: int | None, file_size: int | None) -> None:

@@ -26,7 +26,9 @@ def _generated(base: type, mixin: type) -> type:
 
     def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:
         # PEFT makes the parts of a LoRA of the class of their layer; nothing is swapped in those.
-        return made_of[0](*args, **kwargs) if cls is made else object.__new__(cls)
+        # A copy is made without arguments.
+        constructed = cls is made and (args or kwargs)
+        return made_of[0](*args, **kwargs) if constructed else object.__new__(cls)
 
     parts = {
         "__module__": __name__,
