@@ -80,22 +80,21 @@ def test_a_text_cache_refuses_coarse_modes():
         run(handle, call, WEAK)
 
 
+CONFIGS = [
+    FirstBlockCacheConfig(threshold=0.5),
+    TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1),
+    MagCacheConfig(
+        threshold=0.3,
+        max_skip_steps=2,
+        retention_ratio=0.2,
+        num_inference_steps=STEPS,
+        mag_ratios=torch.ones(STEPS),
+    ),
+]
+
+
 @pytest.mark.parametrize("name", ["flux", "wan", "qwenimage"])
-@pytest.mark.parametrize(
-    "config",
-    [
-        FirstBlockCacheConfig(threshold=0.5),
-        TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1),
-        MagCacheConfig(
-            threshold=0.3,
-            max_skip_steps=2,
-            retention_ratio=0.2,
-            num_inference_steps=STEPS,
-            mag_ratios=torch.ones(STEPS),
-        ),
-    ],
-    ids=lambda config: type(config).__name__,
-)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: type(config).__name__)
 def test_full_mode_is_the_stock_model_with_the_same_cache(name, config):
     case, pictures = CASES[name], []
     for elastic_too in (False, True):

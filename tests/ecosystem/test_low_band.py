@@ -7,10 +7,10 @@ import gc
 
 import pytest
 import torch
-from diffusers import FirstBlockCacheConfig, MagCacheConfig, TaylorSeerCacheConfig
+from diffusers import FirstBlockCacheConfig, TaylorSeerCacheConfig
 from diffusers.hooks import SeaCacheConfig
 from tests.backbones.pipes import PIPES
-from tests.ecosystem.test_caches import cache_dit, cached, runs_of
+from tests.ecosystem.test_caches import CONFIGS, STEPS, cache_dit, cached, runs_of
 from tests.ecosystem.test_inputs import draw, pictures, with_ip_adapter
 from tests.ecosystem.test_offload import offloads
 from tests.wild.test_lora_orders import loading
@@ -20,22 +20,10 @@ from ditdial import DDiT, DDiTController, FlexiDiT, LowBand, Mode, Schedule, Seg
 __all__ = ["cache_dit", "pictures"]
 
 BAND = Mode(low_band=2)
-STEPS = 8
 LOW_FIRST = Schedule(
     [Segment(start=1, stop=0.8, mode=BAND), Segment(start=0.8, stop=0)],
 )
-CACHES = [
-    FirstBlockCacheConfig(threshold=1e6),
-    SeaCacheConfig(threshold=1e6),
-    TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=1, max_order=1),
-    MagCacheConfig(
-        threshold=0.3,
-        max_skip_steps=2,
-        retention_ratio=0.2,
-        num_inference_steps=STEPS,
-        mag_ratios=torch.ones(STEPS),
-    ),
-]
+CACHES = [FirstBlockCacheConfig(threshold=1e6), SeaCacheConfig(threshold=1e6), *CONFIGS[1:]]
 
 
 def started(name, schedule=LOW_FIRST):

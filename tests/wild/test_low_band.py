@@ -194,6 +194,13 @@ def test_bases_of_one_size_are_refused_unless_forced(name):
     elastify(pipe, LowBand(force=True)).remove()
 
 
+@pytest.mark.parametrize("name", ["dit", "latte"])
+def test_classes_that_make_squares_alone_have_one_ratio(name):
+    pipe = PIPES[name].pipe()
+    with pytest.raises(ValueError, match="'band2x1' is not square, .*legal: one ratio"):
+        elastify(pipe, LowBand(ratios=(2, (2, 1)), force=True))
+
+
 def test_a_bare_model_has_no_way_to_know_what_it_predicts():
     pipe = PIPES["sd3"].pipe()
     handle = elastify(pipe.transformer, LowBand())

@@ -205,14 +205,3 @@ def _self_of(frame: FrameType) -> Any:
     if not code.co_argcount or code.co_varnames[0] != "self" or owner.startswith(NO_CALLERS):
         return None
     return frame.f_locals.get("self")
-
-
-def _named(facts: Any, name: str) -> Any:
-    """A local variable, or what a modular pipeline's block holds in its place."""
-    return facts.get(name) if isinstance(facts, Mapping) else getattr(facts, name, None)
-
-
-def _is_stretch(own: list[float], scheduled: list[float]) -> bool:
-    """Whether timesteps are some of a scheduler's, without a gap."""
-    starts = range(len(scheduled) - len(own) + 1)
-    return any(scheduled[start : start + len(own)] == own for start in starts)

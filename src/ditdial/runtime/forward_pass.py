@@ -26,7 +26,7 @@ from ditdial.plan.mode import Mode
 from ditdial.runtime.chooser import Chooser
 from ditdial.runtime.compiled import Compiled
 from ditdial.runtime.costs import Costs
-from ditdial.runtime.low_band import LowBand
+from ditdial.runtime.low_band import SmallerCall
 from ditdial.runtime.position import Position
 from ditdial.runtime.surgery import Surgery
 
@@ -109,7 +109,7 @@ class ForwardPass:
                 f"noise levels of a batch go from {low} to {high}, and the latents of mode "
                 f"{mode.name!r} are made smaller for one; legal: rows of one noise level"
             )
-        smaller = LowBand(
+        smaller = SmallerCall(
             wiring=self.surgery.wiring,
             model=model,
             call=call,

@@ -25,7 +25,7 @@ from ditdial.plan.mode import Mode
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowBand:
+class SmallerCall:
     """A call in a low-band mode.
 
     Args:

@@ -126,16 +126,27 @@ def _check_method(model: nn.Module, backbone: Backbone, method: Method) -> None:
             f"method {method.name!r} adapts feed-forward layers, and those of "
             f"{backbone.model_class} are not linear; legal: a method that adapts attention too"
         )
-    why = backbone.sizes.why_one(model)
-    if isinstance(method, LowBand) and why and not method.force:
-        raise ValueError(
-            f"method {method.name!r} runs noisy steps on a smaller latent, and of "
-            f"{backbone.model_class} {why}; legal: LowBand(force=True), for a base that knows it"
-        )
+    if isinstance(method, LowBand):
+        _check_sizes(model, backbone, method)
     if method.conditions and not backbone.conditioning:
         raise ValueError(
             f"method {method.name!r} marks the conditioning vector, and none is known of "
             f"{backbone.model_class}; legal: a method that marks tokens (flexidit, ddit)"
+        )
+
+
+def _check_sizes(model: nn.Module, backbone: Backbone, method: LowBand) -> None:
+    why = backbone.sizes.why_one(model)
+    if why and not method.force:
+        raise ValueError(
+            f"method {method.name!r} runs noisy steps on a smaller latent, and of "
+            f"{backbone.model_class} {why}; legal: LowBand(force=True), for a base that knows it"
+        )
+    uneven = [mode.name for mode in method.modes if len(set(mode.low_band)) > 1]
+    if backbone.sizes.square and uneven:
+        raise ValueError(
+            f"mode {uneven[0]!r} is not square, and {backbone.model_class} makes squares alone; "
+            "legal: one ratio for height and width"
         )
 
 
