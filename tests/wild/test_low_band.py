@@ -197,7 +197,7 @@ def test_bases_of_one_size_are_refused_unless_forced(name):
 @pytest.mark.parametrize("name", ["dit", "latte"])
 def test_classes_that_make_squares_alone_have_one_ratio(name):
     pipe = PIPES[name].pipe()
-    with pytest.raises(ValueError, match="'band2x1' is not square, .*legal: one ratio"):
+    with pytest.raises(ValueError, match=r"'band2x1' is not square, .*legal: one ratio"):
         elastify(pipe, LowBand(ratios=(2, (2, 1)), force=True))
 
 
