@@ -169,6 +169,19 @@ def test_a_table_breaks_words_and_moves_figures(capsys):
     assert sum("n" * 50 in line for line in capsys.readouterr().out.splitlines()) == 3
 
 
+def test_what_nobody_reads_on_a_terminal_is_cut_and_said_to_be(capsys):
+    columns = (Column("name", "run", name=True), Column("odd", "odd"))
+    print_table([{"name": "x " * 300_000, "odd": 1.0}], columns)
+    assert len(capsys.readouterr().out) < 10_000
+    print_table([{"name": str(row), "odd": row} for row in range(1500)], columns)
+    told = capsys.readouterr().out
+    assert "500 more rows; --json prints them all" in told
+    assert " 999 " in told
+    assert "1000" not in told
+    print_table([{"name": str(row), "odd": row} for row in range(1000)], columns)
+    assert "more rows" not in capsys.readouterr().out
+
+
 def test_any_value_has_a_text():
     values = (True, False, None, 3, 0.5, [1, 64], (), "a")
     assert [*map(plain, values)] == ["yes", "no", "-", "3", "0.500", "1, 64", "", "a"]

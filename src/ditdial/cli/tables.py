@@ -26,6 +26,14 @@ WIDE = 10_000
 """Characters that no line of ours has."""
 
 
+LONGEST = 500
+"""Characters of a cell that are shown; rich takes seconds for some hundred thousand."""
+
+
+MOST_ROWS = 1000
+"""Of a table; rich takes a second for so many."""
+
+
 def plain(value: Any) -> str:
     """Any value as text; numbers through `ditdial.plain.figures`."""
     if isinstance(value, bool):
@@ -64,7 +72,8 @@ class Column:
             return figures.UNKNOWN
         text = self.write(value)
         text = f"{text} ± {self.write(noise)}" if self.noise and noise is not None else text
-        return on_one_line(text)
+        text = on_one_line(text)
+        return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def check_figures(rows: Sequence[Row], columns: Sequence[Column]) -> None:
@@ -100,17 +109,25 @@ def say(text: str) -> None:
 
 
 def print_table(rows: Sequence[Row], columns: Sequence[Column]) -> None:
-    """Print rows; columns that do not fit beside the others follow below, with the first again."""
-    console = Console()
+    """Print rows; columns that do not fit beside the others follow below, with the first again.
+
+    Of more than `MOST_ROWS`, the first ones, and how many there are beside them.
+    """
+    console, left = Console(), len(rows) - MOST_ROWS
+    rows = rows[:MOST_ROWS]
     shown = list(columns)
+    cells = {column: [column.text(row) for row in rows] for column in columns}
+    widest = {column: [_widest(column, cells[column])] for column in columns}
     while len(shown) > 1:
         count = min(len(shown), console.width)  # a column takes a character or more
-        while count > 2 and not _fits(console, _table(rows, shown[:count])):
+        while count > 2 and not _fits(console, _table(shown[:count], widest)):
             count -= 1
-        console.print(_table(rows, shown[:count]))
+        console.print(_table(shown[:count], cells))
         shown = [shown[0], *shown[count:]]
         if len(shown) > 1:
             console.print()
+    if left > 0:
+        say(f"\n{left} more rows; --json prints them all")
 
 
 def print_facts(facts: Iterable[tuple[str, str]]) -> None:
@@ -129,16 +146,21 @@ def _fits(console: Console, table: Table) -> bool:
     return Measurement.get(console, unlimited, table).minimum <= console.width
 
 
-def _table(rows: Sequence[Row], columns: Sequence[Column]) -> Table:
+def _widest(column: Column, cells: Sequence[str]) -> str:
+    """What of a column's cells needs most room; of words, which may be broken, the longest one."""
+    parts = [word for cell in cells for word in cell.split()] if column.words else cells
+    return max(parts, key=cell_len, default="")
+
+
+def _table(columns: Sequence[Column], cells: Mapping[Column, Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    texts = [[column.text(row) for row in rows] for column in columns]
-    for column, cells in zip(columns, texts, strict=True):
+    for column in columns:
         side = "left" if column.name or column.words else "right"
         # rich cuts what may not be broken where a table is too wide, unless its width is asked for.
-        lines = [*column.header.split("\n"), *(() if column.words else cells)]
+        lines = [*column.header.split("\n"), *(() if column.words else cells[column])]
         width = max(map(cell_len, lines))
         header = Text(column.header)
         table.add_column(header, justify=side, no_wrap=not column.words, min_width=width)
-    for cells in zip(*texts, strict=True):
-        table.add_row(*map(Text, cells))
+    for row in zip(*(cells[column] for column in columns), strict=True):
+        table.add_row(*map(Text, row))
     return table
