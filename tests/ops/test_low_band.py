@@ -64,6 +64,14 @@ def best(latent, scales, covariance):
     return scales.prediction(clean, noise).view_as(latent)
 
 
+def bound(scales, covariance):
+    """1e-12, or what the rounding of its solve may add where the noise is small beside the data."""
+    largest = torch.linalg.eigvalsh(covariance)[-1].item()
+    condition = 1 + scales.signal**2 * largest / scales.noise**2
+    error = max(1e-12, 4 * torch.finfo(torch.float64).eps * condition)
+    return {"rtol": error, "atol": error}
+
+
 def low_band_only(latent, scales, covariance, sides):
     """The best prediction that sees the band alone, and knows of nothing above it."""
     whole = latent.shape[-2:]
@@ -111,7 +119,7 @@ def test_it_is_exact_where_the_band_is_independent_of_the_rest(sides, small, kin
     latent = normal(4, *sides)
     band = Band(latent, scales, small)
     found = band.prediction(best(band.latent, band.own, little))
-    torch.testing.assert_close(found, best(latent, scales, large), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found, best(latent, scales, large), **bound(scales, large))
 
 
 @pytest.mark.parametrize(("kind", "level"), CASES)
@@ -132,7 +140,7 @@ def test_it_is_the_best_that_sees_the_band_alone(kind, level, wave):
     band = Band(latent, scales, small)
     found = band.prediction(best(band.latent, band.own, covariance(small, small, low)))
     expected = low_band_only(latent, scales, large, small)
-    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found, expected, **bound(scales, large))
 
 
 def autoregressive(side, by):
@@ -156,7 +164,7 @@ def test_what_is_missed_of_pictures_whose_neighbours_are_alike(by, missed):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 3e-6)])
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
 def test_the_noise_above_the_band_is_the_seeds(kind, dtype, error):
     scales, sides, small = scales_at(kind, 0.8), (8, 8), (4, 4)
     noise = normal(1, *sides, seed=1).to(dtype)
